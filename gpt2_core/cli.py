@@ -1,0 +1,207 @@
+"""From a command line and a recipe to a TrainConfig, and from an error to one sentence and an exit code.
+
+Precedence, wherever each stands on the line: defaults < recipe (`--config`) < `--preset` < dotted options.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from gpt2_core.config import (
+    NEWEST,
+    PRESETS,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    to_yaml,
+)
+from gpt2_core.errors import RunError, UserError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+
+_GROUPS = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig}
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Call a command's main with the command line; a person's mistake ends in one sentence, without a traceback.
+
+    Exit codes: 0 done, 1 the run failed, 2 it can't be done as asked, 130 interrupted.
+    """
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, RunError) else 2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (head, less) has gone; there is nobody left to tell.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser, with errors in the user's words and no abbreviations."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, exit_on_error=False, **kwargs)
+
+    def parse(self, arguments: list[str]) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return self.parse_args(arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            # jsonargparse raises several kinds here, and wraps some of them in argparse.ArgumentError.
+            raise UserError(self._in_plain_words(str(error), arguments)) from error
+
+    def _in_plain_words(self, message: str, arguments: list[str]) -> str:
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+            option = unknown[1].split("=")[0]
+            if not option.startswith("-"):
+                return f"{option}: not expected here; see --help"
+            return f"{option}: no such option{self._suggestion(option)}; see --help"
+        wrong = re.search(
+            r'Parser key "([^"]+)":\s*(?:.*?)Expected an? (.+?)\. Got value: (.*)', message, re.S
+        )
+        if wrong:
+            name, expected, value = wrong[1], _type_in_words(wrong[2]), wrong[3].strip()
+            return f"--{name} {value}: expected {expected}"
+        union = re.search(r'Parser key "([^"]+)":.*?Subtypes: \[(.*?)\].*Given value: (.*)', message, re.S)
+        if union:
+            return f"--{union[1]} {union[3].strip()}: expected {_type_in_words(union[2])}"
+        return " ".join(message.split())
+
+    def _suggestion(self, option: str) -> str:
+        known = [name for action in self._actions for name in action.option_strings]
+        close = [name for name in known if name.endswith("." + option.lstrip("-"))][:1]
+        close = close or difflib.get_close_matches(option, known, n=1)
+        return f"; did you mean {close[0]}?" if close else ""
+
+
+def _type_in_words(expected: str) -> str:
+    if choices := re.match(r"typing\.Literal\[(.*)\]", expected):
+        return "one of " + choices[1].replace("'", "")
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    names = re.findall(r"\b(int|float|bool|str)\b", expected)
+    return " or ".join(words[name] for name in names) or expected
+
+
+def parse_train_config(
+    arguments: list[str], *, command: str, framework: str, elsewhere: dict[str, str]
+) -> TrainConfig:
+    """The configuration that a trainer's command line asks for.
+
+    `elsewhere` names the options that only the other trainer has, with what to use here: a recipe may set them
+    (both trainers read the same recipes), a command line may not.
+    """
+    parser = Parser(
+        prog=command,
+        description=f"Train GPT-2 with {framework}. Settings come from GPT-2's defaults, then the recipe (--config), "
+        "then --preset, then the other options, wherever each stands on the line.",
+    )
+    parser.add_argument("--config", action="config", help=f"Recipe (YAML). Left out: {DEFAULT_RECIPE.name}.")
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help="Sizes of a published model: sets model.n_layer, model.n_head and model.n_embd.",
+    )
+    parser.add_class_arguments(TrainConfig, None)
+
+    arguments, recipe, preset = _split_arguments(arguments)
+    for option in (a.split("=")[0] for a in arguments):
+        if option.removeprefix("--") in elsewhere:
+            raise UserError(f"{option}: not an option of {command}; {elsewhere[option.removeprefix('--')]}")
+    print_config = "--print_config" in arguments
+    arguments = [a for a in arguments if a != "--print_config"]
+
+    recipe = recipe or DEFAULT_RECIPE
+    check_recipe(recipe)
+    sizes = [f"--model.{name}={value}" for name, value in PRESETS[preset].items()] if preset else []
+    namespace = parser.parse([f"--config={recipe}", *sizes, *arguments])
+    del namespace["config"], namespace["preset"]
+    config = parser.instantiate(namespace)
+    config = TrainConfig(**{f.name: config[f.name] for f in dataclasses.fields(TrainConfig)})
+    if config.run_dir is None:
+        config = dataclasses.replace(config, run_dir=f"runs/{recipe.stem}-{framework.lower()}")
+    if print_config:
+        print(to_yaml(config), end="")
+        sys.exit(0)
+    return config
+
+
+def _split_arguments(arguments: list[str]) -> tuple[list[str], Path | None, str | None]:
+    """Take out `--config` and `--preset`, whose place in the precedence is not their place on the line."""
+    taken: dict[str, str | None] = {"--config": None, "--preset": None}
+    rest: list[str] = []
+    queue = list(arguments)
+    while queue:
+        option, equals, value = queue.pop(0).partition("=")
+        if option == "--resume" and not equals and (not queue or queue[0].startswith("--")):
+            rest.append(f"--resume={NEWEST}")
+        elif option in taken:
+            if not equals:
+                if not queue or queue[0].startswith("--"):
+                    raise UserError(f"{option}: expected a value after it; see --help")
+                value = queue.pop(0)
+            if taken[option] is not None:
+                raise UserError(f"{option} {taken[option]} and {option} {value}: give it once")
+            taken[option] = value
+        else:
+            rest.append(option + equals + value)
+    preset = taken["--preset"]
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"--preset {preset}: no such preset; use {', '.join(PRESETS)}")
+    return rest, Path(taken["--config"]) if taken["--config"] is not None else None, preset
+
+
+def check_recipe(path: Path) -> None:
+    """Refuse a recipe that isn't there, isn't YAML, or sets something that doesn't exist."""
+    if not path.is_file():
+        known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
+        raise UserError(
+            f"--config {path}: no such file" + (f"; the recipes here are {known}" if known else "")
+        )
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected settings as «name: value» lines")
+    known = [f.name for f in dataclasses.fields(TrainConfig)]
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{path}: no setting is called {name}{_closest(name, known)}")
+        if name in _GROUPS:
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: {name} is a group of settings, not {value!r}")
+            inside = [f.name for f in dataclasses.fields(_GROUPS[name])]
+            for key in value:
+                if key not in inside:
+                    raise UserError(f"{path}: no setting is called {name}.{key}{_closest(key, inside)}")
+
+
+def _closest(name: Any, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"

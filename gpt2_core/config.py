@@ -1,0 +1,360 @@
+"""Every setting of a run as frozen dataclasses, with GPT-2's own defaults, and the counts that follow from them."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from gpt2_core.errors import UserError
+
+# The value of `--resume` when it stands alone.
+NEWEST = "newest"
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Sizes of the four published models (Radford et al. 2019, table 2).
+PRESETS = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+
+
+def _refuse_unless(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_positive(group: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _refuse_unless(value >= 1, f"--{group}{name} {value}: must be 1 or more")
+
+
+def _require_nonnegative(group: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _refuse_unless(
+            math.isfinite(value) and value >= 0, f"--{group}{name} {value}: must be a number of 0 or more"
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture."""
+
+    n_layer: int = 12
+    """Number of transformer blocks."""
+    n_head: int = 12
+    """Attention heads a block; must divide n_embd."""
+    n_embd: int = 768
+    """Width of the residual stream, in features."""
+    block_size: int = 1024
+    """Longest context, in tokens: the number of learned positions and the length of a training sequence."""
+    vocab_size: int = 50257
+    """Number of token ids the model knows; at least the tokenizer's (gpt2: 50257, bytes: 257)."""
+    dropout: float = 0.0
+    """Dropout rate of embeddings, attention weights and residual branches, 0 to below 1."""
+    layer_norm_epsilon: float = 1e-5
+    """Added to the variance in every layer norm."""
+
+    def __post_init__(self) -> None:
+        _require_positive("model.", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+        _refuse_unless(
+            self.n_embd % self.n_head == 0,
+            f"--model.n_embd {self.n_embd}: not divisible by n_head {self.n_head}; "
+            f"use a multiple of {self.n_head}, or a number of heads that divides {self.n_embd}",
+        )
+        _refuse_unless(
+            0.0 <= self.dropout < 1.0, f"--model.dropout {self.dropout}: must be at least 0 and below 1"
+        )
+        _refuse_unless(
+            self.layer_norm_epsilon > 0,
+            f"--model.layer_norm_epsilon {self.layer_norm_epsilon}: must be above 0",
+        )
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        return 4 * self.n_embd
+
+    @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's canonical name and shape: GPT-2's own names, linear weights as (in, out)."""
+        D, F, V, T = self.n_embd, self.mlp_width, self.vocab_size, self.block_size
+        shapes: dict[str, tuple[int, ...]] = {"wte.weight": (V, D), "wpe.weight": (T, D)}
+        for layer in range(self.n_layer):
+            block = {
+                "ln_1.weight": (D,),
+                "ln_1.bias": (D,),
+                "attn.c_attn.weight": (D, 3 * D),
+                "attn.c_attn.bias": (3 * D,),
+                "attn.c_proj.weight": (D, D),
+                "attn.c_proj.bias": (D,),
+                "ln_2.weight": (D,),
+                "ln_2.bias": (D,),
+                "mlp.c_fc.weight": (D, F),
+                "mlp.c_fc.bias": (F,),
+                "mlp.c_proj.weight": (F, D),
+                "mlp.c_proj.bias": (D,),
+            }
+            shapes |= {f"h.{layer}.{name}": shape for name, shape in block.items()}
+        return shapes | {"ln_f.weight": (D,), "ln_f.bias": (D,)}
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters; the head shares the token embedding's and is not counted again."""
+        return sum(math.prod(shape) for shape in self.parameter_shapes.values())
+
+    @property
+    def training_flops_per_token(self) -> int:
+        """Floating-point operations of a forward and backward pass for one token of a full block.
+
+        6 N + 12 L T D (Chowdhery et al. 2022, "PaLM", appendix B), N being the parameters that multiply
+        something: all but the position embeddings. The attention term counts the whole T x T square,
+        as that paper does, although a causal kernel computes half of it.
+        """
+        multiplying = self.parameter_count - self.block_size * self.n_embd
+        return 6 * multiplying + 12 * self.n_layer * self.block_size * self.n_embd
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text and how it becomes tokens."""
+
+    corpus: str = "stdlib"
+    """Which text: stdlib (the running Python's own library sources) or text (a file of yours, see data.path)."""
+    path: str | None = None
+    """The text file to train on, for data.corpus text (UTF-8)."""
+    tokenizer: str = "gpt2"
+    """How text becomes token ids: gpt2 (its byte-pair encoding) or bytes (256 values and end-of-text)."""
+    validation_fraction: float = 0.1
+    """Share of the text held back for validation, 0 to below 1; 0 trains on everything and evaluates nothing."""
+    cache_dir: str = "data"
+    """Folder that keeps the token files, one subfolder a corpus, tokenizer and split."""
+
+    def __post_init__(self) -> None:
+        _refuse_unless(
+            0.0 <= self.validation_fraction < 1.0,
+            f"--data.validation_fraction {self.validation_fraction}: must be at least 0 and below 1",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019), its learning-rate schedule and gradient clipping."""
+
+    learning_rate: float = 6e-4
+    """Peak learning rate, reached at the end of the warmup."""
+    final_fraction: float = 0.1
+    """Learning rate at the end of the run, as a share of the peak."""
+    warmup_steps: int = 100
+    """Updates over which the learning rate rises linearly from 0 to its peak."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on parameters of two or more dimensions only."""
+    beta1: float = 0.9
+    """Decay rate of the first moment, per update."""
+    beta2: float = 0.95
+    """Decay rate of the second moment, per update."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; longer gradients are scaled down to it. 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        _require_nonnegative(
+            "optimizer.", self, "learning_rate", "final_fraction", "weight_decay", "epsilon", "clip_norm"
+        )
+        _require_nonnegative("optimizer.", self, "warmup_steps")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _refuse_unless(
+                0.0 <= value < 1.0, f"--optimizer.{name} {value}: must be at least 0 and below 1"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    steps: int = 1000
+    """Updates to make."""
+    batch_size: int = 8
+    """Sequences a step, over all devices and accumulation together."""
+    accumulation: int = 1
+    """Parts a step's batch is computed in, one after the other, to save memory; must divide batch_size."""
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Dtype of the matrix products; auto is bfloat16 on an accelerator and float32 on CPU. Parameters and
+    optimizer state are float32 (float64 for float64)."""
+    seed: int = 1337
+    """Seed of the initial weights, the order of the data and the dropout masks."""
+    mesh: int | str | None = None
+    """JAX: devices to train on: a number (data parallel) or axis=n,... with the axes data, fsdp, tensor. Left out:
+    all visible accelerators, else one CPU device. Without accelerators, virtual CPU devices are made."""
+    attention: Literal["auto", "cudnn", "xla"] = "auto"
+    """JAX: attention kernel: cudnn (flash attention of NVIDIA GPUs, bfloat16, no dropout) or xla (everywhere, every
+    dtype); auto takes cudnn where it works and prints which."""
+    scan_layers: bool = False
+    """JAX: one compiled block scanned over the layers in place of unrolled layers: compiles faster, runs slower."""
+    remat: bool = False
+    """JAX: recompute each block's activations in the backward pass: less memory, about a third more arithmetic."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """PyTorch: device to train on; auto takes cuda, then mps, then cpu."""
+    compile: bool | None = None
+    """PyTorch: compile the model with torch.compile; left out: on cuda only."""
+    run_dir: str | None = None
+    """Folder of the run (configuration, metrics, curves, samples, checkpoints). Left out: runs/RECIPE-FRAMEWORK."""
+    resume: str | None = None
+    """Go on from a checkpoint: alone, the newest of the run folder; or the path of a checkpoint of the same
+    configuration, whose run goes on in run_dir."""
+    init_from: str | None = None
+    """Start from these weights (a run folder, a checkpoint or a .safetensors file of either framework) in place of
+    random ones."""
+    log_interval: int = 10
+    """Steps between two logged steps."""
+    eval_interval: int = 250
+    """Steps between two evaluations on the validation split; there is one at step 0, at the end, and at every
+    checkpoint too."""
+    eval_sequences: int = 256
+    """Sequences of the validation split that an evaluation reads, from its start; fewer if the split has fewer."""
+    checkpoint_interval: int = 250
+    """Steps between two checkpoints; there is one at the end too."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept; the one with the best validation loss is kept besides."""
+    sample_interval: int = 0
+    """Steps between two generated samples in the run folder's samples/; 0: none."""
+    sample_tokens: int = 128
+    """Length of such a sample, in tokens."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "", self, "batch_size", "accumulation", "log_interval", "eval_interval", "eval_sequences"
+        )
+        _require_positive("", self, "checkpoint_interval", "keep_checkpoints", "sample_tokens")
+        _require_nonnegative("", self, "steps", "sample_interval", "seed")
+        _refuse_unless(
+            self.batch_size % self.accumulation == 0,
+            f"--accumulation {self.accumulation}: batch_size {self.batch_size} is not divisible by it; "
+            f"use {_choices(divisors(self.batch_size))}",
+        )
+        _refuse_unless(
+            self.resume is None or self.init_from is None,
+            "--resume and --init_from: a resumed run already has its weights; give one of the two",
+        )
+        if self.mesh is not None:
+            check_mesh(parse_mesh(self.mesh), self)
+
+    @property
+    def microbatch_size(self) -> int:
+        """Sequences computed at once, over all devices."""
+        return self.batch_size // self.accumulation
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.model.block_size
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _choices(numbers: list[int]) -> str:
+    """«1, 2, 4 or 8», leaving out the middle of long lists."""
+    words = [str(n) for n in numbers]
+    if len(words) > 8:
+        words = [*words[:4], "...", *words[-3:]]
+    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
+def parse_mesh(mesh: int | str) -> dict[str, int]:
+    """Sizes of all three axes from what `--mesh` takes: `8` means `data=8`, `data=2,tensor=2` names them."""
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    help_text = "expected a number of devices (8) or axis=n,... with the axes data, fsdp, tensor (data=4,fsdp=2)"
+    text = str(mesh).strip()
+    parts = [f"data={text}"] if text.isdigit() else text.split(",")
+    given = set()
+    for part in parts:
+        axis, equals, size = part.strip().partition("=")
+        if axis not in sizes or not equals or not size.isdigit() or int(size) < 1:
+            raise UserError(f"--mesh {mesh}: {help_text}")
+        if axis in given:
+            raise UserError(f"--mesh {mesh}: the axis {axis} is named twice; name it once")
+        given.add(axis)
+        sizes[axis] = int(size)
+    return sizes
+
+
+def format_mesh(sizes: dict[str, int]) -> str:
+    return ",".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
+
+
+def check_mesh(sizes: dict[str, int], config: TrainConfig) -> None:
+    """Refuse a mesh that can't hold this model and batch, in the words of the person who typed it."""
+    given = ",".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1) or "1"
+    model = config.model
+    ways = sizes["data"] * sizes["fsdp"]
+    size = config.microbatch_size
+    batch = f"batch_size {config.batch_size}"
+    if config.accumulation > 1:
+        batch += f" / accumulation {config.accumulation} = {size}"
+    if size % ways:
+        axes = "data" if sizes["fsdp"] == 1 else "data x fsdp"
+        raise UserError(
+            f"--mesh {given}: {batch} is not divisible by {axes} = {ways}; use {_choices(divisors(size))}"
+        )
+    if model.n_head % sizes["tensor"]:
+        raise UserError(
+            f"--mesh {given}: n_head {model.n_head} is not divisible by tensor = {sizes['tensor']}; "
+            f"use {_choices(divisors(model.n_head))}"
+        )
+    if model.n_embd % sizes["fsdp"]:
+        raise UserError(
+            f"--mesh {given}: n_embd {model.n_embd} is not divisible by fsdp = {sizes['fsdp']}; "
+            f"use {_choices(divisors(model.n_embd))}"
+        )
+    if 128 % sizes["tensor"]:
+        # The vocabulary is padded to a multiple of 128 (gpt2_jax.sharding), and its rows are split over this axis.
+        raise UserError(f"--mesh {given}: the tensor axis must divide 128; use {_choices(divisors(128))}")
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The whole configuration as a recipe that `--config` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def from_yaml(path: Path) -> TrainConfig:
+    """Read a configuration that `to_yaml` wrote; raises UserError if it isn't one."""
+    try:
+        return from_dict(yaml.safe_load(path.read_text()))
+    except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a run's configuration ({error})") from error
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    groups = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig}
+    return TrainConfig(**{k: groups[k](**v) if k in groups else v for k, v in values.items()})
+
+
+def differences(
+    ours: Any, theirs: Any, ignore: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted names and both values of the settings in which two configurations differ."""
+    for f in dataclasses.fields(ours):
+        a, b = getattr(ours, f.name), getattr(theirs, f.name)
+        if f.name in ignore or a == b:
+            continue
+        if dataclasses.is_dataclass(a):
+            yield from ((f"{f.name}.{name}", x, y) for name, x, y in differences(a, b))
+        else:
+            yield f.name, a, b

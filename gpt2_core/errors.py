@@ -1,0 +1,13 @@
+"""The error a person can cause: a sentence instead of a traceback."""
+
+
+class UserError(Exception):
+    """Something the user typed or gave can't be done.
+
+    The message names what was typed, what was expected, and what to do. Commands print it without a
+    traceback and exit with code 2 (`gpt2_core.cli.run`).
+    """
+
+
+class RunError(UserError):
+    """A run that was started as asked came to a bad end (a loss that isn't finite, say): exit code 1."""

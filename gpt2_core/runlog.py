@@ -1,0 +1,177 @@
+"""What a run tells people: metrics.jsonl, the progress on the terminal, curves.png."""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gpt2_core.config import TrainConfig
+from gpt2_core.errors import RunError
+from gpt2_core.files import write_atomically
+from gpt2_core.run_folder import RunFolder, read_metrics
+
+# Dense bfloat16 matrix rates from NVIDIA's datasheets, in FLOP/s, by what the driver calls the device.
+_PEAK_BFLOAT16_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "H200": 989.4e12,
+}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Peak rate of one device for this precision in FLOP/s, or None where it isn't known."""
+    if precision != "bfloat16":
+        return None
+    return next((peak for name, peak in _PEAK_BFLOAT16_FLOPS.items() if name in device_name), None)
+
+
+class RunLog:
+    """Logs a run from `start_step` on. `enabled=False` (all but the first process) logs nothing.
+
+    `peak_flops` is that of all devices together; None leaves MFU out.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: TrainConfig,
+        *,
+        start_step: int,
+        peak_flops: float | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self._folder, self._config, self._peak_flops, self._enabled = folder, config, peak_flops, enabled
+        self._console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        self._last_step, self._last_time = start_step - 1, time.perf_counter()
+        self._val_loss: float | None = None
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (enabled and self._console.is_terminal),
+        )
+        self._task = self._progress.add_task("", total=config.steps, completed=start_step, status="")
+
+    def __enter__(self) -> "RunLog":
+        if self._enabled:
+            self._file = self._folder.metrics.open("a", encoding="utf-8")
+        self._progress.start()
+        self._last_time = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        if self._enabled:
+            self._file.close()
+            self.draw_curves()
+
+    def say(self, message: str) -> None:
+        self._console.print(message, markup=False)
+
+    def train(self, step: int, *, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """Log the batch of `step`: its loss and gradient norm before clipping, and the rate of the update it led to.
+
+        Raises RunError if the loss isn't finite.
+        """
+        now = time.perf_counter()
+        steps = step - self._last_step
+        seconds = (now - self._last_time) / steps
+        self._last_step, self._last_time = step, now
+        tokens_per_second = self._config.tokens_per_step / seconds
+        flops = tokens_per_second * self._config.model.training_flops_per_token
+        mfu = flops / self._peak_flops if self._peak_flops else None
+        if not math.isfinite(loss):
+            kept = self._folder.steps()
+            raise RunError(
+                f"the loss of step {step} is {loss}: the run has diverged; try a lower --optimizer.learning_rate or a "
+                "longer --optimizer.warmup_steps" + (f" (the newest checkpoint is step {kept[-1]})" if kept else "")
+            )
+        self._write(
+            {
+                "step": step,
+                "split": "train",
+                "loss": loss,
+                "lr": learning_rate,
+                "grad_norm": grad_norm,
+                "tokens_per_second": round(tokens_per_second, 1),
+                "mfu": mfu and round(mfu, 4),
+                "step_seconds": round(seconds, 6),
+            }
+        )
+        words = f"loss {loss:.4f}  lr {learning_rate:.2e}  norm {grad_norm:.2f}  {tokens_per_second:,.0f} tok/s"
+        words += f"  mfu {mfu:.1%}" if mfu else ""
+        if self._progress.disable:
+            self.say(f"step {step:>6}  {words}")
+        else:
+            val = "" if self._val_loss is None else f"  val {self._val_loss:.4f}"
+            self._progress.update(self._task, completed=step + 1, status=words + val)
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Log the validation loss of the weights after `step` updates."""
+        self._val_loss = loss
+        self._write({"step": step, "split": "val", "loss": loss})
+        self.say(f"step {step:>6}  val loss {loss:.4f}")
+
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Keep evaluations, checkpoints and samples out of the training throughput."""
+        start = time.perf_counter()
+        yield
+        self._last_time += time.perf_counter() - start
+
+    def draw_curves(self) -> None:
+        if self._enabled:
+            draw_curves(read_metrics(self._folder.metrics), self._folder.curves)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._enabled:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+
+
+def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss, learning rate, gradient norm and throughput over the steps, as a PNG."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    train = [row for row in rows if row["split"] == "train"]
+    val = [row for row in rows if row["split"] == "val"]
+    if not train:
+        return
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    axes = figure.subplots(2, 2).ravel()
+    steps = [row["step"] for row in train]
+    axes[0].plot(steps, [row["loss"] for row in train], color="tab:blue", linewidth=1, label="training")
+    if val:
+        axes[0].plot(
+            [row["step"] for row in val],
+            [row["loss"] for row in val],
+            color="tab:orange",
+            marker="o",
+            label="validation",
+        )
+    axes[0].legend(frameon=False)
+    panels = [("learning rate", "lr"), ("gradient norm", "grad_norm"), ("tokens per second", "tokens_per_second")]
+    for axis, (title, key) in zip(axes[1:], panels, strict=True):
+        axis.plot(steps, [row[key] for row in train], color="tab:blue", linewidth=1)
+        axis.set_title(title)
+        axis.set_ylim(bottom=0)
+    axes[0].set_title("loss (nats per token)")
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110)
+    write_atomically(path, image.getvalue())

@@ -1,0 +1,57 @@
+"""How text is drawn from a model: the options, and the uniform numbers that are a sampler's only randomness.
+
+Each framework has its own sampler, a function of logits and uniform numbers, to this one definition:
+
+1. divide the logits by the temperature and order them from the largest (equal ones by token id);
+2. top-k: keep the first k;
+3. top-p (nucleus, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751): with the probabilities of what is left,
+   keep a token while those before it add up to less than p, so the one that crosses p is kept;
+4. renormalise, and take the first token at which the cumulative probability exceeds the uniform number.
+
+Greedy takes the largest logit.
+
+A context longer than the model's block is cut to its last `block_size` tokens; when a growing context is full, its
+last half is kept (`fit_context`), so that generation may run on for ever at a bounded cost.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from gpt2_core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; raises UserError for settings that leave nothing to choose from."""
+
+    temperature: float = 1.0
+    """Divides the logits: below 1 more predictable, above 1 more random."""
+    top_k: int | None = None
+    """Keep the k most likely tokens; left out: all."""
+    top_p: float | None = None
+    """Keep the most likely tokens that together reach this probability, 0 to 1; left out: all."""
+    greedy: bool = False
+    """Always take the most likely token."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UserError(
+                f"--temperature {self.temperature}: must be above 0; for the most likely token use --greedy"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"--top_k {self.top_k}: must be 1 or more")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"--top_p {self.top_p}: must be above 0 and at most 1")
+
+
+def uniforms(seed: int, sample: int, count: int) -> np.ndarray:
+    """The uniform numbers in [0, 1) of one sample, float64 of shape (count,): a function of (seed, sample) alone."""
+    return np.random.default_rng([seed, sample]).random(count)
+
+
+def fit_context(ids: list[int], block_size: int, *, growing: bool) -> list[int]:
+    """What of a context the model sees: all of it while it fits in the block, else its end (see above)."""
+    if len(ids) <= block_size:
+        return ids
+    return ids[-max(1, block_size // 2) :] if growing else ids[-block_size:]

@@ -1,0 +1,260 @@
+"""The reference trainer, on one device or, under torchrun, on one device a process (DistributedDataParallel).
+
+Reads as a document: the optimizer, one step, an evaluation, and the loop around them.
+"""
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt2_core.batches import IGNORED, Batch, TrainingBatches, evaluation_batches
+from gpt2_core.config import OptimizerConfig, TrainConfig
+from gpt2_core.errors import UserError
+from gpt2_core.run_folder import RunFolder, metadata_of, open_run
+from gpt2_core.runlog import RunLog, peak_flops
+from gpt2_core.sampling import Sampling, uniforms
+from gpt2_core.samples import write_sample
+from gpt2_core.schedule import learning_rate
+from gpt2_core.tokenizer import get_tokenizer
+from gpt2_core.tokens import TokenFolder, open_tokens
+from gpt2_core.weights import Weights
+from gpt2_torch import checkpoints
+from gpt2_torch.generate import generate
+from gpt2_torch.model import GPT2
+from gpt2_torch.weights import to_state_dict
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW whose decay leaves biases and layer norms (everything of one dimension) alone."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    spared = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=decayed[0].device.type in ("cpu", "cuda"),
+    )
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs_BT: Tensor,
+    targets_BT: Tensor,
+    *,
+    learning_rate: float,
+    clip_norm: float,
+    accumulation: int = 1,
+    autocast: contextlib.AbstractContextManager | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One update. Returns the mean loss over the targets that count and the gradient norm before clipping.
+
+    The batch is computed in `accumulation` parts; the mean is over all of them together, and over all processes.
+    """
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    count = (targets_BT != IGNORED).sum()
+    if processes > 1:
+        dist.all_reduce(count)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    total_loss = torch.zeros((), device=inputs_BT.device, dtype=torch.float64 if _is_float64(model) else torch.float32)
+    parts = list(zip(inputs_BT.chunk(accumulation), targets_BT.chunk(accumulation), strict=True))
+    for number, (inputs, targets) in enumerate(parts, start=1):
+        # DDP sums the gradients over processes after the last part only, and divides by their number.
+        waits = processes > 1 and number < len(parts)
+        with model.no_sync() if waits else contextlib.nullcontext():
+            with autocast or contextlib.nullcontext():
+                loss = model(inputs, targets) / count
+            (loss * processes).backward()
+        total_loss += loss.detach()
+    if processes > 1:
+        dist.all_reduce(total_loss)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm if clip_norm > 0 else float("inf"))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total_loss, grad_norm
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches, device: torch.device, autocast: contextlib.AbstractContextManager) -> float:
+    """Mean loss over the targets of `batches` that count."""
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        inputs_BT, targets_BT = _to_device(batch, device)
+        with autocast:
+            total += model(inputs_BT, targets_BT).item()
+        count += int((batch.targets != IGNORED).sum())
+    model.train()
+    return total / count
+
+
+def train(config: TrainConfig, initial: Weights | None = None) -> RunFolder:
+    """Train as `config` says, from `initial` weights if given; returns the run's folder."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(config.device)
+    config = resolve(config, device, processes)
+    if processes > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    tokens, folder, checkpoint = _open(config, rank, processes)
+
+    torch.manual_seed(config.seed)
+    model = GPT2(config.model).to(device, torch.float64 if config.precision == "float64" else torch.float32)
+    if initial is not None:
+        model.load_state_dict(to_state_dict(initial))
+    optimizer = make_optimizer(model, config.optimizer)
+    start = checkpoints.restore(checkpoint, model, optimizer) if checkpoint else 0
+
+    # What trains may be compiled and wrapped; `model` stays the plain module, whose weights they share.
+    trained: nn.Module = model
+    if config.compile:
+        trained = torch.compile(trained)
+    if processes > 1:
+        trained = DistributedDataParallel(trained, device_ids=[device.index] if device.type == "cuda" else None)
+    bfloat16 = config.precision == "bfloat16"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+
+    batches = TrainingBatches(
+        tokens.train,
+        block_size=config.model.block_size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process=rank,
+        processes=processes,
+    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    peak = peak_flops(name, config.precision)
+    log = RunLog(
+        folder, config, start_step=start, peak_flops=peak and peak * processes, enabled=rank == 0
+    )
+
+    def evaluate_and_log(step: int) -> None:
+        if rank == 0 and len(tokens.val):
+            with log.untimed():
+                validation = evaluation_batches(
+                    tokens.val,
+                    block_size=config.model.block_size,
+                    batch_size=config.microbatch_size,
+                    sequences=config.eval_sequences,
+                )
+                log.evaluation(step, evaluate(model, validation, device, autocast))
+
+    def save(step: int) -> None:
+        if rank == 0:
+            with log.untimed():
+                metadata = metadata_of(config, step, "torch", tokens.digest)
+                checkpoints.save(folder.checkpoints / str(step), model.state_dict(), optimizer, metadata)
+                folder.remove_obsolete(config.keep_checkpoints)
+
+    def write_text(step: int) -> None:
+        if rank == 0:
+            with log.untimed(), autocast:
+                tokenizer = get_tokenizer(config.data.tokenizer)
+                numbers = uniforms(config.seed, step, config.sample_tokens)[None]
+                ids = [row[0] for row in generate(model, [[tokenizer.end_of_text]], numbers, Sampling())]
+                write_sample(folder, step, tokenizer.decode(ids))
+                model.train()
+
+    with log:
+        log.say(
+            f"torch {torch.__version__} on {processes} x {name}, {config.precision}, "
+            f"{'compiled' if config.compile else 'eager'}; {config.model.parameter_count:,} parameters; "
+            f"{tokens.source}; run {folder.path}" + (f", from step {start}" if start else "")
+        )
+        if start == 0:
+            evaluate_and_log(0)
+        for step in range(start, config.steps):
+            # Seeded anew each step: dropout is then a function of (seed, step), and nothing random need be saved.
+            torch.manual_seed(config.seed * 1_000_003 + step * processes + rank)
+            rate = learning_rate(step, config.steps, config.optimizer)
+            loss, grad_norm = train_step(
+                trained,
+                optimizer,
+                *_to_device(batches[step], device),
+                learning_rate=rate,
+                clip_norm=config.optimizer.clip_norm,
+                accumulation=config.accumulation,
+                autocast=autocast,
+            )
+            if step % config.log_interval == 0 or step + 1 == config.steps:
+                log.train(step, loss=loss.item(), learning_rate=rate, grad_norm=grad_norm.item())
+            done = step + 1
+            due = done == config.steps or done % config.checkpoint_interval == 0
+            if due or done % config.eval_interval == 0:
+                evaluate_and_log(done)
+            if config.sample_interval and done % config.sample_interval == 0:
+                write_text(done)
+            if due:
+                save(done)
+        if config.steps == 0:
+            save(0)
+    if processes > 1:
+        dist.destroy_process_group()
+    return folder
+
+
+def pick_device(choice: str) -> torch.device:
+    """The device that `--device` names; under torchrun, this process's own GPU."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if choice == "auto":
+        choice = next(kind for kind, there in found.items() if there)
+    if not found[choice]:
+        raise UserError(
+            f"--device {choice}: PyTorch {torch.__version__} finds none here; "
+            f"use {' or '.join(kind for kind, there in found.items() if there)}"
+        )
+    if choice == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device(choice)
+
+
+def resolve(config: TrainConfig, device: torch.device, processes: int) -> TrainConfig:
+    """Fill in what `auto` and left-out options mean on this device; raises UserError for what it can't do."""
+    precision = config.precision
+    if precision == "auto":
+        precision = "float32" if device.type == "cpu" else "bfloat16"
+    if precision == "float64" and device.type == "mps":
+        raise UserError("--precision float64: mps has no float64; use --device cpu")
+    if config.microbatch_size % processes:
+        raise UserError(
+            f"--batch_size {config.batch_size}: not divisible by accumulation {config.accumulation} x "
+            f"{processes} processes"
+        )
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    return dataclasses.replace(config, precision=precision, compile=compiled)
+
+
+def _open(config: TrainConfig, rank: int, processes: int) -> tuple[TokenFolder, RunFolder, Path | None]:
+    """Tokens and run folder, written by the first process before the others look at them."""
+    if processes == 1:
+        tokens = open_tokens(config)
+        return tokens, *open_run(config, framework="torch", data_digest=tokens.digest)
+    outcome: list = [None]
+    if rank == 0:
+        try:
+            tokens = open_tokens(config)
+            outcome = [open_run(config, framework="torch", data_digest=tokens.digest)]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        dist.destroy_process_group()
+        raise outcome[0]
+    return open_tokens(config), *outcome[0]
+
+
+def _to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    return tuple(torch.from_numpy(part).to(device, torch.long, non_blocking=True) for part in batch)
+
+
+def _is_float64(model: nn.Module) -> bool:
+    return next(model.parameters()).dtype == torch.float64

@@ -1,0 +1,23 @@
+"""Train GPT-2 with PyTorch: python scripts/train_torch.py --help"""
+
+from gpt2_core.cli import parse_train_config, run
+from parity.formats import read_initial_weights
+
+
+def main(arguments: list[str]) -> None:
+    only_in_jax = "it chooses how train_jax.py spreads its work; here: --device, or torchrun for several GPUs"
+    config = parse_train_config(
+        arguments,
+        command="train_torch.py",
+        framework="Torch",
+        elsewhere=dict.fromkeys(("mesh", "attention", "scan_layers", "remat"), only_in_jax),
+    )
+    initial = read_initial_weights(config)
+
+    from gpt2_torch.train import train
+
+    train(config, initial)
+
+
+if __name__ == "__main__":
+    run(main)
