@@ -74,6 +74,10 @@ class RunFolder:
             )
         return self.checkpoints / str(step)
 
+    def write_sample(self, step: int, text: str) -> None:
+        self.samples.mkdir(exist_ok=True)
+        write_atomically(self.samples / f"{step}.txt", text + "\n")
+
     def obsolete_steps(self, keep: int) -> list[int]:
         """Checkpoints that are neither among the newest `keep` nor the best."""
         return [step for step in self.steps()[:-keep] if step != self.best_step()]

@@ -19,7 +19,6 @@ from gpt2_core.errors import UserError
 from gpt2_core.run_folder import RunFolder, metadata_of, open_run
 from gpt2_core.runlog import RunLog, peak_flops
 from gpt2_core.sampling import Sampling, uniforms
-from gpt2_core.samples import write_sample
 from gpt2_core.schedule import learning_rate
 from gpt2_core.tokenizer import get_tokenizer
 from gpt2_core.tokens import TokenFolder, open_tokens
@@ -112,12 +111,12 @@ def train(config: TrainConfig, initial: Weights | None = None) -> RunFolder:
     optimizer = make_optimizer(model, config.optimizer)
     start = checkpoints.restore(checkpoint, model, optimizer) if checkpoint else 0
 
-    # What trains may be compiled and wrapped; `model` stays the plain module, whose weights they share.
-    trained: nn.Module = model
-    if config.compile:
-        trained = torch.compile(trained)
+    # What computes may be compiled, what trains may be wrapped too; `model` stays the plain module, whose weights
+    # they share.
+    compiled: nn.Module = torch.compile(model) if config.compile else model
+    trained = compiled
     if processes > 1:
-        trained = DistributedDataParallel(trained, device_ids=[device.index] if device.type == "cuda" else None)
+        trained = DistributedDataParallel(compiled, device_ids=[device.index] if device.type == "cuda" else None)
     bfloat16 = config.precision == "bfloat16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
@@ -144,7 +143,7 @@ def train(config: TrainConfig, initial: Weights | None = None) -> RunFolder:
                     batch_size=config.microbatch_size,
                     sequences=config.eval_sequences,
                 )
-                log.evaluation(step, evaluate(model, validation, device, autocast))
+                log.evaluation(step, evaluate(compiled, validation, device, autocast))
 
     def save(step: int) -> None:
         if rank == 0:
@@ -159,7 +158,7 @@ def train(config: TrainConfig, initial: Weights | None = None) -> RunFolder:
                 tokenizer = get_tokenizer(config.data.tokenizer)
                 numbers = uniforms(config.seed, step, config.sample_tokens)[None]
                 ids = [row[0] for row in generate(model, [[tokenizer.end_of_text]], numbers, Sampling())]
-                write_sample(folder, step, tokenizer.decode(ids))
+                folder.write_sample(step, tokenizer.decode(ids))
                 model.train()
 
     with log:

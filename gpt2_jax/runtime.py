@@ -1,0 +1,45 @@
+"""JAX's process-wide settings, made before its first use of a device, and the devices that a run gets."""
+
+import math
+
+import jax
+
+from gpt2_core.config import TrainConfig, parse_mesh
+from gpt2_core.errors import UserError
+
+
+def configure(precision: str, mesh: int | str | None = None) -> None:
+    """Prepare JAX for a process that computes in `precision` on `mesh`. Call it before anything touches a device.
+
+    Makes as many virtual CPU devices as the mesh needs (they stay unused where there are accelerators), switches
+    float64 on for float64 alone (with it on, stray numpy scalars turn float32 arrays into float64), and keeps
+    float32 matrix products from being done in TF32, as PyTorch does.
+    """
+    jax.config.update("jax_num_cpu_devices", 1 if mesh is None else math.prod(parse_mesh(mesh).values()))
+    jax.config.update("jax_enable_x64", precision == "float64")
+    jax.config.update("jax_default_matmul_precision", None if precision == "bfloat16" else "highest")
+
+
+def has_accelerator() -> bool:
+    return jax.default_backend() != "cpu"
+
+
+def resolve_precision(precision: str) -> str:
+    if precision == "auto":
+        return "bfloat16" if has_accelerator() else "float32"
+    return precision
+
+
+def resolve_mesh(config: TrainConfig) -> dict[str, int]:
+    """Sizes of the mesh's axes: those asked for, or all accelerators, or one CPU device."""
+    if config.mesh is None:
+        return parse_mesh(len(jax.devices()) if has_accelerator() else 1)
+    sizes = parse_mesh(config.mesh)
+    needed, found = math.prod(sizes.values()), len(jax.devices())
+    if needed > found:
+        kind = jax.devices()[0].device_kind
+        raise UserError(
+            f"--mesh {config.mesh}: needs {needed} devices and this machine has {found} ({kind}); use a mesh of at most "
+            f"{found}, or set JAX_PLATFORMS=cpu to try it on virtual CPU devices"
+        )
+    return sizes

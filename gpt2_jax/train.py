@@ -1,0 +1,193 @@
+"""The JAX trainer: one process, a mesh of devices, one compiled step."""
+
+import dataclasses
+import math
+import time
+
+import jax
+import numpy as np
+
+from gpt2_core.batches import IGNORED, TrainingBatches, evaluation_batches
+from gpt2_core.config import TrainConfig, check_mesh, format_mesh, parse_mesh
+from gpt2_core.run_folder import RunFolder, metadata_of, open_run
+from gpt2_core.runlog import RunLog, peak_flops
+from gpt2_core.sampling import Sampling, uniforms
+from gpt2_core.schedule import learning_rate
+from gpt2_core.tokenizer import get_tokenizer
+from gpt2_core.tokens import TokenFolder, open_tokens
+from gpt2_core.weights import Weights
+from gpt2_jax.attention import choose_kernel
+from gpt2_jax.checkpoints import CheckpointWriter, restore
+from gpt2_jax.generate import Generator
+from gpt2_jax.model import Definition, Execution, define
+from gpt2_jax.optimizer import make_optimizer
+from gpt2_jax.runtime import resolve_mesh, resolve_precision
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.train_step import (
+    TrainState,
+    abstract_state,
+    initial_state,
+    make_eval_step,
+    make_train_step,
+    put_batch,
+)
+from gpt2_jax.weights import from_canonical
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fill in what `auto` and left-out options mean on this machine; raises UserError for what it can't do."""
+    precision = resolve_precision(config.precision)
+    sizes = resolve_mesh(config)
+    check_mesh(sizes, config)
+    kernel = choose_kernel(config.attention, precision=precision, dropout=config.model.dropout)
+    return dataclasses.replace(config, precision=precision, mesh=format_mesh(sizes), attention=kernel)
+
+
+def define_model(config: TrainConfig) -> Definition:
+    """The model of a resolved configuration."""
+    execution = Execution(config.precision, config.attention, config.scan_layers, config.remat)
+    return define(config.model, execution)
+
+
+def train(config: TrainConfig, initial: Weights | None = None) -> RunFolder:
+    """Train as `config` says, from `initial` weights if given; returns the run's folder.
+
+    `gpt2_jax.runtime.configure` must have been called for this precision and mesh.
+    """
+    config = resolve(config)
+    tokens = open_tokens(config)
+    folder, checkpoint = open_run(config, framework="jax", data_digest=tokens.digest)
+
+    mesh = make_mesh(parse_mesh(config.mesh))
+    definition = define_model(config)
+    if checkpoint is not None:
+        optimizer = make_optimizer(config.optimizer, config.model)
+        state = restore(checkpoint, abstract_state(definition, optimizer, mesh))
+    else:
+        state = new_state(config, definition, mesh, initial)
+    start = int(state.step)
+
+    device = jax.devices()[0].device_kind
+    peak = peak_flops(device, config.precision)
+    log = RunLog(folder, config, start_step=start, peak_flops=peak and peak * mesh.size)
+    with jax.set_mesh(mesh), log:
+        log.say(
+            f"jax {jax.__version__} on {mesh.size} x {device} ({config.mesh}), {config.precision}, {config.attention} "
+            f"attention; {config.model.parameter_count:,} parameters; {tokens.source}; run {folder.path}"
+            + (f", from step {start}" if start else "")
+        )
+        _Loop(config, definition, mesh, tokens, folder, log).run(state, start)
+    return folder
+
+
+def new_state(config: TrainConfig, definition: Definition, mesh: jax.sharding.Mesh, initial: Weights | None) -> TrainState:
+    """The state before the first step."""
+    params = None if initial is None else from_canonical(initial, definition.execution.param_dtype.name)
+    optimizer = make_optimizer(config.optimizer, config.model)
+    return initial_state(definition, optimizer, mesh, seed=config.seed, params=params)
+
+
+class _Loop:
+    """The training loop. The device is never waited for: while it computes a step, the host lays out the next batch
+    and logs the step before."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        definition: Definition,
+        mesh: jax.sharding.Mesh,
+        tokens: TokenFolder,
+        folder: RunFolder,
+        log: RunLog,
+    ) -> None:
+        self.config, self.definition, self.mesh, self.tokens = config, definition, mesh, tokens
+        self.folder, self.log = folder, log
+        self.train_step = make_train_step(definition, config, mesh)
+        self.eval_step = make_eval_step(definition, mesh)
+        self.generator = Generator(definition)
+        self.writer = CheckpointWriter(folder, config.keep_checkpoints)
+        self.batches = TrainingBatches(
+            tokens.train, block_size=config.model.block_size, batch_size=config.batch_size, seed=config.seed
+        )
+
+    def run(self, state: TrainState, start: int) -> None:
+        config = self.config
+        try:
+            if start == 0:
+                self.evaluate(state, 0)
+            if start < config.steps:
+                batch = self.put(start)
+                train_step = self.compile(state, batch)
+            waiting = None
+            for step in range(start, config.steps):
+                rate = learning_rate(step, config.steps, config.optimizer)
+                state, metrics = train_step(state, *batch, self.scalar(rate))
+                if step + 1 < config.steps:
+                    batch = self.put(step + 1)
+                waiting = self.log_step(waiting)
+                if step % config.log_interval == 0 or step + 1 == config.steps:
+                    waiting = (step, rate, metrics)
+                done = step + 1
+                saves = done == config.steps or done % config.checkpoint_interval == 0
+                evaluates = saves or done % config.eval_interval == 0
+                samples = config.sample_interval and done % config.sample_interval == 0
+                if evaluates or samples:
+                    waiting = self.log_step(waiting)
+                    jax.block_until_ready(state)  # what was dispatched is training time, not evaluation time
+                if evaluates:
+                    self.evaluate(state, done)
+                if samples:
+                    self.write_sample(state, done)
+                if saves:
+                    self.save(state, done)
+            if config.steps == 0:
+                self.save(state, 0)
+        finally:
+            self.writer.close()
+
+    def compile(self, state: TrainState, batch: tuple[jax.Array, jax.Array]):
+        """Ahead of the first step, so that no step's time has it in it and no step can ever compile again."""
+        with self.log.untimed():
+            begin = time.perf_counter()
+            compiled = self.train_step.lower(state, *batch, self.scalar(0.0)).compile()
+            self.log.say(f"compiled the train step in {time.perf_counter() - begin:.1f} s")
+            return compiled
+
+    def scalar(self, value: float) -> np.ndarray:
+        return np.asarray(value, self.definition.execution.param_dtype)
+
+    def put(self, step: int) -> tuple[jax.Array, jax.Array]:
+        return put_batch(self.batches[step], self.config.accumulation, self.mesh)
+
+    def log_step(self, waiting) -> None:
+        """Fetch and log the metrics of an earlier step."""
+        if waiting is not None:
+            step, rate, metrics = waiting
+            self.log.train(step, loss=float(metrics.loss), learning_rate=rate, grad_norm=float(metrics.grad_norm))
+
+    def evaluate(self, state: TrainState, step: int) -> None:
+        if not len(self.tokens.val):
+            return
+        with self.log.untimed():
+            losses, count = [], 0
+            for batch in evaluation_batches(
+                self.tokens.val,
+                block_size=self.config.model.block_size,
+                batch_size=self.config.microbatch_size,
+                sequences=self.config.eval_sequences,
+            ):
+                losses.append(self.eval_step(state.params, *batch))
+                count += int((batch.targets != IGNORED).sum())
+            self.log.evaluation(step, math.fsum(map(float, losses)) / count)
+
+    def save(self, state: TrainState, step: int) -> None:
+        with self.log.untimed():
+            self.writer.save(step, state, metadata_of(self.config, step, "jax", self.tokens.digest))
+            self.log.draw_curves()
+
+    def write_sample(self, state: TrainState, step: int) -> None:
+        with self.log.untimed():
+            tokenizer = get_tokenizer(self.config.data.tokenizer)
+            numbers = uniforms(self.config.seed, step, self.config.sample_tokens)[None]
+            tokens = self.generator(state.params, [[tokenizer.end_of_text]], numbers, Sampling())
+            self.folder.write_sample(step, tokenizer.decode([row[0] for row in tokens]))

@@ -1,0 +1,43 @@
+"""Between the canonical form and this package's parameters: same names, and two shapes that differ.
+
+| canonical | here | why |
+|---|---|---|
+| `wte.weight` (V, D) | (V padded to a multiple of 128, D), padding zero | matrix units; a tensor axis divides it |
+| `c_attn.weight` (D, 3 D), `.bias` (3 D) | (D, 3, D), (3, D) | a tensor axis then splits heads, not the row of q, k, v |
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from gpt2_core.config import ModelConfig
+from gpt2_core.weights import Weights
+from gpt2_jax.model import padded_vocab_size
+
+
+def from_canonical(weights: Weights, dtype: str) -> dict[str, np.ndarray]:
+    """Parameters as numpy arrays of `dtype`."""
+    params = {}
+    for name, array in weights.arrays.items():
+        if name == "wte.weight":
+            array = np.pad(array, ((0, padded_vocab_size(len(array)) - len(array)), (0, 0)))
+        elif ".c_attn." in name:
+            array = array.reshape(*array.shape[:-1], 3, -1)
+        params[name] = array.astype(dtype)
+    return params
+
+
+def to_canonical(
+    params: Mapping[str, jax.Array | np.ndarray], config: ModelConfig, source: str, tokenizer: str | None
+) -> Weights:
+    """Canonical weights from parameters, which may lie sharded on devices."""
+    arrays = {}
+    for name in config.parameter_shapes:
+        array = np.asarray(params[name])
+        if name == "wte.weight":
+            array = array[: config.vocab_size]
+        elif ".c_attn." in name:
+            array = array.reshape(*array.shape[:-2], -1)
+        arrays[name] = array
+    return Weights(config, arrays, source, tokenizer)

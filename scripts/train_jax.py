@@ -1,0 +1,27 @@
+"""Train GPT-2 with JAX on a mesh of devices: python scripts/train_jax.py --help"""
+
+from gpt2_core.cli import parse_train_config, run
+
+
+def main(arguments: list[str]) -> None:
+    config = parse_train_config(
+        arguments,
+        command="train_jax.py",
+        framework="JAX",
+        elsewhere={
+            "device": "it chooses train_torch.py's device; here: --mesh, and JAX_PLATFORMS=cpu for the CPU",
+            "compile": "train_jax.py always compiles; it belongs to train_torch.py",
+        },
+    )
+    from gpt2_jax.runtime import configure
+
+    configure(config.precision, config.mesh)
+
+    from gpt2_jax.train import train
+    from parity.formats import read_initial_weights
+
+    train(config, read_initial_weights(config))
+
+
+if __name__ == "__main__":
+    run(main)
