@@ -220,7 +220,7 @@ class TrainConfig:
     configuration, whose run goes on in run_dir."""
     init_from: str | None = None
     """Start from these weights (a run folder, a checkpoint or a .safetensors file of either framework) in place of
-    random ones."""
+    random ones; a resumed run goes on from its checkpoint instead."""
     log_interval: int = 10
     """Steps between two logged steps."""
     eval_interval: int = 250
@@ -247,10 +247,6 @@ class TrainConfig:
             self.batch_size % self.accumulation == 0,
             f"--accumulation {self.accumulation}: batch_size {self.batch_size} is not divisible by it; "
             f"use {_choices(divisors(self.batch_size))}",
-        )
-        _refuse_unless(
-            self.resume is None or self.init_from is None,
-            "--resume and --init_from: a resumed run already has its weights; give one of the two",
         )
         if self.mesh is not None:
             check_mesh(parse_mesh(self.mesh), self)

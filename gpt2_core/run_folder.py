@@ -10,6 +10,7 @@ from typing import Any
 from gpt2_core.config import NEWEST, TrainConfig, differences, from_yaml, to_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
+from gpt2_core.weights import Weights
 
 # What may differ between a run and its continuation: where and how it computes, what it shows and keeps, how long it
 # is. Everything else decides the numbers.
@@ -188,6 +189,17 @@ def metadata_of(config: TrainConfig, step: int, framework: str, data_digest: str
         "data_digest": data_digest,
         "tokenizer": config.data.tokenizer,
         "model": dataclasses.asdict(config.model),
+    }
+
+
+def metadata_of_weights(weights: Weights, framework: str) -> dict[str, Any]:
+    """The same for a checkpoint that holds weights and no training state."""
+    return {
+        "framework": framework,
+        "step": 0,
+        "data_digest": None,
+        "tokenizer": weights.tokenizer,
+        "model": dataclasses.asdict(weights.config),
     }
 
 

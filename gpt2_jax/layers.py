@@ -8,6 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gpt2_jax.sharding import constrain
+
+
+def gather(parameter: nnx.Param) -> jax.Array:
+    """A parameter made whole along the axis that fsdp splits, for as long as a layer needs it (Rajbhandari et al. 2020,
+    "ZeRO", stage 3); what `tensor` splits stays split. Said outright, because the partitioner left to itself also
+    tries to split activations along the embedding."""
+    axes = parameter.get_metadata()["logical_axes"]
+    return constrain(parameter[...], *(None if axis == "embed" else axis for axis in axes))
+
 
 class Linear(nnx.Module):
     """x W + b. `shape` is (in, out) or, for several projections side by side, (in, n, out)."""
@@ -21,7 +31,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # Leading axes are flattened: XLA's CPU matrix products are three times slower on three axes than on two.
-        weight, bias = self.weight[...].astype(x.dtype), self.bias[...].astype(x.dtype)
+        weight, bias = gather(self.weight).astype(x.dtype), gather(self.bias).astype(x.dtype)
         flat = x.reshape(-1, x.shape[-1])
         out = jax.lax.dot_general(flat, weight, (((1,), (0,)), ((), ()))) + bias
         return out.reshape(*x.shape[:-1], *out.shape[1:])
@@ -42,7 +52,7 @@ class LayerNorm(nnx.Module):
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        out = centred * jax.lax.rsqrt(variance + self.epsilon) * self.weight[...] + self.bias[...]
+        out = centred * jax.lax.rsqrt(variance + self.epsilon) * gather(self.weight) + gather(self.bias)
         return out.astype(self.dtype)
 
 
@@ -55,4 +65,4 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(table.astype(param_dtype), logical_axes=axes)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.weight[...], ids, axis=0)
+        return jnp.take(gather(self.weight), ids, axis=0)

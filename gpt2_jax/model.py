@@ -16,7 +16,7 @@ from flax import nnx
 from gpt2_core.config import ModelConfig
 from gpt2_jax.attention import Kernel, cached_attention, causal_attention
 from gpt2_jax.dropout import dropout, site
-from gpt2_jax.layers import Embedding, LayerNorm, Linear
+from gpt2_jax.layers import Embedding, LayerNorm, Linear, gather
 from gpt2_jax.loss import summed_cross_entropy
 from gpt2_jax.sharding import Axes, constrain
 
@@ -141,7 +141,7 @@ class GPT2(nnx.Module):
     def loss(self, tokens_BT: jax.Array, targets_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """Summed cross-entropy of the targets that aren't IGNORED, in float32 at least."""
         x_MD = self.hidden(tokens_BT, dropout_key=dropout_key).reshape(-1, self.config.n_embd)
-        return summed_cross_entropy(x_MD, self.wte.weight[...], targets_BT.reshape(-1), self.config.vocab_size)
+        return summed_cross_entropy(x_MD, gather(self.wte.weight), targets_BT.reshape(-1), self.config.vocab_size)
 
     def hidden(self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """What the head sees: (B, T, D) after the last layer norm."""
@@ -158,7 +158,7 @@ class GPT2(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head, which shares the token embedding's weight."""
         accumulate = jnp.promote_types(x_BTD.dtype, jnp.float32)
-        wte_VD = self.wte.weight[: self.config.vocab_size].astype(x_BTD.dtype)
+        wte_VD = gather(self.wte.weight)[: self.config.vocab_size].astype(x_BTD.dtype)
         return jnp.einsum("btd,vd->btv", x_BTD, wte_VD, preferred_element_type=accumulate)
 
     def decode(

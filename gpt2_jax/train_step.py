@@ -102,14 +102,7 @@ def make_train_step(definition: Definition, config: TrainConfig, mesh: Mesh) -> 
 
     def step(state: TrainState, inputs_ABT: jax.Array, targets_ABT: jax.Array, learning_rate: jax.Array):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step) if config.model.dropout > 0 else None
-        count = jnp.sum(targets_ABT != IGNORED)
-
-        def part_loss(params: Params, part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-            number, inputs_BT, targets_BT = part
-            part_key = None if key is None else jax.random.fold_in(key, number)
-            return definition.merge(params).loss(inputs_BT, targets_BT, dropout_key=part_key) / count
-
-        loss, grads = _accumulate(jax.value_and_grad(part_loss), state.params, inputs_ABT, targets_ABT)
+        loss, grads = loss_and_grads(definition, state.params, inputs_ABT, targets_ABT, dropout_key=key)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         grads, grad_norm = clip_by_global_norm(grads, config.optimizer.clip_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -126,21 +119,33 @@ def make_train_step(definition: Definition, config: TrainConfig, mesh: Mesh) -> 
     )
 
 
-def _accumulate(loss_and_grad, params: Params, inputs_ABT: jax.Array, targets_ABT: jax.Array):
-    """Loss and gradients summed over the A parts."""
+def loss_and_grads(
+    definition: Definition,
+    params: Params,
+    inputs_ABT: jax.Array,
+    targets_ABT: jax.Array,
+    *,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, Params]:
+    """Mean loss over all targets that count, and its gradient, computed one of the A parts at a time."""
+    count = jnp.sum(targets_ABT != IGNORED)
+
+    def part_loss(params: Params, part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        number, inputs_BT, targets_BT = part
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
+        return definition.merge(params).loss(inputs_BT, targets_BT, dropout_key=key) / count
+
+    of_part = jax.value_and_grad(part_loss)
     parts = (jnp.arange(inputs_ABT.shape[0]), inputs_ABT, targets_ABT)
+    first = jax.tree.map(lambda x: x[0], parts)
     if inputs_ABT.shape[0] == 1:
-        return loss_and_grad(params, jax.tree.map(lambda x: x[0], parts))
+        return of_part(params, first)
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, loss_and_grad(params, part)), None
+        return jax.tree.map(jnp.add, total, of_part(params, part)), None
 
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(loss_and_grad, params, _first(parts)))
-    return jax.lax.scan(add, zero, parts)[0]
-
-
-def _first(parts):
-    return jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, params, first))
+    return jax.lax.scan(add, zeros, parts)[0]
 
 
 def make_eval_step(definition: Definition, mesh: Mesh) -> Callable[..., jax.Array]:

@@ -12,18 +12,27 @@ from torch import Tensor
 
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import metadata_path, read_metadata
+from gpt2_core.run_folder import metadata_of_weights, metadata_path, read_metadata
 from gpt2_core.weights import Weights
-from gpt2_torch.weights import to_canonical
+from gpt2_torch.weights import to_canonical, to_state_dict
 
 
-def save(checkpoint: Path, state: dict[str, Tensor], optimizer: torch.optim.Optimizer, metadata: dict[str, Any]) -> None:
-    """Write the folder `checkpoint`, whole or not at all; replaces one of the same step."""
+def save(
+    checkpoint: Path,
+    state: dict[str, Tensor],
+    metadata: dict[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Write the folder `checkpoint`, whole or not at all; replaces one of the same step.
+
+    Without an optimizer the checkpoint holds weights to start from, and can't be resumed.
+    """
     temporary = checkpoint.with_name(f".{checkpoint.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     metadata_path(temporary).parent.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / "model.safetensors")
-    torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+    if optimizer is not None:
+        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
     metadata_path(temporary).write_text(json.dumps(metadata))
     shutil.rmtree(checkpoint, ignore_errors=True)
     temporary.rename(checkpoint)
@@ -38,6 +47,12 @@ def restore(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Opt
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint}: can't be restored ({error})") from error
     return read_metadata(checkpoint)["step"]
+
+
+def write_weights(weights: Weights, checkpoint: Path) -> Path:
+    """A checkpoint of `weights` alone; returns its folder."""
+    save(checkpoint, to_state_dict(weights), metadata_of_weights(weights, "torch"))
+    return checkpoint
 
 
 def read_weights(checkpoint: Path) -> Weights:

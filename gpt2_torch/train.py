@@ -42,6 +42,37 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     )
 
 
+def accumulate_gradients(
+    model: nn.Module,
+    inputs_BT: Tensor,
+    targets_BT: Tensor,
+    *,
+    accumulation: int = 1,
+    autocast: contextlib.AbstractContextManager | None = None,
+) -> Tensor:
+    """Add the gradients of the mean loss over the targets that count, and return that loss.
+
+    The batch is computed in `accumulation` parts; the mean is over all of them together, and over all processes.
+    """
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    count = (targets_BT != IGNORED).sum()
+    if processes > 1:
+        dist.all_reduce(count)
+    total = torch.zeros((), device=inputs_BT.device, dtype=torch.float64 if _is_float64(model) else torch.float32)
+    parts = list(zip(inputs_BT.chunk(accumulation), targets_BT.chunk(accumulation), strict=True))
+    for number, (inputs, targets) in enumerate(parts, start=1):
+        # DDP exchanges gradients after the last part only, and divides their sum by the number of processes.
+        waits = processes > 1 and number < len(parts)
+        with model.no_sync() if waits else contextlib.nullcontext():
+            with autocast or contextlib.nullcontext():
+                loss = model(inputs, targets) / count
+            (loss * processes).backward()
+        total += loss.detach()
+    if processes > 1:
+        dist.all_reduce(total)
+    return total
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -53,32 +84,14 @@ def train_step(
     accumulation: int = 1,
     autocast: contextlib.AbstractContextManager | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One update. Returns the mean loss over the targets that count and the gradient norm before clipping.
-
-    The batch is computed in `accumulation` parts; the mean is over all of them together, and over all processes.
-    """
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    count = (targets_BT != IGNORED).sum()
-    if processes > 1:
-        dist.all_reduce(count)
+    """One update. Returns the mean loss and the gradient norm before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    total_loss = torch.zeros((), device=inputs_BT.device, dtype=torch.float64 if _is_float64(model) else torch.float32)
-    parts = list(zip(inputs_BT.chunk(accumulation), targets_BT.chunk(accumulation), strict=True))
-    for number, (inputs, targets) in enumerate(parts, start=1):
-        # DDP sums the gradients over processes after the last part only, and divides by their number.
-        waits = processes > 1 and number < len(parts)
-        with model.no_sync() if waits else contextlib.nullcontext():
-            with autocast or contextlib.nullcontext():
-                loss = model(inputs, targets) / count
-            (loss * processes).backward()
-        total_loss += loss.detach()
-    if processes > 1:
-        dist.all_reduce(total_loss)
+    loss = accumulate_gradients(model, inputs_BT, targets_BT, accumulation=accumulation, autocast=autocast)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm if clip_norm > 0 else float("inf"))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total_loss, grad_norm
+    return loss, grad_norm
 
 
 @torch.no_grad()
@@ -149,7 +162,7 @@ def train(config: TrainConfig, initial: Weights | None = None) -> RunFolder:
         if rank == 0:
             with log.untimed():
                 metadata = metadata_of(config, step, "torch", tokens.digest)
-                checkpoints.save(folder.checkpoints / str(step), model.state_dict(), optimizer, metadata)
+                checkpoints.save(folder.checkpoints / str(step), model.state_dict(), metadata, optimizer)
                 folder.remove_obsolete(config.keep_checkpoints)
 
     def write_text(step: int) -> None:
@@ -216,13 +229,18 @@ def pick_device(choice: str) -> torch.device:
     return torch.device(choice)
 
 
-def resolve(config: TrainConfig, device: torch.device, processes: int) -> TrainConfig:
-    """Fill in what `auto` and left-out options mean on this device; raises UserError for what it can't do."""
-    precision = config.precision
-    if precision == "auto":
-        precision = "float32" if device.type == "cpu" else "bfloat16"
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """What `auto` means on this device; raises UserError for a dtype that it doesn't have."""
     if precision == "float64" and device.type == "mps":
         raise UserError("--precision float64: mps has no float64; use --device cpu")
+    if precision == "auto":
+        return "float32" if device.type == "cpu" else "bfloat16"
+    return precision
+
+
+def resolve(config: TrainConfig, device: torch.device, processes: int) -> TrainConfig:
+    """Fill in what `auto` and left-out options mean on this device; raises UserError for what it can't do."""
+    precision = resolve_precision(config.precision, device)
     if config.microbatch_size % processes:
         raise UserError(
             f"--batch_size {config.batch_size}: not divisible by accumulation {config.accumulation} x "

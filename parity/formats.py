@@ -1,12 +1,13 @@
 """Weights from whatever holds them: a run folder or checkpoint of either trainer, or a canonical .safetensors file."""
 
 import dataclasses
+import tempfile
 from pathlib import Path
 
 from gpt2_core.config import TrainConfig, differences
 from gpt2_core.errors import UserError
 from gpt2_core.run_folder import RunFolder, metadata_path, read_metadata
-from gpt2_core.weights import Weights, read_safetensors
+from gpt2_core.weights import Weights, read_safetensors, write_safetensors
 
 
 def read_weights(path: str | Path, checkpoint: str = "latest") -> Weights:
@@ -43,3 +44,25 @@ def read_initial_weights(config: TrainConfig) -> Weights | None:
             f"add --model.{name} {their}"
         )
     return weights
+
+
+def write_weights(weights: Weights, path: Path, to: str, *, force: bool = False) -> None:
+    """Write `weights` to `path` in a format: jax or torch (a checkpoint folder), or safetensors (one file).
+
+    With `force`, what is there is replaced once the new is whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if to == "safetensors":
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; name a file")
+        write_safetensors(weights, path)
+        return
+    if to == "jax":
+        from gpt2_jax.checkpoints import write_weights as write
+    else:
+        from gpt2_torch.checkpoints import write_weights as write
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        new = write(weights, Path(temporary) / "new")
+        if force and path.exists():
+            path.rename(Path(temporary) / "old")
+        new.rename(path)

@@ -1,0 +1,106 @@
+"""Generate text from a trained model: python scripts/generate.py --weights RUN --prompt TEXT"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from gpt2_core.cli import Parser, run
+from gpt2_core.errors import UserError
+from gpt2_core.sampling import Sampling, uniforms
+from gpt2_core.tokenizer import get_tokenizer, stream_text
+from gpt2_core.weights import Weights
+from parity.formats import read_weights
+
+
+def main(arguments: list[str]) -> None:
+    options = _parser().parse(arguments)
+    if options.max_new_tokens < 1 or options.num_samples < 1:
+        raise UserError("--max_new_tokens and --num_samples: must be 1 or more")
+    fields = {f.name for f in dataclasses.fields(Sampling)}
+    sampling = Sampling(**{name: options[name] for name in fields})
+
+    if options.backend == "jax":
+        if options.device is not None:
+            raise UserError("--device: chooses PyTorch's device; with --backend jax set JAX_PLATFORMS=cpu for the CPU")
+        from gpt2_jax.runtime import configure
+
+        configure(options.precision)
+    weights = read_weights(options.weights, options.checkpoint)
+    tokenizer = get_tokenizer(weights.tokenizer or "gpt2")
+    if tokenizer.vocab_size > weights.config.vocab_size:
+        raise UserError(f"{weights.source}: {weights.config.vocab_size} ids are too few for the tokenizer {tokenizer.name}")
+    prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
+
+    backend = _jax if options.backend == "jax" else _torch
+    for number in range(options.num_samples):
+        if options.num_samples > 1:
+            print(f"--- sample {number + 1} of {options.num_samples}", flush=True)
+        sys.stdout.write(options.prompt)
+        drawn = uniforms(options.seed, number, options.max_new_tokens)
+        for text in stream_text(tokenizer, backend(weights, prompt, drawn, sampling, options)):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        print(flush=True)
+
+
+def _jax(weights: Weights, prompt: list[int], drawn: np.ndarray, sampling: Sampling, options) -> Iterator[int]:
+    import jax
+
+    from gpt2_jax.generate import Generator
+    from gpt2_jax.model import Execution, define
+    from gpt2_jax.runtime import resolve_precision
+    from gpt2_jax.weights import from_canonical
+
+    execution = Execution(resolve_precision(options.precision))
+    generator = Generator(define(weights.config, execution))
+    params = jax.device_put(from_canonical(weights, execution.param_dtype))
+    return (row[0] for row in generator(params, [prompt], drawn[None], sampling))
+
+
+def _torch(weights: Weights, prompt: list[int], drawn: np.ndarray, sampling: Sampling, options) -> Iterator[int]:
+    import torch
+
+    from gpt2_torch.generate import generate
+    from gpt2_torch.train import pick_device, resolve_precision
+    from gpt2_torch.weights import build
+
+    device = pick_device(options.device or "auto")
+    precision = resolve_precision(options.precision, device)
+    model = build(weights.astype(np.float64 if precision == "float64" else np.float32)).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        yield from (row[0] for row in generate(model, [prompt], drawn[None], sampling))
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="generate.py", description="Generate text, streamed as it comes, from a GPT-2 of either framework.")
+    parser.add_argument(
+        "--weights", type=str, required=True, help="Run folder, checkpoint folder or .safetensors file."
+    )
+    parser.add_argument("--prompt", type=str, default="", help="Text to go on from. Left out: the start of a document.")
+    parser.add_argument("--backend", type=Literal["jax", "torch"], default="jax", help="Framework that computes.")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="Tokens to generate a sample.")
+    parser.add_class_arguments(Sampling, None)
+    parser.add_argument("--num_samples", type=int, default=1, help="Samples to generate, one after the other.")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed of the samples; the same for both backends, which then draw the same text."
+    )
+    parser.add_argument(
+        "--checkpoint", type=str, default="latest", help="Which checkpoint of a run folder: latest, best or a step."
+    )
+    parser.add_argument(
+        "--precision",
+        type=Literal["auto", "float32", "bfloat16", "float64"],
+        default="auto",
+        help="Dtype of the matrix products; auto is bfloat16 on an accelerator and float32 on CPU.",
+    )
+    parser.add_argument(
+        "--device", type=Literal["auto", "cpu", "cuda", "mps"], help="PyTorch's device. Left out: auto."
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
