@@ -113,19 +113,7 @@ def parse_train_config(
     `elsewhere` names the options that only the other trainer has, with what to use here: a recipe may set them
     (both trainers read the same recipes), a command line may not.
     """
-    parser = Parser(
-        prog=command,
-        description=f"Train GPT-2 with {framework}. Settings come from GPT-2's defaults, then the recipe (--config), "
-        "then --preset, then the other options, wherever each stands on the line.",
-    )
-    parser.add_argument("--config", action="config", help=f"Recipe (YAML). Left out: {DEFAULT_RECIPE.name}.")
-    parser.add_argument(
-        "--preset",
-        choices=list(PRESETS),
-        help="Sizes of a published model: sets model.n_layer, model.n_head and model.n_embd.",
-    )
-    parser.add_class_arguments(TrainConfig, None)
-
+    parser = train_parser(command, framework)
     arguments, recipe, preset = _split_arguments(arguments)
     for option in (a.split("=")[0] for a in arguments):
         if option.removeprefix("--") in elsewhere:
@@ -146,6 +134,23 @@ def parse_train_config(
         print(to_yaml(config), end="")
         sys.exit(0)
     return config
+
+
+def train_parser(command: str, framework: str) -> Parser:
+    """The parser of a trainer's options, all of TrainConfig's fields."""
+    parser = Parser(
+        prog=command,
+        description=f"Train GPT-2 with {framework}. Settings come from GPT-2's defaults, then the recipe (--config), "
+        "then --preset, then the other options, wherever each stands on the line.",
+    )
+    parser.add_argument("--config", action="config", help=f"Recipe (YAML). Left out: {DEFAULT_RECIPE.name}.")
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help="Sizes of a published model: sets model.n_layer, model.n_head and model.n_embd.",
+    )
+    parser.add_class_arguments(TrainConfig, None)
+    return parser
 
 
 def _split_arguments(arguments: list[str]) -> tuple[list[str], Path | None, str | None]:

@@ -26,13 +26,9 @@ class Sampling:
     """How the next token is chosen; raises UserError for settings that leave nothing to choose from."""
 
     temperature: float = 1.0
-    """Divides the logits: below 1 more predictable, above 1 more random."""
     top_k: int | None = None
-    """Keep the k most likely tokens; left out: all."""
     top_p: float | None = None
-    """Keep the most likely tokens that together reach this probability, 0 to 1; left out: all."""
     greedy: bool = False
-    """Always take the most likely token."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

@@ -109,7 +109,7 @@ def _split(corpus: Corpus, fraction: float, seed: int) -> Iterator[tuple[str, st
     its end being validation."""
     if len(corpus.files) == 1:
         (text,) = corpus.documents()
-        cut = round(len(text) * (1.0 - fraction))
+        cut = int(len(text) * (1.0 - fraction))
         yield from ((split, part) for split, part in (("train", text[:cut]), ("val", text[cut:])) if part)
         return
     generator = np.random.default_rng(seed)

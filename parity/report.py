@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -47,7 +48,7 @@ def write(path: Path, results: list[Result], source: str) -> bool:
             {
                 "check": r.check,
                 "case": r.case,
-                "measured": r.measured,
+                "measured": r.measured if math.isfinite(r.measured) else None,
                 "limit": r.limit,
                 "passed": r.passed,
                 "where": r.where,
@@ -75,7 +76,7 @@ def table(results: list[Result]) -> Table:
 
 
 def _figure(x: float) -> str:
-    return f"{x:.0f}" if float(x).is_integer() else f"{x:.1e}"
+    return f"{x:.0f}" if x.is_integer() else f"{x:.1e}"
 
 
 def _svg_without_web_fonts() -> str:

@@ -1,6 +1,5 @@
 """Generate text from a trained model: python scripts/generate.py --weights RUN --prompt TEXT"""
 
-import dataclasses
 import sys
 from collections.abc import Iterator
 from typing import Literal
@@ -19,8 +18,7 @@ def main(arguments: list[str]) -> None:
     options = _parser().parse(arguments)
     if options.max_new_tokens < 1 or options.num_samples < 1:
         raise UserError("--max_new_tokens and --num_samples: must be 1 or more")
-    fields = {f.name for f in dataclasses.fields(Sampling)}
-    sampling = Sampling(**{name: options[name] for name in fields})
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.greedy)
 
     if options.backend == "jax":
         if options.device is not None:
@@ -82,7 +80,14 @@ def _parser() -> Parser:
     parser.add_argument("--prompt", type=str, default="", help="Text to go on from. Left out: the start of a document.")
     parser.add_argument("--backend", type=Literal["jax", "torch"], default="jax", help="Framework that computes.")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="Tokens to generate a sample.")
-    parser.add_class_arguments(Sampling, None)
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="Divides the logits: below 1 more predictable, above more random."
+    )
+    parser.add_argument("--top_k", type=int, help="Keep the k most likely tokens. Left out: all.")
+    parser.add_argument(
+        "--top_p", type=float, help="Keep the most likely tokens that together reach this probability. Left out: all."
+    )
+    parser.add_argument("--greedy", action="store_true", help="Always take the most likely token.")
     parser.add_argument("--num_samples", type=int, default=1, help="Samples to generate, one after the other.")
     parser.add_argument(
         "--seed", type=int, default=0, help="Seed of the samples; the same for both backends, which then draw the same text."

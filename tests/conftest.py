@@ -1,0 +1,55 @@
+"""Shared by all tests: eight virtual CPU devices, a small text, a small configuration."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+# Read by JAX when it is first used; set here without importing it, so that the reference's tests run without JAX.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+from gpt2_core.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+ROOT = Path(__file__).parent.parent
+MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=257)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """About 15 kB of English, the same on every machine."""
+    path = tmp_path_factory.mktemp("text") / "license.txt"
+    path.write_text((ROOT / "LICENSE").read_text() * 14, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make_config(tmp_path, text_file):
+    """A tiny run on the text file; keyword arguments override, `model=` and `optimizer=` too."""
+
+    def make(name: str = "run", **overrides) -> TrainConfig:
+        settings = {
+            "model": MODEL,
+            "data": DataConfig("text", str(text_file), "bytes", cache_dir=str(tmp_path / "tokens")),
+            "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+            "steps": 6,
+            "batch_size": 8,
+            "precision": "float32",
+            "run_dir": str(tmp_path / name),
+            "log_interval": 1,
+            "eval_interval": 100,
+            "eval_sequences": 16,
+            "checkpoint_interval": 3,
+        }
+        return TrainConfig(**settings | overrides)
+
+    return make
+
+
+@pytest.fixture
+def copy_run(tmp_path):
+    def copy(source: Path, name: str) -> Path:
+        return Path(shutil.copytree(source, tmp_path / name))
+
+    return copy

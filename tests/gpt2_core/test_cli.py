@@ -1,0 +1,110 @@
+import dataclasses
+import itertools
+import subprocess
+import sys
+
+import pytest
+
+from gpt2_core.cli import parse_train_config, train_parser
+from gpt2_core.config import PRESETS, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.errors import UserError
+
+
+def parse(*arguments: str) -> TrainConfig:
+    return parse_train_config(
+        list(arguments), command="train_jax.py", framework="JAX", elsewhere={"device": "use --mesh"}
+    )
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text("mesh: 8\nbatch_size: 16\nmodel:\n  n_layer: 3\n  n_embd: 24\n  block_size: 32\n")
+    return str(path)
+
+
+def test_defaults_yield_to_recipe_to_preset_to_options_wherever_each_stands(recipe):
+    pieces = [("--config", recipe), ("--preset", "gpt2-medium"), ("--model.n_embd", "32"), ("--steps=7",)]
+    seen = {parse(*itertools.chain(*order)) for order in itertools.permutations(pieces)}
+    assert len(seen) == 1
+    config = seen.pop()
+    assert config.model == ModelConfig(n_layer=24, n_head=16, n_embd=32, block_size=32)
+    assert (config.mesh, config.steps, config.optimizer) == (8, 7, OptimizerConfig())
+
+
+def test_a_preset_sets_three_sizes_and_nothing_else(recipe):
+    plain, large = parse("--config", recipe), parse("--config", recipe, "--preset", "gpt2-large")
+    assert dataclasses.replace(plain.model, **PRESETS["gpt2-large"]) == large.model
+    assert dataclasses.replace(plain, model=large.model) == large
+
+
+def test_resume_may_stand_alone(recipe):
+    assert parse("--resume", "--steps", "3").resume == "newest"
+    assert parse("--steps", "3", "--resume").resume == "newest"
+    assert parse("--resume", "runs/x/checkpoints/5").resume == "runs/x/checkpoints/5"
+
+
+def test_a_printed_configuration_is_a_recipe(recipe, tmp_path, capsys):
+    arguments = ("--config", recipe, "--optimizer.learning_rate", "3e-4", "--run_dir", "runs/x")
+    with pytest.raises(SystemExit) as end:
+        parse(*arguments, "--print_config")
+    assert end.value.code == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert parse("--config", str(printed)) == parse(*arguments)
+
+
+def test_every_setting_has_a_help_text():
+    helps = {name: action.help for action in train_parser("x", "JAX")._actions for name in action.option_strings}
+    groups = {"": TrainConfig, "model.": ModelConfig, "data.": DataConfig, "optimizer.": OptimizerConfig}
+    for group, kind in groups.items():
+        for field in dataclasses.fields(kind):
+            if not dataclasses.is_dataclass(field.type):
+                assert len(helps[f"--{group}{field.name}"]) > 12, field.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model.n_lay", "3"), "--model.n_lay: no such option; did you mean --model.n_layer"),
+        (("--n_layer", "3"), "did you mean --model.n_layer"),
+        (("--steps", "three"), "--steps three: expected a whole number"),
+        (("--compile", "maybe"), "--compile maybe: expected true or false"),
+        (("--precision", "half"), "--precision half: expected one of auto, float32, bfloat16, float64"),
+        (("--preset", "gpt3"), "--preset gpt3: no such preset; use gpt2"),
+        (("--config", "nowhere.yaml"), "--config nowhere.yaml: no such file"),
+        (("--config",), "--config: expected a value"),
+        (("--device", "cpu"), "--device: not an option of train_jax.py; use --mesh"),
+        (("--seed", "1", "--preset", "gpt2", "--preset", "gpt2-xl"), "give it once"),
+    ],
+)
+def test_a_wrong_option_is_named_with_what_was_expected(arguments, words):
+    with pytest.raises(UserError) as error:
+        parse(*arguments)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("n_layer: 3\n", "no setting is called n_layer"),
+        ("model:\n  n_layers: 3\n", "no setting is called model.n_layers; did you mean n_layer?"),
+        ("preset: gpt2\n", "no setting is called preset"),
+        ("model: 3\n", "model is a group of settings"),
+        ("- 1\n", "expected settings"),
+        ("a: [\n", "not YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_name(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="bad.yaml") as error:
+        parse("--config", str(path))
+    assert words in str(error.value)
+
+
+def test_a_users_error_is_one_sentence_and_exit_code_2():
+    code = "from gpt2_core.cli import run\nfrom gpt2_core.errors import {0}\ndef main(_): raise {0}('a sentence')\nrun(main)"
+    for kind, exit_code in (("UserError", 2), ("RunError", 1)):
+        done = subprocess.run([sys.executable, "-c", code.format(kind)], capture_output=True, text=True)
+        assert (done.returncode, done.stderr, done.stdout) == (exit_code, "error: a sentence\n", "")

@@ -1,0 +1,78 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from gpt2_core.config import (
+    PRESETS,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    check_mesh,
+    differences,
+    from_dict,
+    parse_mesh,
+    to_yaml,
+)
+from gpt2_core.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+)
+def test_presets_have_the_published_parameter_counts(preset, count):
+    assert ModelConfig(**PRESETS[preset]).parameter_count == count
+
+
+def test_padding_the_vocabulary_to_50304_adds_47_rows():
+    assert ModelConfig(vocab_size=50304).parameter_count == 124_475_904
+
+
+def test_training_flops_are_six_a_parameter_and_the_attention_square():
+    # PaLM's formula worked by hand for gpt2: 6 (124,439,808 - 1024 x 768) + 12 x 12 x 1024 x 768.
+    assert ModelConfig().training_flops_per_token == 855_166_464 - 6 * 1024 * 768 - 108_527_616 + 113_246_208
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ModelConfig(n_embd=100, n_head=3), "--model.n_embd 100: not divisible by n_head 3"),
+        (lambda: ModelConfig(n_layer=0), "--model.n_layer 0"),
+        (lambda: ModelConfig(dropout=1.0), "--model.dropout 1.0"),
+        (lambda: DataConfig(validation_fraction=1.0), "--data.validation_fraction 1.0"),
+        (lambda: OptimizerConfig(learning_rate=float("nan")), "--optimizer.learning_rate nan"),
+        (lambda: OptimizerConfig(beta2=1.0), "--optimizer.beta2 1.0"),
+        (lambda: TrainConfig(batch_size=6, accumulation=4), "--accumulation 4: batch_size 6 .* use 1, 2, 3 or 6"),
+        (lambda: TrainConfig(batch_size=8, mesh="data=3"), "--mesh data=3: batch_size 8 .* use 1, 2, 4 or 8"),
+        (lambda: TrainConfig(batch_size=8, accumulation=4, mesh=8), "batch_size 8 / accumulation 4 = 2"),
+        (lambda: TrainConfig(mesh="data=2,data=4"), "named twice"),
+        (lambda: TrainConfig(mesh="rows=2"), "--mesh rows=2: expected a number of devices"),
+        (lambda: TrainConfig(mesh="data=0"), "--mesh data=0"),
+    ],
+)
+def test_impossible_settings_are_refused_with_what_was_typed(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+def test_a_mesh_number_means_data():
+    assert parse_mesh(8) == parse_mesh("8") == parse_mesh("data=8") == {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+def test_heads_that_the_tensor_axis_does_not_divide_are_refused():
+    xl = TrainConfig(model=ModelConfig(**PRESETS["gpt2-xl"]))
+    with pytest.raises(UserError, match="n_head 25 is not divisible by tensor = 2; use 1, 5 or 25"):
+        check_mesh(parse_mesh("tensor=2"), xl)
+
+
+def test_yaml_gives_the_configuration_back():
+    config = TrainConfig(model=ModelConfig(n_layer=3), optimizer=OptimizerConfig(learning_rate=1e-5), mesh="fsdp=2")
+    assert from_dict(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_differences_are_named_with_dots():
+    a = TrainConfig()
+    b = dataclasses.replace(a, model=ModelConfig(n_layer=3), seed=5)
+    assert list(differences(a, b, frozenset({"seed"}))) == [("model.n_layer", 12, 3)]

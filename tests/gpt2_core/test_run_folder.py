@@ -1,0 +1,111 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from gpt2_core.config import OptimizerConfig
+from gpt2_core.errors import UserError
+from gpt2_core.run_folder import RunFolder, metadata_of, metadata_path, open_run, read_metrics
+
+
+def fake_run(config, steps, rows=()) -> RunFolder:
+    """A run folder with checkpoints that have metadata only."""
+    folder, _ = open_run(config, framework="jax", data_digest="d")
+    for step in steps:
+        path = metadata_path(folder.checkpoints / str(step))
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(metadata_of(config, step, "jax", "d")))
+    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def reopen(config, **changes):
+    framework, digest = changes.pop("framework", "jax"), changes.pop("data_digest", "d")
+    return open_run(dataclasses.replace(config, **changes), framework=framework, data_digest=digest)
+
+
+def row(step, split="train", loss=1.0):
+    return {"step": step, "split": split, "loss": loss}
+
+
+def contents(folder: Path):
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_new_run_writes_its_configuration(make_config):
+    folder, checkpoint = open_run(make_config(), framework="jax", data_digest="d")
+    assert folder.config.is_file() and checkpoint is None
+
+
+def test_resuming_takes_the_newest_whole_checkpoint_and_cuts_the_metrics_there(make_config):
+    rows = [row(0, "val"), *map(row, range(3)), row(3, "val"), row(3), row(4), row(6, "val")]
+    folder = fake_run(make_config(), [1, 3], rows)
+    (folder.checkpoints / "6.orbax-checkpoint-tmp-1").mkdir()  # a save that was killed
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 5, "spl')  # a write that was killed
+    _, checkpoint = reopen(make_config(), resume="newest")
+    assert checkpoint == folder.checkpoints / "3"
+    assert read_metrics(folder.metrics) == [row(0, "val"), *map(row, range(3)), row(3, "val")]
+
+
+def test_resuming_a_run_killed_before_its_first_checkpoint_starts_it_again(make_config):
+    folder = fake_run(make_config(), [], [row(0, "val"), row(0)])
+    _, checkpoint = reopen(make_config(), resume="newest")
+    assert checkpoint is None and read_metrics(folder.metrics) == []
+
+
+def test_a_run_may_go_on_elsewhere_from_a_checkpoint_of_another(make_config, tmp_path):
+    source = fake_run(make_config(), [1, 3], [row(0)])
+    folder, checkpoint = reopen(
+        make_config(), resume=str(source.checkpoints / "1"), run_dir=str(tmp_path / "fork"), mesh="fsdp=4"
+    )
+    assert checkpoint == source.checkpoints / "1" and folder.path == tmp_path / "fork"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "already holds this run; go on with it by --resume"),
+        ({"seed": 5}, r"already holds a run of another configuration \(seed differ"),
+        ({"resume": "newest", "seed": 5}, "was trained with seed 1337, not 5"),
+        ({"resume": "newest", "optimizer": OptimizerConfig()}, "optimizer.learning_rate 0.003, not 0.0006 .and 1 more"),
+        ({"resume": "newest", "framework": "torch"}, "was written by the jax trainer"),
+        ({"resume": "newest", "data_digest": "e"}, "the text has changed"),
+        ({"resume": "newest", "run_dir": "nowhere"}, "holds no run to go on with"),
+        ({"resume": "/nowhere"}, "neither a run folder nor a checkpoint"),
+    ],
+)
+def test_nothing_is_overwritten_and_no_other_run_resumed(make_config, changes, words):
+    folder = fake_run(make_config(), [3], [row(0), row(3)])
+    before = contents(folder.path)
+    with pytest.raises(UserError, match=words):
+        reopen(make_config(), **changes)
+    assert contents(folder.path) == before
+
+
+def test_going_back_in_the_same_folder_is_refused(make_config):
+    folder = fake_run(make_config(), [1, 3])
+    with pytest.raises(UserError, match="has gone on to step 3"):
+        reopen(make_config(), resume=str(folder.checkpoints / "1"))
+
+
+def test_a_folder_of_something_else_is_left_alone(make_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="exists and is not a run"):
+        open_run(make_config(), framework="jax", data_digest="d")
+    assert contents(tmp_path / "run") == {str(tmp_path / "run" / "thesis.tex"): b"precious"}
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(make_config):
+    losses = {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.5, 5: 6.0}
+    folder = fake_run(make_config(), losses, [row(s, "val", loss) for s, loss in losses.items()])
+    assert folder.best_step() == 2
+    folder.remove_obsolete(2)
+    assert folder.steps() == [2, 4, 5]
+    assert folder.checkpoint("latest").name == "5"
+    assert folder.checkpoint("best").name == "2"
+    assert folder.checkpoint("4").name == "4"
+    with pytest.raises(UserError, match="--checkpoint 3: .* has the steps 2, 4, 5"):
+        folder.checkpoint("3")

@@ -1,0 +1,53 @@
+import time
+
+import pytest
+
+from gpt2_core.errors import RunError
+from gpt2_core.run_folder import RunFolder, open_run, read_metrics
+from gpt2_core.runlog import RunLog, peak_flops
+
+
+@pytest.fixture
+def folder(make_config) -> RunFolder:
+    return open_run(make_config(), framework="jax", data_digest="d")[0]
+
+
+def test_rows_keep_full_precision_and_plain_lines_are_printed(make_config, folder, capsys):
+    loss = 0.1 + 0.2
+    with RunLog(folder, make_config(), start_step=0) as log:
+        log.train(0, loss=loss, learning_rate=1e-4, grad_norm=2.0)
+        log.evaluation(1, 1 / 3)
+    train, val = read_metrics(folder.metrics)
+    assert set(train) == {"step", "split", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds"}
+    assert (train["loss"], val) == (loss, {"step": 1, "split": "val", "loss": 1 / 3})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["step", "0"], ["step", "1"]]
+    assert folder.curves.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_throughput_counts_steps_since_the_last_row_and_no_evaluation(make_config, folder):
+    config = make_config()
+    with RunLog(folder, config, start_step=4, peak_flops=1e9) as log:
+        time.sleep(0.2)
+        with log.untimed():
+            time.sleep(0.5)
+        log.train(7, loss=1.0, learning_rate=1e-4, grad_norm=2.0)
+    (row,) = read_metrics(folder.metrics)
+    assert row["step_seconds"] == pytest.approx(0.2 / 4, rel=0.3)
+    assert row["tokens_per_second"] == pytest.approx(config.tokens_per_step / row["step_seconds"], rel=1e-3)
+    flops = row["tokens_per_second"] * config.model.training_flops_per_token
+    assert row["mfu"] == pytest.approx(flops / 1e9, abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(make_config, folder):
+    with pytest.raises(RunError, match="the loss of step 3 is nan: .* lower --optimizer.learning_rate"):
+        with RunLog(folder, make_config(), start_step=0) as log:
+            log.train(3, loss=float("nan"), learning_rate=1e-4, grad_norm=2.0)
+    assert read_metrics(folder.metrics) == []
+
+
+def test_the_peak_is_known_for_the_gpus_we_build_for():
+    assert peak_flops("NVIDIA H200", "bfloat16") == peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
+    assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
+    assert peak_flops("cpu", "bfloat16") is None and peak_flops("NVIDIA H200", "float32") is None

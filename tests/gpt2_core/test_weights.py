@@ -1,0 +1,57 @@
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gpt2_core.config import ModelConfig
+from gpt2_core.errors import UserError
+from gpt2_core.weights import Weights, read_safetensors, write_safetensors
+
+CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=4, vocab_size=11)
+
+
+def make(dtype=np.float32, **changes) -> Weights:
+    generator = np.random.default_rng(0)
+    arrays = {n: generator.standard_normal(s).astype(dtype) for n, s in CONFIG.parameter_shapes.items()}
+    return Weights(CONFIG, arrays | changes, "these weights", "bytes")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float64])
+def test_a_file_gives_back_every_bit(tmp_path, dtype):
+    before = make(dtype)
+    write_safetensors(before, tmp_path / "w.safetensors")
+    after = read_safetensors(tmp_path / "w.safetensors")
+    assert (after.config, after.tokenizer) == (CONFIG, "bytes")
+    for name, array in before.arrays.items():
+        assert after.arrays[name].dtype == dtype and after.arrays[name].tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"h.2.ln_1.bias": np.zeros(8, np.float32)}, "h.2.ln_1.bias is not part of this GPT-2"),
+        ({"ln_f.bias": np.zeros(9, np.float32)}, r"ln_f.bias has the shape \(9,\); this configuration needs \(8,\)"),
+        ({"ln_f.bias": np.zeros(8, np.int32)}, "ln_f.bias is int32"),
+        ({"ln_f.bias": np.full(8, np.nan, np.float32)}, "ln_f.bias has values that are not finite"),
+    ],
+)
+def test_wrong_tensors_are_refused_by_name(changes, words):
+    with pytest.raises(UserError, match=words):
+        make(**changes)
+
+
+def test_a_missing_tensor_is_named():
+    weights = make()
+    with pytest.raises(UserError, match=r"wte.weight is missing; a GPT-2 of this size has 28 tensors"):
+        dataclasses.replace(weights, arrays={n: a for n, a in weights.arrays.items() if n != "wte.weight"})
+
+
+def test_other_files_are_refused(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"x": np.zeros(3)}, tmp_path / "foreign.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"not a file of tensors")
+    for name in ("foreign", "broken"):
+        with pytest.raises(UserError, match=name):
+            read_safetensors(tmp_path / f"{name}.safetensors")

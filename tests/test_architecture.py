@@ -1,0 +1,36 @@
+"""The arrows between the packages, and the reference's independence."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_arrows_run_one_way():
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_references_tests_pass_where_jax_cannot_be_imported():
+    # A module called jax that refuses to load comes first on the path, for child processes too.
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "without_jax")}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/gpt2_torch"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    probe = subprocess.run([sys.executable, "-c", "import jax"], env=env, capture_output=True, text=True)
+    assert "made unimportable" in probe.stderr
+
+
+def test_no_package_is_missing_from_the_distribution():
+    import tomllib
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {
+        str(p.parent.relative_to(ROOT)).replace(os.sep, ".")
+        for top in ("gpt2_core", "gpt2_jax", "gpt2_torch", "parity")
+        for p in (ROOT / top).rglob("__init__.py")
+    }
+    assert set(settings["packages"]) == found
