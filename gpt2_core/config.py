@@ -314,9 +314,10 @@ def check_mesh(sizes: dict[str, int], config: TrainConfig) -> None:
             f"--mesh {given}: n_head {model.n_head} is not divisible by tensor = {sizes['tensor']}; "
             f"use {_choices(divisors(model.n_head))}"
         )
-    if model.n_embd % sizes["fsdp"]:
+    if model.n_embd % (sizes["fsdp"] * sizes["tensor"]):
+        axes = "fsdp" if sizes["tensor"] == 1 else "fsdp x tensor"
         raise UserError(
-            f"--mesh {given}: n_embd {model.n_embd} is not divisible by fsdp = {sizes['fsdp']}; "
+            f"--mesh {given}: n_embd {model.n_embd} is not divisible by {axes} = {sizes['fsdp'] * sizes['tensor']}; "
             f"use {_choices(divisors(model.n_embd))}"
         )
     if 128 % sizes["tensor"]:

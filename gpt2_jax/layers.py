@@ -8,15 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpt2_jax.sharding import constrain
+from gpt2_jax.sharding import gather
 
 
-def gather(parameter: nnx.Param) -> jax.Array:
-    """A parameter made whole along the axis that fsdp splits, for as long as a layer needs it (Rajbhandari et al. 2020,
-    "ZeRO", stage 3); what `tensor` splits stays split. Said outright, because the partitioner left to itself also
-    tries to split activations along the embedding."""
-    axes = parameter.get_metadata()["logical_axes"]
-    return constrain(parameter[...], *(None if axis == "embed" else axis for axis in axes))
+# Which axis of a bias goes with which output axis of a weight.
+_BIAS_AXIS = {"embed": "embed", "heads": "heads_bias", "mlp": "mlp_bias", None: None}
 
 
 class Linear(nnx.Module):
@@ -25,8 +21,7 @@ class Linear(nnx.Module):
     def __init__(self, shape, axes, *, std: float, param_dtype, rngs: nnx.Rngs) -> None:
         weight = std * jax.random.normal(rngs.params(), shape, jnp.float32)
         self.weight = nnx.Param(weight.astype(param_dtype), logical_axes=axes)
-        # Biases are split over fsdp too: a small model's would otherwise weigh more than all its shards.
-        bias_axes = (*axes[1:-1], "embed" if axes[-1] is None else axes[-1])
+        bias_axes = (*axes[1:-1], _BIAS_AXIS[axes[-1]])
         self.bias = nnx.Param(jnp.zeros(shape[1:], param_dtype), logical_axes=bias_axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -16,9 +16,9 @@ from flax import nnx
 from gpt2_core.config import ModelConfig
 from gpt2_jax.attention import Kernel, cached_attention, causal_attention
 from gpt2_jax.dropout import dropout, site
-from gpt2_jax.layers import Embedding, LayerNorm, Linear, gather
+from gpt2_jax.layers import Embedding, LayerNorm, Linear
 from gpt2_jax.loss import summed_cross_entropy
-from gpt2_jax.sharding import Axes, constrain
+from gpt2_jax.sharding import Axes, constrain, gather
 
 # Inside, the vocabulary is padded to a multiple of this, which matrix units like and a tensor axis divides. The
 # padding rows are zero, take no part in any softmax and never leave this package.

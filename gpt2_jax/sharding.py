@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt2_core.config import MESH_AXES
@@ -17,7 +18,14 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
     "positions": None,
     "qkv": None,
+    # Biases have no embedding axis that fsdp could split, so it splits them along the one they have.
+    "heads_bias": ("tensor", "fsdp"),
+    "mlp_bias": ("tensor", "fsdp"),
 }
+
+# What an axis of a parameter is while a layer computes with it: made whole along what fsdp splits (Rajbhandari et al.
+# 2020, "ZeRO", stage 3), still split along what `tensor` splits.
+_GATHERED: dict[str | None, str | None] = {"embed": None, "heads_bias": "heads", "mlp_bias": "mlp"}
 
 Axes = tuple[str | None, ...]
 
@@ -43,3 +51,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def gather(parameter: nnx.Param) -> jax.Array:
+    """A parameter as a layer computes with it, whole along the axis that fsdp splits.
+
+    Said outright, because the partitioner left to itself also tries to split activations along the embedding.
+    """
+    axes = parameter.get_metadata()["logical_axes"]
+    return constrain(parameter[...], *(_GATHERED.get(axis, axis) for axis in axes))

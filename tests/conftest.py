@@ -1,7 +1,7 @@
 """Shared by all tests: eight virtual CPU devices, a small text, a small configuration."""
 
 import os
-import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,10 @@ import pytest
 # Read by JAX when it is first used; set here without importing it, so that the reference's tests run without JAX.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Compiling is the slowest thing the tests do, and many of them compile the same program, in child processes too.
+_CACHE = tempfile.TemporaryDirectory(prefix="gpt2-jax-test-cache-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+os.environ.setdefault("JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 from gpt2_core.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
@@ -45,11 +49,3 @@ def make_config(tmp_path, text_file):
         return TrainConfig(**settings | overrides)
 
     return make
-
-
-@pytest.fixture
-def copy_run(tmp_path):
-    def copy(source: Path, name: str) -> Path:
-        return Path(shutil.copytree(source, tmp_path / name))
-
-    return copy

@@ -1,0 +1,58 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2_core.errors import UserError
+from gpt2_jax.attention import cached_attention, causal_attention, choose_kernel
+
+
+def by_definition(q, k, v):
+    out = np.zeros_like(q)
+    for index in np.ndindex(q.shape[:3]):
+        b, h, t = index
+        scores = k[b, h, : t + 1] @ q[index] / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[index] = weights @ v[b, h, : t + 1] / weights.sum()
+    return out
+
+
+@pytest.fixture
+def qkv():
+    return 2 * np.random.default_rng(0).standard_normal((3, 2, 3, 6, 4))
+
+
+def test_causal_attention_is_exact_in_float64(x64, qkv):
+    out = causal_attention(*map(jnp.asarray, qkv), kernel="xla", rate=0.0, key=None)
+    assert out.dtype == jnp.float64
+    np.testing.assert_allclose(out, by_definition(*qkv), rtol=0, atol=1e-14)
+
+
+def test_cached_attention_sees_the_cache_up_to_its_own_position(x64, qkv):
+    q, k, v = map(jnp.asarray, qkv)
+    positions = np.array([[3, 4], [1, 2]])  # each sequence at a place of its own
+    rubbish = np.full((2, 3, 4, 4), 1e6)
+    k, v = (jnp.concatenate([x, rubbish], axis=2) for x in (k, v))
+    queries = jnp.stack([q[b][:, positions[b]] for b in range(2)])
+    expected = by_definition(*qkv)
+    out = cached_attention(queries, k, v, jnp.asarray(positions))
+    np.testing.assert_allclose(out, np.stack([expected[b][:, positions[b]] for b in range(2)]), atol=1e-14)
+
+
+def test_a_kernel_that_is_not_here_is_an_error_and_auto_takes_another():
+    assert choose_kernel("auto", precision="bfloat16", dropout=0.0) == "xla"
+    with pytest.raises(UserError, match="--attention cudnn: needs an NVIDIA GPU"):
+        choose_kernel("cudnn", precision="bfloat16", dropout=0.0)
+
+
+def test_cudnn_is_taken_where_it_can_do_the_work_and_only_there(monkeypatch):
+    import jax
+
+    class Gpu:
+        device_kind = "NVIDIA H200"
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
+    assert choose_kernel("auto", precision="bfloat16", dropout=0.0) == "cudnn"
+    assert choose_kernel("auto", precision="float64", dropout=0.0) == "xla"
+    with pytest.raises(UserError, match="has no dropout, and model.dropout is 0.1"):
+        choose_kernel("cudnn", precision="bfloat16", dropout=0.1)

@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gpt2_core.config import ModelConfig, parse_mesh
+from gpt2_core.errors import UserError
+from gpt2_core.run_folder import RunFolder, metadata_of
+from gpt2_jax.checkpoints import CheckpointWriter, read_weights, restore, write_weights
+from gpt2_jax.optimizer import make_optimizer
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.train import define_model, new_state
+from gpt2_jax.train_step import abstract_state
+
+
+@pytest.fixture
+def saved(mesh_config):
+    """A checkpoint written on data=8, and its state."""
+    config = mesh_config(mesh=8)
+    folder = RunFolder(Path(config.run_dir))
+    folder.path.mkdir()
+    state = new_state(config, define_model(config), make_mesh(parse_mesh(8)), None)
+    writer = CheckpointWriter(folder, keep=2)
+    writer.save(4, state, metadata_of(config, 4, "jax", "d"))
+    writer.close()
+    return folder.checkpoints / "4", state
+
+
+def abstract(config):
+    mesh = make_mesh(parse_mesh(config.mesh))
+    return abstract_state(define_model(config), make_optimizer(config.optimizer, config.model), mesh)
+
+
+@pytest.mark.parametrize("mesh", [1, "data=2,fsdp=2,tensor=2"])
+def test_any_mesh_restores_every_bit(saved, mesh_config, mesh):
+    checkpoint, state = saved
+    target = abstract(mesh_config(mesh=mesh))
+    restored = restore(checkpoint, target)
+    for old, new, wanted in zip(*map(jax.tree.leaves, (state, restored, target)), strict=True):
+        assert np.asarray(old).tobytes() == np.asarray(new).tobytes() and old.dtype == new.dtype
+        assert new.sharding == wanted.sharding
+
+
+def test_another_precision_is_refused_before_orbax_casts(saved, mesh_config, x64):
+    with pytest.raises(UserError, match="is float32 .*; this run needs float64"):
+        restore(saved[0], abstract(mesh_config(precision="float64")))
+
+
+def test_another_shape_is_refused(saved, mesh_config):
+    with pytest.raises(UserError, match=r"is float32 .*16\); this run needs float32 .*32\)"):
+        restore(saved[0], abstract(mesh_config(model=ModelConfig(2, 2, 32, 16, 257))))
+
+
+def test_weights_survive_a_checkpoint_bitwise(saved, tmp_path):
+    weights = read_weights(saved[0])
+    assert weights.arrays["wte.weight"].shape == (257, 16) and weights.tokenizer == "bytes"
+    again = read_weights(write_weights(weights, tmp_path / "copy"))
+    assert all(again.arrays[n].tobytes() == a.tobytes() for n, a in weights.arrays.items())
+
+
+def test_what_a_killed_save_left_is_swept_away(saved):
+    checkpoint, _ = saved
+    leftover = checkpoint.with_name("9.orbax-checkpoint-tmp-1")
+    leftover.mkdir()
+    CheckpointWriter(RunFolder(checkpoint.parent.parent), keep=2).close()
+    assert not leftover.exists() and checkpoint.is_dir()

@@ -1,0 +1,137 @@
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2_core.batches import IGNORED
+from gpt2_core.config import ModelConfig
+from gpt2_jax.dropout import dropout, dropout_mask
+from gpt2_jax.model import Execution, define, padded_vocab_size
+
+CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=31)
+TOKENS = np.random.default_rng(0).integers(31, size=(2, 8))
+TARGETS = np.where(np.arange(8) < 6, np.roll(TOKENS, -1, axis=1), IGNORED)
+
+
+def build(config=CONFIG, **execution):
+    definition = define(config, Execution(**execution))
+    return definition, jax.jit(definition.initialize)(jax.random.key(0))
+
+
+def test_parameters_have_the_canonical_names_and_count():
+    definition, params = build()
+    assert set(params) == set(CONFIG.parameter_shapes)
+    padding = (padded_vocab_size(31) - 31) * 16
+    assert sum(p.size for p in params.values()) == CONFIG.parameter_count + padding
+    assert {n: (a.shape, a.dtype) for n, a in definition.abstract.items()} == {
+        n: (p.shape, p.dtype) for n, p in params.items()
+    }
+
+
+def test_no_position_sees_what_follows_it(x64):
+    definition, params = build(dtype="float64")
+
+    def output(wpe, t):
+        return jnp.square(definition.merge(params | {"wpe.weight": wpe})(TOKENS)[0, t]).sum()
+
+    gradient = jax.jit(jax.grad(output))
+    for t in (0, 3, 7):
+        grad = gradient(params["wpe.weight"], t)
+        assert (jnp.abs(grad).sum(axis=1) > 0).tolist() == [position <= t for position in range(8)]
+
+
+def test_initial_weights_have_gpt2s_standard_deviations_in_every_precision(x64):
+    config = ModelConfig(n_layer=8, n_head=2, n_embd=128, block_size=128, vocab_size=512)
+    _, params = build(config)
+    _, doubles = build(config, dtype="float64")
+    for name, p in params.items():
+        if name.endswith(".bias"):
+            assert (p == 0).all()
+        elif "ln_" in name:
+            assert (p == 1).all()
+        else:
+            expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02  # sqrt(2 x 8) = 4
+            assert float(p.std()) == pytest.approx(expected, rel=0.03), name
+        assert doubles[name].dtype == jnp.float64 and (doubles[name].astype(jnp.float32) == p).all()
+
+
+@pytest.mark.parametrize("how", [{"scan_layers": True}, {"remat": True}, {"scan_layers": True, "remat": True}])
+def test_scanning_and_recomputing_change_nothing_but_rounding(x64, how):
+    config = dataclasses.replace(CONFIG, dropout=0.2)
+
+    def loss_and_grads(**how):
+        definition, params = build(config, dtype="float64", **how)
+        key = jax.random.key(3)
+        loss = jax.value_and_grad(lambda p: definition.merge(p).loss(TOKENS, TARGETS, dropout_key=key))
+        return jax.jit(loss)(params)
+
+    (a_loss, a), (b_loss, b) = loss_and_grads(), loss_and_grads(**how)
+    assert float(a_loss) == pytest.approx(float(b_loss), rel=1e-13)
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-12 * np.abs(a[name]).max())
+
+
+def test_the_padding_of_the_vocabulary_is_invisible(x64):
+    definition, params = build(dtype="float64")
+    logits = jax.jit(lambda p: definition.merge(p)(TOKENS))(params)
+    assert logits.shape == (2, 8, 31)
+
+    def loss(wte):
+        return definition.merge(params | {"wte.weight": wte}).loss(TOKENS, TARGETS)
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss))
+    value, grad = value_and_grad(params["wte.weight"])
+    logp = np.asarray(jax.nn.log_softmax(logits))
+    expected = -sum(logp[b, t, TARGETS[b, t]] for b in range(2) for t in range(6))
+    assert float(value) == pytest.approx(float(expected), rel=1e-13)
+    assert (grad[31:] == 0).all() and (grad[:31] != 0).any()
+    # Whatever the padding holds, it plays no part.
+    assert value_and_grad(params["wte.weight"].at[31:].set(50.0))[0] == value
+
+
+def test_bfloat16_is_for_products_and_float32_for_what_is_kept():
+    definition, params = build(dtype="bfloat16")
+    assert {p.dtype for p in params.values()} == {jnp.dtype("float32")}
+
+    def outputs(params):
+        model = definition.merge(params)
+        residual, _ = model.h[0](jnp.ones((1, 8, 16), jnp.float32))
+        return model.hidden(TOKENS), model(TOKENS), model.loss(TOKENS, TARGETS), residual
+
+    dtypes = [str(x.dtype) for x in jax.eval_shape(outputs, params)]
+    assert dtypes == ["bfloat16", "float32", "float32", "float32"]
+
+
+def test_no_float64_hides_in_a_float32_model(x64):
+    # With x64 on, a stray numpy scalar would turn arrays into float64; Python's own scalars stay scalars.
+    definition, params = build()
+    batch = TOKENS.astype(np.int32), TARGETS.astype(np.int32)
+    jaxpr = jax.make_jaxpr(lambda p: definition.merge(p).loss(*batch, dropout_key=jax.random.key(0)))(params)
+    assert not re.search(r"f64\[\d", str(jaxpr))
+
+
+def test_dropout_keeps_the_share_it_should_and_the_mean():
+    key = jax.random.key(0)
+    kept = dropout_mask(key, (1000, 1000), 0.3).mean()
+    assert abs(float(kept) - 0.7) < 5 * (0.7 * 0.3) ** 0.5 / 1000
+    out = dropout(jnp.ones((1000, 1000)), 0.3, key)
+    assert set(np.unique(np.asarray(out))) == {0.0, np.float32(1 / 0.7)}
+    assert dropout(out, 0.3, None) is out
+
+
+def test_dropout_differs_between_layers_sites_keys_and_not_between_precisions(monkeypatch):
+    config = dataclasses.replace(CONFIG, dropout=0.5)
+    masks = []
+    monkeypatch.setattr(
+        "gpt2_jax.dropout.dropout_mask", lambda key, shape, rate: masks.append(jax.random.key_data(key)) or jnp.ones(shape, bool)
+    )
+    definition, params = build(config)
+    with jax.disable_jit():
+        for key in (0, 1):
+            definition.merge(params).loss(TOKENS, TARGETS, dropout_key=jax.random.key(key))
+    # Embedding, and in each layer attention weights and two residual branches; each with a key of its own.
+    assert len(masks) == 2 * (1 + 3 * 2)
+    assert len({tuple(np.asarray(m).tolist()) for m in masks}) == len(masks)

@@ -1,0 +1,136 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2_core.batches import IGNORED, Batch
+from gpt2_core.config import ModelConfig, OptimizerConfig, parse_mesh
+from gpt2_jax.optimizer import clip_by_global_norm, make_optimizer
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.train import define_model, new_state
+from gpt2_jax.train_step import make_train_step, put_batch
+
+MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=257)
+
+
+def batch_of(step: int, size: int = 8) -> Batch:
+    generator = np.random.default_rng(step)
+    windows = generator.integers(257, size=(size, 17)).astype(np.int32)
+    targets = windows[:, 1:].copy()
+    targets[0, : 5 + step] = IGNORED  # not equally many count in each part
+    return Batch(windows[:, :-1], targets)
+
+
+def run(config, steps=4):
+    """Losses and gradient norms of a few steps, and the state they lead to."""
+    mesh = make_mesh(parse_mesh(config.mesh))
+    definition = define_model(config)
+    state = new_state(config, definition, mesh, None)
+    step = make_train_step(definition, config, mesh)
+    found = []
+    with jax.set_mesh(mesh):
+        for number in range(steps):
+            state, metrics = step(state, *put_batch(batch_of(number), config.accumulation, mesh), 1e-2)
+            found.append((float(metrics.loss), float(metrics.grad_norm)))
+    return found, state
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """What each precision gives on one device, computed once."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "how"),
+    [
+        (8, {}),
+        ("fsdp=8", {}),
+        ("tensor=2", {}),
+        ("data=2,fsdp=2,tensor=2", {}),
+        (2, {"accumulation": 4}),
+        ("fsdp=2,tensor=2", {"accumulation": 2, "remat": True, "scan_layers": True}),
+    ],
+)
+def test_every_mesh_computes_the_same_steps(x64, mesh_config, one_device, mesh, how):
+    model = dataclasses.replace(MODEL, dropout=0.1) if not how.get("accumulation") else MODEL
+    key = model.dropout
+    if key not in one_device:
+        one_device[key] = run(mesh_config(model=model, precision="float64"))[0]
+    found, _ = run(mesh_config(model=model, mesh=mesh, precision="float64", **how))
+    np.testing.assert_allclose(found, one_device[key], rtol=1e-12)
+
+
+def test_the_step_compiles_once_and_donates_its_state(mesh_config):
+    config = mesh_config(model=MODEL, mesh="data=2,fsdp=2,tensor=2")
+    mesh = make_mesh(parse_mesh(config.mesh))
+    definition = define_model(config)
+    step = make_train_step(definition, config, mesh)
+    first = state = new_state(config, definition, mesh, None)
+    with jax.set_mesh(mesh):
+        for number in range(3):
+            state, _ = step(state, *put_batch(batch_of(number), 1, mesh), np.float32(1e-2))
+    assert step._cache_size() == 1
+    assert all(array.is_deleted() for array in jax.tree.leaves(first))
+    assert int(state.step) == 3
+
+
+def test_with_fsdp_each_device_holds_an_eighth(mesh_config):
+    model = ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=257)
+    config = mesh_config(model=model, mesh="fsdp=8")
+    mesh = make_mesh(parse_mesh(config.mesh))
+    state = new_state(config, define_model(config), mesh, None)
+    _, trained = run(mesh_config(model=MODEL, mesh="fsdp=8"), steps=1)
+    for held in (state, trained):
+        leaves = jax.tree.leaves((held.params, held.opt_state))
+        total = sum(x.nbytes for x in leaves)
+        for device in mesh.devices.flat:
+            own = sum(s.data.nbytes for x in leaves for s in x.addressable_shards if s.device == device)
+            assert own <= total / 8 * 1.05
+
+
+def test_the_state_is_sharded_from_birth(mesh_config):
+    # No device ever holds an array whole: each gets an eighth of every parameter and both its moments.
+    config = mesh_config(model=MODEL, mesh="fsdp=8")
+    mesh = make_mesh(parse_mesh(config.mesh))
+    state = new_state(config, define_model(config), mesh, None)
+    moments = state.opt_state[0]
+    for tree in (state.params, moments.mu, moments.nu):
+        for name, p in tree.items():
+            assert p.addressable_shards[0].data.size * 8 == p.size, name
+
+
+def test_decay_touches_matrices_only_and_not_the_vector_that_is_kept_as_a_matrix():
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5), MODEL)
+    config = define_model_params()
+    zeros = jax.tree.map(jnp.zeros_like, config)
+    updates, _ = optimizer.update(zeros, optimizer.init(config), config)
+    for name, shape in MODEL.parameter_shapes.items():
+        expected = 0.5 * config[name] if len(shape) >= 2 else jnp.zeros_like(config[name])
+        np.testing.assert_array_equal(updates[name], expected, err_msg=name)
+
+
+def define_model_params():
+    from gpt2_jax.model import Execution, define
+
+    definition = define(MODEL, Execution())
+    return {name: jnp.ones(a.shape, a.dtype) for name, a in definition.abstract.items()}
+
+
+@pytest.mark.parametrize(("clip", "expected"), [(0.0, 5.0), (10.0, 5.0), (1.0, 5.0 / (5.0 + 1e-6))])
+def test_clipping_uses_pytorchs_formula(x64, clip, expected):
+    grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
+    clipped, norm = clip_by_global_norm(grads, clip)
+    assert float(norm) == pytest.approx(5.0, rel=1e-15)
+    length = np.sqrt(sum(float(jnp.square(g).sum()) for g in clipped.values()))
+    assert length == pytest.approx(expected, rel=1e-15)
+
+
+def test_a_run_repeats_bitwise(mesh_config):
+    config = mesh_config(model=dataclasses.replace(MODEL, dropout=0.1), mesh=8)
+    a, a_state = run(config)
+    b, b_state = run(config)
+    assert a == b
+    assert all((a_state.params[n] == b_state.params[n]).all() for n in a_state.params)

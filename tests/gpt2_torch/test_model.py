@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from gpt2_core.batches import IGNORED
+from gpt2_core.config import ModelConfig
+from gpt2_torch.model import GPT2
+
+CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=31)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return GPT2(CONFIG).double()
+
+
+def test_it_has_exactly_the_parameters_the_configuration_counts(model):
+    assert sum(p.numel() for p in model.parameters()) == CONFIG.parameter_count
+    assert set(model.state_dict()) == set(CONFIG.parameter_shapes)
+
+
+def test_no_position_sees_what_follows_it(model):
+    # The gradient of position t's logits with respect to the position embeddings is zero after t and nowhere before.
+    tokens = torch.arange(8)[None]
+    for t in (0, 3, 7):
+        (grad,) = torch.autograd.grad(model(tokens)[0, t].square().sum(), model.wpe.weight)
+        seen = grad.abs().sum(dim=1) > 0
+        assert seen.tolist() == [position <= t for position in range(8)]
+
+
+def test_initial_weights_have_gpt2s_standard_deviations():
+    torch.manual_seed(1)
+    model = GPT2(ModelConfig(n_layer=8, n_head=2, n_embd=128, block_size=128, vocab_size=512))
+    for name, p in model.named_parameters():
+        if name.endswith(".bias"):
+            assert (p == 0).all()
+        elif "ln_" in name:
+            assert (p == 1).all()
+        else:
+            expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02  # sqrt(2 x 8) = 4
+            assert p.std().item() == pytest.approx(expected, rel=0.03), name
+
+
+def test_the_loss_is_the_sum_over_the_targets_that_count(model):
+    tokens, targets = torch.randint(31, (2, 8)), torch.randint(31, (2, 8))
+    targets[0, 3:] = IGNORED
+    logp = model(tokens).log_softmax(-1)
+    kept = [(b, t) for b in range(2) for t in range(8) if targets[b, t] != IGNORED]
+    expected = -sum(logp[b, t, targets[b, t]] for b, t in kept)
+    assert model(tokens, targets).item() == pytest.approx(expected.item(), rel=1e-13)

@@ -1,0 +1,106 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gpt2_core.batches import IGNORED
+from gpt2_core.config import ModelConfig, OptimizerConfig, to_yaml
+from gpt2_core.errors import UserError
+from gpt2_core.run_folder import read_metrics
+from gpt2_torch.model import GPT2
+from gpt2_torch.train import accumulate_gradients, make_optimizer, pick_device, train, train_step
+
+
+def losses(folder, split="train"):
+    return [row["loss"] for row in read_metrics(folder.metrics) if row["split"] == split]
+
+
+def test_it_learns(make_config):
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
+    found = losses(train(make_config(steps=100, optimizer=optimizer, checkpoint_interval=50)), "val")
+    assert found[0] > 5.4 and found[-1] < 4.0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_resumed_run_is_bitwise_the_run_that_went_through(make_config, dropout):
+    model = dataclasses.replace(make_config().model, dropout=dropout)
+    whole = train(make_config("whole", model=model, steps=6))
+    # Trained to step 3 as part of a run of 6: the schedule is the whole run's.
+    part = train(make_config("part", model=model, steps=6))
+    (part.checkpoints / "6").rename(part.path / "taken away")
+    resumed = train(make_config("part", model=model, steps=6, resume="newest"))
+    assert losses(resumed) == losses(whole) and losses(resumed, "val") == losses(whole, "val")
+
+
+def test_decay_touches_matrices_only(make_config):
+    torch.manual_seed(0)
+    model = GPT2(make_config().model).double()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.5))
+    # A learning rate of 0.1 and gradients of zero leave decay alone: p (1 - 0.1 x 0.5).
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    optimizer.step()
+    for name, p in model.named_parameters():
+        factor = 0.95 if p.dim() >= 2 else 1.0
+        assert torch.equal(p, before[name] * factor), name
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_accumulation_changes_memory_not_the_gradient(accumulation):
+    torch.manual_seed(0)
+    model = GPT2(ModelConfig(1, 2, 16, 8, 31)).double()
+    inputs, targets = torch.randint(31, (2, 4, 8))
+    targets[0, :7] = IGNORED
+    targets[3, 2:] = IGNORED
+
+    def gradient(parts):
+        model.zero_grad()
+        loss = accumulate_gradients(model, inputs, targets, accumulation=parts)
+        return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    (a_loss, a), (b_loss, b) = gradient(1), gradient(accumulation)
+    assert torch.allclose(a_loss, b_loss, rtol=1e-14) and (a - b).norm() <= 1e-14 * a.norm()
+
+
+def test_the_norm_reported_is_the_one_before_clipping():
+    torch.manual_seed(0)
+    model = GPT2(ModelConfig(1, 2, 16, 8, 31)).double()
+    optimizer = make_optimizer(model, OptimizerConfig())
+    inputs, targets = torch.randint(31, (2, 4, 8))
+    accumulate_gradients(model, inputs, targets)
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    model.zero_grad()
+    _, norm = train_step(model, optimizer, inputs, targets, learning_rate=1e-3, clip_norm=expected / 10)
+    assert norm.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_two_processes_train_as_one(make_config, tmp_path):
+    one = train(make_config("one", precision="float64", steps=4, accumulation=2))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(make_config("two", precision="float64", steps=4, accumulation=2)))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+        *("scripts/train_torch.py", "--config", str(recipe)),
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    for split in ("train", "val"):
+        found = [row["loss"] for row in rows if row["split"] == split]
+        assert found == pytest.approx(losses(one, split), rel=1e-12)
+    assert done.stdout.count("step      0  loss") == 1  # one process speaks
+
+
+def test_a_device_that_is_not_here_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(UserError, match="--device cuda: .* finds none here; use cpu"):
+        pick_device("cuda")
