@@ -1,0 +1,145 @@
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import yaml
+
+
+def rows(path, split="train"):
+    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in found if row["split"] == split]
+
+
+def test_every_mesh_and_pytorch_give_the_same_float64_loss_curve(run, recipe, tmp_path):
+    assert run("train_jax.py", "--config", recipe, "--steps", "0", "--run_dir", "init")[0] == 0
+    same = ("--config", recipe, "--precision", "float64", "--init_from", "init")
+    runs = {"torch": ("train_torch.py",)}
+    runs |= {m: ("train_jax.py", "--mesh", m) for m in ("1", "8", "data=2,fsdp=2,tensor=2")}
+    for name, (script, *mesh) in runs.items():
+        code, _, err = run(script, *same, *mesh, "--run_dir", name)
+        assert code == 0, err
+    reference = rows(tmp_path / "torch")
+    assert [step for step, _ in reference] == list(range(20))
+    for name in runs:
+        for split in ("train", "val"):
+            ours, theirs = rows(tmp_path / name, split), rows(tmp_path / "torch", split)
+            assert max(abs(a - b) for (_, a), (_, b) in zip(ours, theirs, strict=True)) <= 1e-11, name
+
+
+@pytest.mark.parametrize("script", ["train_jax.py", "train_torch.py"])
+def test_a_run_killed_at_random_and_resumed_is_the_run_never_killed(script, start, run, recipe, tmp_path):
+    mesh = ("--mesh", "2") if script == "train_jax.py" else ()
+    arguments = (*mesh, "--config", recipe, "--steps", "60", "--checkpoint_interval", "2", "--model.dropout", "0.1")
+    code, _, err = run(script, *arguments, "--run_dir", "whole")
+    assert code == 0, err
+    seed = random.randrange(1 << 30)
+    print(f"killed at the moments of seed {seed}")
+    moments = random.Random(seed)
+    kills = 0
+    while kills < 4:
+        resume = ("--resume",) if (tmp_path / "killed" / "config.yaml").is_file() else ()
+        process = start(script, *arguments, "--run_dir", "killed", *resume)
+        # Let it come so far, then kill it within the next moments: often with a save in flight.
+        metrics = tmp_path / "killed" / "metrics.jsonl"
+        goal = (len(metrics.read_text().splitlines()) if metrics.is_file() else 0) + moments.randrange(3, 14)
+        while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= goal):
+            time.sleep(0.002)
+        time.sleep(moments.random() * 0.03)
+        process.send_signal(signal.SIGKILL)
+        _, err = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), err
+        kills += 1
+        if process.returncode == 0:
+            break
+    code, out, err = run(script, *arguments, "--run_dir", "killed", "--resume")
+    assert code == 0, err
+    for split in ("train", "val"):
+        assert rows(tmp_path / "killed", split) == rows(tmp_path / "whole", split)
+    assert kills > 1
+
+
+def test_the_run_folder_holds_what_it_should(run, recipe, tmp_path):
+    code, out, err = run("train_jax.py", "--config", recipe, "--steps", "6", "--sample_interval", "6")
+    assert code == 0 and err == "", err
+    folder = tmp_path / "runs" / "small-jax"
+    assert {p.name for p in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "curves.png", "samples", "checkpoints"}
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["precision"], config["mesh"], config["attention"]) == ("float32", "data=1,fsdp=1,tensor=1", "xla")
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"5", "6"}
+    assert "step      0  loss" in out and "\x1b" not in out  # plain lines when piped
+    # The written configuration is a recipe: the same run again, from it alone.
+    code, _, err = run("train_jax.py", "--config", folder / "config.yaml", "--run_dir", "again")
+    assert code == 0 and rows(tmp_path / "again") == rows(folder), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--data.path", "nowhere.txt"), "--data.path nowhere.txt: no such file"),
+        (("--data.path", "empty.txt"), "the file is empty"),
+        (("--model.block_size", "90000"), "--model.block_size 90000: the train split"),
+        (("--model.n_head", "3"), "--model.n_embd 16: not divisible by n_head 3"),
+        (("--run_dir", "taken", "--seed", "7"), "--run_dir taken: already holds a run of another configuration"),
+        (("--resume", "--run_dir", "taken"), "taken was trained with model.n_layer 2, not 1"),
+        (("--resume", "--run_dir", "new"), "holds no run to go on with"),
+        (("--init_from", "nowhere"), "nowhere: no such file or folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_overwritten(run, recipe, tmp_path, arguments, words, taken):
+    # What both trainers share is tried by turns on one and on the other.
+    script = ("train_jax.py", "train_torch.py")[len(words) % 2]
+    (tmp_path / "empty.txt").write_text("")
+    before = {p: p.read_bytes() for p in (tmp_path / "taken").rglob("*") if p.is_file()}
+    code, _, err = run(script, "--config", recipe, *arguments)
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+    assert {p: p.read_bytes() for p in (tmp_path / "taken").rglob("*") if p.is_file()} == before
+    assert not (tmp_path / "new").exists() and not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def taken(make_config, tmp_path):
+    """A run folder, without the time it takes to train one."""
+    from gpt2_core.run_folder import open_run
+
+    open_run(make_config("taken", precision="float32"), framework="jax", data_digest="d")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--mesh", "data=3"), "--mesh data=3: batch_size 8 is not divisible by data = 3; use 1, 2, 4 or 8"),
+        (("--mesh", "tensor=4"), "n_head 2 is not divisible by tensor = 4; use 1 or 2"),
+        (("--mesh", "rows=4"), "--mesh rows=4: expected a number of devices"),
+        (("--device", "cpu"), "--device: not an option of train_jax.py"),
+        (("--attention", "cudnn"), "--attention cudnn: needs an NVIDIA GPU"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(run, recipe, tmp_path, arguments, words):
+    code, _, err = run("train_jax.py", "--config", recipe, *arguments)
+    assert code == 2 and words in err and err.count("\n") == 1
+    assert {p.name for p in tmp_path.iterdir()} <= {"small.yaml"}
+
+
+def test_a_run_that_diverges_ends_with_a_sentence_and_exit_code_1(run, recipe):
+    code, _, err = run("train_torch.py", "--config", recipe, "--optimizer.learning_rate", "1e30", "--optimizer.clip_norm", "0")
+    assert code == 1 and "the run has diverged" in err and err.count("\n") == 1
+
+
+def test_the_torch_command_works_without_the_jax_options(run, recipe):
+    code, _, err = run("train_torch.py", "--config", recipe, "--mesh", "2")
+    assert code == 2 and "--mesh: not an option of train_torch.py" in err
+
+
+def test_interrupting_leaves_a_run_that_can_go_on(start, run, recipe, tmp_path):
+    process = start("train_jax.py", "--config", recipe, "--steps", "100000", "--run_dir", "long")
+    while not (tmp_path / "long" / "checkpoints" / "5").is_dir() and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "interrupted\n"
+    code, out, err = run("train_jax.py", "--config", recipe, "--steps", "30", "--run_dir", "long", "--resume")
+    assert code == 0 and err == "", err
