@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from gpt2_core.errors import UserError
 from gpt2_jax.dropout import dropout
+from gpt2_jax.products import wide_einsum
 
 Kernel = Literal["cudnn", "xla"]
 
@@ -59,8 +60,7 @@ def cached_attention(q_BHTK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, po
 
 def _attend(q, k, v, mask, rate, key) -> jax.Array:
     # Products accumulate and the softmax is taken in float32 at least, whatever the inputs.
-    accumulate = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=accumulate) / math.sqrt(q.shape[-1])
+    scores = wide_einsum("bhtk,bhsk->bhts", q, k) / math.sqrt(q.shape[-1])
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
     weights = dropout(weights, rate, key).astype(v.dtype)
     return jnp.einsum("bhts,bhsk->bhtk", weights, v)

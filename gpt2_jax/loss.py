@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_core.batches import IGNORED
+from gpt2_jax.products import wide_einsum
 
 
 def summed_cross_entropy(x_MD: jax.Array, wte_VD: jax.Array, targets_M: jax.Array, vocab_size: int) -> jax.Array:
@@ -14,8 +15,7 @@ def summed_cross_entropy(x_MD: jax.Array, wte_VD: jax.Array, targets_M: jax.Arra
 
     Rows of `wte` from `vocab_size` on are padding and get no probability.
     """
-    accumulate = jnp.promote_types(x_MD.dtype, jnp.float32)
-    logits_MV = jnp.einsum("md,vd->mv", x_MD, wte_VD.astype(x_MD.dtype), preferred_element_type=accumulate)
+    logits_MV = wide_einsum("md,vd->mv", x_MD, wte_VD.astype(x_MD.dtype))
     ids_V = jnp.arange(wte_VD.shape[0])
     logits_MV = jnp.where(ids_V < vocab_size, logits_MV, -jnp.inf)
     # A masked sum in the place of an index: it fuses, and it needs no gather over a sharded vocabulary.

@@ -18,6 +18,7 @@ from gpt2_jax.attention import Kernel, cached_attention, causal_attention
 from gpt2_jax.dropout import dropout, site
 from gpt2_jax.layers import Embedding, LayerNorm, Linear
 from gpt2_jax.loss import summed_cross_entropy
+from gpt2_jax.products import wide_einsum
 from gpt2_jax.sharding import Axes, constrain, gather
 
 # Inside, the vocabulary is padded to a multiple of this, which matrix units like and a tensor axis divides. The
@@ -157,9 +158,8 @@ class GPT2(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head, which shares the token embedding's weight."""
-        accumulate = jnp.promote_types(x_BTD.dtype, jnp.float32)
         wte_VD = gather(self.wte.weight)[: self.config.vocab_size].astype(x_BTD.dtype)
-        return jnp.einsum("btd,vd->btv", x_BTD, wte_VD, preferred_element_type=accumulate)
+        return wide_einsum("btd,vd->btv", x_BTD, wte_VD)
 
     def decode(
         self, tokens_BT: jax.Array, start_B: jax.Array, caches: list[LayerCache]

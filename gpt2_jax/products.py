@@ -1,0 +1,31 @@
+"""Matrix products that give more precision than they take."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def wide_einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`einsum(spec, x, y)` accumulated and returned in float32 at least, for bfloat16 operands too.
+
+    Its gradient is rounded to the operands' dtype before the products of the backward pass, as PyTorch's autocast does.
+    Left to autodiff they would be products of float32 with bfloat16, which are done in float32, off the matrix units.
+    """
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _forward(spec, x, y):
+    return wide_einsum(spec, x, y), (x, y)
+
+
+def _backward(spec, operands, g):
+    x, y = operands
+    inputs, out = spec.split("->")
+    of_x, of_y = inputs.split(",")
+    g = g.astype(x.dtype)
+    return jnp.einsum(f"{out},{of_y}->{of_x}", g, y), jnp.einsum(f"{out},{of_x}->{of_y}", g, x)
+
+
+wide_einsum.defvjp(_forward, _backward)
