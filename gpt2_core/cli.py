@@ -79,9 +79,7 @@ class Parser(ArgumentParser):
             if not option.startswith("-"):
                 return f"{option}: not expected here; see --help"
             return f"{option}: no such option{self._suggestion(option)}; see --help"
-        wrong = re.search(
-            r'Parser key "([^"]+)":\s*(?:.*?)Expected an? (.+?)\. Got value: (.*)', message, re.S
-        )
+        wrong = re.search(r'Parser key "([^"]+)":\s*(?:.*?)Expected an? (.+?)\. Got value: (.*)', message, re.S)
         if wrong:
             name, expected, value = wrong[1], _type_in_words(wrong[2]), wrong[3].strip()
             return f"--{name} {value}: expected {expected}"
@@ -105,9 +103,7 @@ def _type_in_words(expected: str) -> str:
     return " or ".join(words[name] for name in names) or expected
 
 
-def parse_train_config(
-    arguments: list[str], *, command: str, framework: str, elsewhere: dict[str, str]
-) -> TrainConfig:
+def parse_train_config(arguments: list[str], *, command: str, framework: str, elsewhere: dict[str, str]) -> TrainConfig:
     """The configuration that a trainer's command line asks for.
 
     `elsewhere` names the options that only the other trainer has, with what to use here: a recipe may set them
@@ -182,9 +178,7 @@ def check_recipe(path: Path) -> None:
     """Refuse a recipe that isn't there, isn't YAML, or sets something that doesn't exist."""
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
-        raise UserError(
-            f"--config {path}: no such file" + (f"; the recipes here are {known}" if known else "")
-        )
+        raise UserError(f"--config {path}: no such file" + (f"; the recipes here are {known}" if known else ""))
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -39,9 +39,7 @@ def _require_positive(group: str, config: Any, *names: str) -> None:
 def _require_nonnegative(group: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _refuse_unless(
-            math.isfinite(value) and value >= 0, f"--{group}{name} {value}: must be a number of 0 or more"
-        )
+        _refuse_unless(math.isfinite(value) and value >= 0, f"--{group}{name} {value}: must be a number of 0 or more")
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,7 @@ class ModelConfig:
             f"--model.n_embd {self.n_embd}: not divisible by n_head {self.n_head}; "
             f"use a multiple of {self.n_head}, or a number of heads that divides {self.n_embd}",
         )
-        _refuse_unless(
-            0.0 <= self.dropout < 1.0, f"--model.dropout {self.dropout}: must be at least 0 and below 1"
-        )
+        _refuse_unless(0.0 <= self.dropout < 1.0, f"--model.dropout {self.dropout}: must be at least 0 and below 1")
         _refuse_unless(
             self.layer_norm_epsilon > 0,
             f"--model.layer_norm_epsilon {self.layer_norm_epsilon}: must be above 0",
@@ -176,9 +172,7 @@ class OptimizerConfig:
         _require_nonnegative("optimizer.", self, "warmup_steps")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _refuse_unless(
-                0.0 <= value < 1.0, f"--optimizer.{name} {value}: must be at least 0 and below 1"
-            )
+            _refuse_unless(0.0 <= value < 1.0, f"--optimizer.{name} {value}: must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -238,9 +232,7 @@ class TrainConfig:
     """Length of such a sample, in tokens."""
 
     def __post_init__(self) -> None:
-        _require_positive(
-            "", self, "batch_size", "accumulation", "log_interval", "eval_interval", "eval_sequences"
-        )
+        _require_positive("", self, "batch_size", "accumulation", "log_interval", "eval_interval", "eval_sequences")
         _require_positive("", self, "checkpoint_interval", "keep_checkpoints", "sample_tokens")
         _require_nonnegative("", self, "steps", "sample_interval", "seed")
         _refuse_unless(
@@ -306,9 +298,7 @@ def check_mesh(sizes: dict[str, int], config: TrainConfig) -> None:
         batch += f" / accumulation {config.accumulation} = {size}"
     if size % ways:
         axes = "data" if sizes["fsdp"] == 1 else "data x fsdp"
-        raise UserError(
-            f"--mesh {given}: {batch} is not divisible by {axes} = {ways}; use {_choices(divisors(size))}"
-        )
+        raise UserError(f"--mesh {given}: {batch} is not divisible by {axes} = {ways}; use {_choices(divisors(size))}")
     if model.n_head % sizes["tensor"]:
         raise UserError(
             f"--mesh {given}: n_head {model.n_head} is not divisible by tensor = {sizes['tensor']}; "
@@ -343,9 +333,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**{k: groups[k](**v) if k in groups else v for k, v in values.items()})
 
 
-def differences(
-    ours: Any, theirs: Any, ignore: frozenset[str] = frozenset()
-) -> Iterator[tuple[str, Any, Any]]:
+def differences(ours: Any, theirs: Any, ignore: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any, Any]]:
     """Dotted names and both values of the settings in which two configurations differ."""
     for f in dataclasses.fields(ours):
         a, b = getattr(ours, f.name), getattr(theirs, f.name)

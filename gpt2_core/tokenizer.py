@@ -81,8 +81,7 @@ class Gpt2Tokenizer(Tokenizer):
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         # tiktoken crashes on ids it doesn't know, and models with a padded vocabulary can produce them.
         return b"".join(
-            self._encoding.decode_single_token_bytes(i) if i < self.vocab_size else "\ufffd".encode()
-            for i in ids
+            self._encoding.decode_single_token_bytes(i) if i < self.vocab_size else "\ufffd".encode() for i in ids
         )
 
 

@@ -138,9 +138,7 @@ def _read(path: Path) -> TokenFolder:
         digest = hashlib.sha256(json.dumps(index["sha256"], sort_keys=True).encode()).hexdigest()
         return TokenFolder(path, arrays["train"], arrays["val"], index["tokenizer"], index["source"], digest)
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a whole token folder ({error}); delete it to have it written anew"
-        ) from error
+        raise UserError(f"{path}: not a whole token folder ({error}); delete it to have it written anew") from error
 
 
 def _sha256(path: Path) -> str:

@@ -38,9 +38,7 @@ class CheckpointWriter:
         self._folder.remove_obsolete(self._keep)
         self._checkpointer.save(
             (self._folder.checkpoints / str(step)).absolute(),
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(_tree(state)), metadata=ocp.args.JsonSave(metadata)
-            ),
+            args=ocp.args.Composite(state=ocp.args.PyTreeSave(_tree(state)), metadata=ocp.args.JsonSave(metadata)),
         )
 
     def close(self) -> None:
@@ -56,8 +54,10 @@ def restore(checkpoint: Path, abstract: TrainState) -> TrainState:
     with _reader(checkpoint) as reader:
         _check_stored(checkpoint, _stored_parameters(reader, checkpoint), target["params"])
         restored = reader.restore(
-            checkpoint.absolute(), args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
-                target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))
+            checkpoint.absolute(),
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
+            ),
         )
     return TrainState(**restored.state)
 
@@ -97,9 +97,7 @@ def read_weights(checkpoint: Path) -> Weights:
 
 @contextlib.contextmanager
 def _reader(checkpoint: Path) -> Iterator[ocp.Checkpointer]:
-    handler = ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(), metadata=ocp.JsonCheckpointHandler()
-    )
+    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), metadata=ocp.JsonCheckpointHandler())
     try:
         with ocp.Checkpointer(handler) as reader:
             yield reader

@@ -10,7 +10,6 @@ from flax import nnx
 
 from gpt2_jax.sharding import gather
 
-
 # Which axis of a bias goes with which output axis of a weight.
 _BIAS_AXIS = {"embed": "embed", "heads": "heads_bias", "mlp": "mlp_bias", None: None}
 

@@ -113,9 +113,7 @@ class Block(nnx.Module):
         positions_BT: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        out_BTD, cache = self.attn(
-            self.ln_1(x_BTD), cache=cache, positions_BT=positions_BT, key=site(key, 0)
-        )
+        out_BTD, cache = self.attn(self.ln_1(x_BTD), cache=cache, positions_BT=positions_BT, key=site(key, 0))
         x_BTD = constrain(x_BTD + out_BTD, "batch", None, None)
         x_BTD = constrain(x_BTD + self.mlp(self.ln_2(x_BTD), key=site(key, 1)), "batch", None, None)
         return x_BTD, cache
@@ -227,9 +225,7 @@ class Definition:
     def empty_caches(self, batch: int, places: int) -> list[LayerCache]:
         shape = (batch, self.config.n_head, places, self.config.head_size)
         dtype = jnp.dtype(self.execution.dtype)
-        return [
-            LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.config.n_layer)
-        ]
+        return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.config.n_layer)]
 
 
 def define(config: ModelConfig, execution: Execution) -> Definition:

@@ -1,4 +1,4 @@
-"""AdamW as PyTorch computes it, with optax: clipping, moments, decoupled decay; the learning rate comes from outside."""
+"""AdamW as PyTorch computes it, with optax: clipping, moments, decoupled decay; not the learning rate."""
 
 import jax
 import jax.numpy as jnp

@@ -39,7 +39,7 @@ def resolve_mesh(config: TrainConfig) -> dict[str, int]:
     if needed > found:
         kind = jax.devices()[0].device_kind
         raise UserError(
-            f"--mesh {config.mesh}: needs {needed} devices and this machine has {found} ({kind}); use a mesh of at most "
-            f"{found}, or set JAX_PLATFORMS=cpu to try it on virtual CPU devices"
+            f"--mesh {config.mesh}: needs {needed} devices and this machine has {found} ({kind}); use a mesh of at "
+            f"most {found}, or set JAX_PLATFORMS=cpu to try it on virtual CPU devices"
         )
     return sizes

@@ -80,7 +80,9 @@ def train(config: TrainConfig, initial: Weights | None = None) -> RunFolder:
     return folder
 
 
-def new_state(config: TrainConfig, definition: Definition, mesh: jax.sharding.Mesh, initial: Weights | None) -> TrainState:
+def new_state(
+    config: TrainConfig, definition: Definition, mesh: jax.sharding.Mesh, initial: Weights | None
+) -> TrainState:
     """The state before the first step."""
     params = None if initial is None else from_canonical(initial, definition.execution.param_dtype.name)
     optimizer = make_optimizer(config.optimizer, config.model)

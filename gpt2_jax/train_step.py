@@ -92,7 +92,9 @@ def _new_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
-def make_train_step(definition: Definition, config: TrainConfig, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
+def make_train_step(
+    definition: Definition, config: TrainConfig, mesh: Mesh
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted step (state, inputs_ABT, targets_ABT, learning_rate) -> (state, metrics), donating its state.
 
     The loss is the mean over the targets that count of all A parts together, so accumulation changes memory only.

@@ -2,8 +2,8 @@
 
 | canonical | here | why |
 |---|---|---|
-| `wte.weight` (V, D) | (V padded to a multiple of 128, D), padding zero | matrix units; a tensor axis divides it |
-| `c_attn.weight` (D, 3 D), `.bias` (3 D) | (D, 3, D), (3, D) | a tensor axis then splits heads, not the row of q, k, v |
+| `wte.weight` (V, D) | (V padded to a multiple of 128, D), padding zero | matrix units; divisible by tensor |
+| `c_attn.weight` (D, 3 D), `.bias` (3 D) | (D, 3, D), (3, D) | tensor then splits heads, not the row of q, k, v |
 """
 
 from collections.abc import Mapping

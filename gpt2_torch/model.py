@@ -102,6 +102,4 @@ class GPT2(nn.Module):
         logits_BTV = F.linear(self.ln_f(x_BTD), self.wte.weight)
         if targets_BT is None:
             return logits_BTV
-        return F.cross_entropy(
-            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")

@@ -143,9 +143,7 @@ def train(config: TrainConfig, initial: Weights | None = None) -> RunFolder:
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     peak = peak_flops(name, config.precision)
-    log = RunLog(
-        folder, config, start_step=start, peak_flops=peak and peak * processes, enabled=rank == 0
-    )
+    log = RunLog(folder, config, start_step=start, peak_flops=peak and peak * processes, enabled=rank == 0)
 
     def evaluate_and_log(step: int) -> None:
         if rank == 0 and len(tokens.val):

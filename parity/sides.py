@@ -15,9 +15,9 @@ from gpt2_core.sampling import Sampling
 from gpt2_core.schedule import learning_rate
 from gpt2_core.weights import Weights
 from gpt2_jax.model import Execution, define
+from gpt2_jax.optimizer import make_optimizer as make_jax_optimizer
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train_step import initial_state, loss_and_grads, make_train_step, put_batch
-from gpt2_jax.optimizer import make_optimizer as make_jax_optimizer
 from gpt2_jax.weights import from_canonical
 from gpt2_jax.weights import to_canonical as jax_to_canonical
 from gpt2_torch.train import accumulate_gradients, make_optimizer, train_step
@@ -65,9 +65,7 @@ class JaxSide:
                 state, metrics = step(state, *put_batch(batch, config.accumulation, mesh), rate)
                 yield float(metrics.loss), float(metrics.grad_norm)
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling
-    ) -> np.ndarray:
+    def generate(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling) -> np.ndarray:
         """New tokens, shape (prompts, tokens)."""
         return np.array(list(self._generator(self.params, prompts, uniforms, sampling))).T
 
@@ -108,9 +106,7 @@ class TorchSide:
             )
             yield loss.item(), norm.item()
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling
-    ) -> np.ndarray:
+    def generate(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling) -> np.ndarray:
         """New tokens, shape (prompts, tokens)."""
         return np.array(list(gpt2_torch.generate.generate(self.model, prompts, uniforms, sampling))).T
 

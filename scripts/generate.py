@@ -29,7 +29,9 @@ def main(arguments: list[str]) -> None:
     weights = read_weights(options.weights, options.checkpoint)
     tokenizer = get_tokenizer(weights.tokenizer or "gpt2")
     if tokenizer.vocab_size > weights.config.vocab_size:
-        raise UserError(f"{weights.source}: {weights.config.vocab_size} ids are too few for the tokenizer {tokenizer.name}")
+        raise UserError(
+            f"{weights.source}: {weights.config.vocab_size} ids are too few for the tokenizer {tokenizer.name}"
+        )
     prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
 
     backend = _jax if options.backend == "jax" else _torch
@@ -73,7 +75,9 @@ def _torch(weights: Weights, prompt: list[int], drawn: np.ndarray, sampling: Sam
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="generate.py", description="Generate text, streamed as it comes, from a GPT-2 of either framework.")
+    parser = Parser(
+        prog="generate.py", description="Generate text, streamed as it comes, from a GPT-2 of either framework."
+    )
     parser.add_argument(
         "--weights", type=str, required=True, help="Run folder, checkpoint folder or .safetensors file."
     )
@@ -81,7 +85,10 @@ def _parser() -> Parser:
     parser.add_argument("--backend", type=Literal["jax", "torch"], default="jax", help="Framework that computes.")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="Tokens to generate a sample.")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, help="Divides the logits: below 1 more predictable, above more random."
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="Divides the logits: below 1 more predictable, above more random.",
     )
     parser.add_argument("--top_k", type=int, help="Keep the k most likely tokens. Left out: all.")
     parser.add_argument(
@@ -90,7 +97,10 @@ def _parser() -> Parser:
     parser.add_argument("--greedy", action="store_true", help="Always take the most likely token.")
     parser.add_argument("--num_samples", type=int, default=1, help="Samples to generate, one after the other.")
     parser.add_argument(
-        "--seed", type=int, default=0, help="Seed of the samples; the same for both backends, which then draw the same text."
+        "--seed",
+        type=int,
+        default=0,
+        help="Seed of the samples; the same for both backends, which then draw the same text.",
     )
     parser.add_argument(
         "--checkpoint", type=str, default="latest", help="Which checkpoint of a run folder: latest, best or a step."

@@ -14,7 +14,7 @@ _CACHE = tempfile.TemporaryDirectory(prefix="gpt2-jax-test-cache-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-from gpt2_core.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=257)

@@ -32,7 +32,8 @@ def read_safetensors(path: Path) -> Weights:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise UserError(
-                    f"{path}: a safetensors file without this project's metadata; expected one that scripts/convert.py wrote"
+                    f"{path}: a safetensors file without this project's metadata; "
+                    "expected one that scripts/convert.py wrote"
                 )
             config = ModelConfig(**json.loads(metadata["model"]))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

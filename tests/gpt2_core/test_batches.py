@@ -49,4 +49,7 @@ def test_evaluation_reads_the_first_windows_in_order_and_ignores_the_filling():
     targets = np.concatenate([b.targets for b in found])
     assert (targets[:10].ravel() == np.arange(1, 10 * T + 1)).all()
     assert (targets[10:] == IGNORED).all()
-    assert sum((b.targets != IGNORED).sum() for b in evaluation_batches(TOKENS, block_size=T, batch_size=4, sequences=99)) == 31 * T
+    assert (
+        sum((b.targets != IGNORED).sum() for b in evaluation_batches(TOKENS, block_size=T, batch_size=4, sequences=99))
+        == 31 * T
+    )

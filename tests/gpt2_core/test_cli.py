@@ -104,7 +104,10 @@ def test_a_wrong_recipe_is_refused_by_name(tmp_path, text, words):
 
 
 def test_a_users_error_is_one_sentence_and_exit_code_2():
-    code = "from gpt2_core.cli import run\nfrom gpt2_core.errors import {0}\ndef main(_): raise {0}('a sentence')\nrun(main)"
+    code = (
+        "from gpt2_core.cli import run\nfrom gpt2_core.errors import {0}\n"
+        "def main(_): raise {0}('a sentence')\nrun(main)"
+    )
     for kind, exit_code in (("UserError", 2), ("RunError", 1)):
         done = subprocess.run([sys.executable, "-c", code.format(kind)], capture_output=True, text=True)
         assert (done.returncode, done.stderr, done.stdout) == (exit_code, "error: a sentence\n", "")

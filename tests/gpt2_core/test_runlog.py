@@ -40,9 +40,9 @@ def test_throughput_counts_steps_since_the_last_row_and_no_evaluation(make_confi
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(make_config, folder):
-    with pytest.raises(RunError, match="the loss of step 3 is nan: .* lower --optimizer.learning_rate"):
-        with RunLog(folder, make_config(), start_step=0) as log:
-            log.train(3, loss=float("nan"), learning_rate=1e-4, grad_norm=2.0)
+    words = "the loss of step 3 is nan: .* lower --optimizer.learning_rate"
+    with RunLog(folder, make_config(), start_step=0) as log, pytest.raises(RunError, match=words):
+        log.train(3, loss=float("nan"), learning_rate=1e-4, grad_norm=2.0)
     assert read_metrics(folder.metrics) == []
 
 

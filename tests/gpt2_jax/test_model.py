@@ -126,7 +126,8 @@ def test_dropout_differs_between_layers_sites_keys_and_not_between_precisions(mo
     config = dataclasses.replace(CONFIG, dropout=0.5)
     masks = []
     monkeypatch.setattr(
-        "gpt2_jax.dropout.dropout_mask", lambda key, shape, rate: masks.append(jax.random.key_data(key)) or jnp.ones(shape, bool)
+        "gpt2_jax.dropout.dropout_mask",
+        lambda key, shape, rate: masks.append(jax.random.key_data(key)) or jnp.ones(shape, bool),
     )
     definition, params = build(config)
     with jax.disable_jit():

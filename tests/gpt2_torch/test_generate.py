@@ -29,7 +29,7 @@ def test_greedy_generation_goes_on_past_the_block_by_sliding():
     for token in tokens:
         with torch.no_grad():
             assert token == model(torch.tensor([context]))[0, -1].argmax()
-        context = context + [token] if len(context) < 8 else [*context[-3:], token]
+        context = [*context, token] if len(context) < 8 else [*context[-3:], token]
 
 
 def test_a_sample_is_a_function_of_its_seed_and_number():

@@ -12,8 +12,8 @@ import gpt2_jax.train_step
 import gpt2_torch.generate
 import gpt2_torch.model
 import gpt2_torch.train
-from parity.suite import checks
 from parity.subjects import random_weights
+from parity.suite import checks
 
 pytestmark = pytest.mark.usefixtures("x64")
 

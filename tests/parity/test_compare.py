@@ -11,7 +11,6 @@ from gpt2_core.config import ModelConfig
 from gpt2_core.weights import write_safetensors
 from parity.subjects import random_weights
 
-
 ROOT = Path(__file__).parents[2]
 
 

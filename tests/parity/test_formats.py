@@ -19,13 +19,19 @@ def test_weights_go_through_any_two_formats_bit_for_bit(tmp_path, first, second,
     write_weights(read_weights(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", second)
     back = read_weights(tmp_path / "b.safetensors")
     assert (back.config, back.tokenizer) == (weights.config, weights.tokenizer)
-    assert all(back.arrays[n].dtype == a.dtype and back.arrays[n].tobytes() == a.tobytes() for n, a in weights.arrays.items())
+    assert all(
+        back.arrays[n].dtype == a.dtype and back.arrays[n].tobytes() == a.tobytes() for n, a in weights.arrays.items()
+    )
 
 
 def test_what_holds_no_weights_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")
-    for path, words in (("nowhere", "no such file"), ("empty", "neither a run folder"), ("notes.txt", "expected a run")):
+    for path, words in (
+        ("nowhere", "no such file"),
+        ("empty", "neither a run folder"),
+        ("notes.txt", "expected a run"),
+    ):
         with pytest.raises(UserError, match=words):
             read_weights(tmp_path / path)
 

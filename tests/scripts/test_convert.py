@@ -9,7 +9,11 @@ MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=30
 def test_weights_come_back_bit_for_bit_from_the_other_framework(run, tmp_path):
     weights = random_weights(MODEL)
     write_safetensors(weights, tmp_path / "w.safetensors")
-    for source, target, to in (("w.safetensors", "a", "jax"), ("a", "b", "torch"), ("b", "c.safetensors", "safetensors")):
+    for source, target, to in (
+        ("w.safetensors", "a", "jax"),
+        ("a", "b", "torch"),
+        ("b", "c.safetensors", "safetensors"),
+    ):
         code, _, err = run("convert.py", source, target, "--to", to)
         assert code == 0 and err == "", err
     back = read_weights(tmp_path / "c.safetensors")

@@ -65,7 +65,13 @@ def test_the_run_folder_holds_what_it_should(run, recipe, tmp_path):
     code, out, err = run("train_jax.py", "--config", recipe, "--steps", "6", "--sample_interval", "6")
     assert code == 0 and err == "", err
     folder = tmp_path / "runs" / "small-jax"
-    assert {p.name for p in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "curves.png", "samples", "checkpoints"}
+    assert {p.name for p in folder.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "curves.png",
+        "samples",
+        "checkpoints",
+    }
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert (config["precision"], config["mesh"], config["attention"]) == ("float32", "data=1,fsdp=1,tensor=1", "xla")
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"5", "6"}
@@ -125,7 +131,9 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(run, rec
 
 
 def test_a_run_that_diverges_ends_with_a_sentence_and_exit_code_1(run, recipe):
-    code, _, err = run("train_torch.py", "--config", recipe, "--optimizer.learning_rate", "1e30", "--optimizer.clip_norm", "0")
+    code, _, err = run(
+        "train_torch.py", "--config", recipe, "--optimizer.learning_rate", "1e30", "--optimizer.clip_norm", "0"
+    )
     assert code == 1 and "the run has diverged" in err and err.count("\n") == 1
 
 
