@@ -59,7 +59,26 @@ class ModelConfig:
     dropout: float = 0.0
     """Dropout rate of embeddings, attention weights and residual branches, 0 to below 1."""
     layer_norm_epsilon: float = 1e-5
-    """Added to the variance in every layer norm."""
+    """Added to the variance (rmsnorm: the mean square) in every norm."""
+    position: Literal["learned", "rope"] = "learned"
+    """How a token knows its place: a learned embedding for each, or rotary embeddings of queries and keys."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_pairs: Literal["half", "interleaved"] = "half"
+    """Which features of a head rotate together: i and i + head size / 2 (Hugging Face), or 2i and 2i + 1 (paper)."""
+    mlp: Literal["gelu_tanh", "gelu_exact", "swiglu"] = "gelu_tanh"
+    """The MLP: GELU in GPT-2's tanh form or exact by erf, or SwiGLU."""
+    mlp_width: int | None = None
+    """Hidden width of the MLP, in features. Left out: 4 n_embd; for swiglu, which has three matrices in place of two,
+    8/3 n_embd rounded up to a multiple of 64."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """The norm before each branch and before the head; rmsnorm has a weight and no bias."""
+    bias: bool = True
+    """Whether linear layers and layer norms have a bias."""
+    tie_embeddings: bool = True
+    """Whether the head shares the token embedding's weight."""
+    qk_norm: bool = False
+    """Whether queries and keys pass through an RMS norm, each head by itself, before they meet."""
 
     def __post_init__(self) -> None:
         _require_positive("model.", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_size")
@@ -73,52 +92,75 @@ class ModelConfig:
             self.layer_norm_epsilon > 0,
             f"--model.layer_norm_epsilon {self.layer_norm_epsilon}: must be above 0",
         )
+        if self.mlp_width is not None:
+            _require_positive("model.", self, "mlp_width")
+        if self.position == "rope":
+            _refuse_unless(
+                self.head_size % 2 == 0,
+                f"--model.position rope: rotates pairs of features, and n_embd {self.n_embd} / n_head {self.n_head} = "
+                f"{self.head_size} is odd; use another n_head or n_embd",
+            )
+            _refuse_unless(self.rope_theta > 0, f"--model.rope_theta {self.rope_theta}: must be above 0")
 
     @property
     def head_size(self) -> int:
         return self.n_embd // self.n_head
 
     @property
-    def mlp_width(self) -> int:
-        return 4 * self.n_embd
+    def mlp_size(self) -> int:
+        """Hidden width of the MLP, given or by default."""
+        if self.mlp_width is not None:
+            return self.mlp_width
+        return 64 * math.ceil(8 * self.n_embd / (3 * 64)) if self.mlp == "swiglu" else 4 * self.n_embd
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's canonical name and shape: GPT-2's own names, linear weights as (in, out)."""
-        D, F, V, T = self.n_embd, self.mlp_width, self.vocab_size, self.block_size
-        shapes: dict[str, tuple[int, ...]] = {"wte.weight": (V, D), "wpe.weight": (T, D)}
+        D, F, V, T = self.n_embd, self.mlp_size, self.vocab_size, self.block_size
+        shapes: dict[str, tuple[int, ...]] = {"wte.weight": (V, D)}
+        if self.position == "learned":
+            shapes["wpe.weight"] = (T, D)
         for layer in range(self.n_layer):
-            block = {
-                "ln_1.weight": (D,),
-                "ln_1.bias": (D,),
-                "attn.c_attn.weight": (D, 3 * D),
-                "attn.c_attn.bias": (3 * D,),
-                "attn.c_proj.weight": (D, D),
-                "attn.c_proj.bias": (D,),
-                "ln_2.weight": (D,),
-                "ln_2.bias": (D,),
-                "mlp.c_fc.weight": (D, F),
-                "mlp.c_fc.bias": (F,),
-                "mlp.c_proj.weight": (F, D),
-                "mlp.c_proj.bias": (D,),
-            }
-            shapes |= {f"h.{layer}.{name}": shape for name, shape in block.items()}
-        return shapes | {"ln_f.weight": (D,), "ln_f.bias": (D,)}
+            h = f"h.{layer}."
+            shapes |= self._norm(h + "ln_1")
+            shapes |= self._linear(h + "attn.c_attn", D, 3 * D)
+            if self.qk_norm:
+                shapes |= {h + "attn.q_norm.weight": (self.head_size,), h + "attn.k_norm.weight": (self.head_size,)}
+            shapes |= self._linear(h + "attn.c_proj", D, D)
+            shapes |= self._norm(h + "ln_2")
+            shapes |= self._linear(h + "mlp.c_fc", D, F)
+            if self.mlp == "swiglu":
+                shapes |= self._linear(h + "mlp.c_gate", D, F)
+            shapes |= self._linear(h + "mlp.c_proj", F, D)
+        shapes |= self._norm("ln_f")
+        if not self.tie_embeddings:
+            shapes["lm_head.weight"] = (V, D)
+        return shapes
+
+    def _linear(self, name: str, size_in: int, size_out: int) -> dict[str, tuple[int, ...]]:
+        weight = {f"{name}.weight": (size_in, size_out)}
+        return weight | {f"{name}.bias": (size_out,)} if self.bias else weight
+
+    def _norm(self, name: str) -> dict[str, tuple[int, ...]]:
+        weight = {f"{name}.weight": (self.n_embd,)}
+        return weight | {f"{name}.bias": (self.n_embd,)} if self.bias and self.norm == "layernorm" else weight
 
     @property
     def parameter_count(self) -> int:
-        """Number of parameters; the head shares the token embedding's and is not counted again."""
+        """Number of parameters; a head that shares the token embedding's is not counted again."""
         return sum(math.prod(shape) for shape in self.parameter_shapes.values())
 
     @property
     def training_flops_per_token(self) -> int:
         """Floating-point operations of a forward and backward pass for one token of a full block.
 
-        6 N + 12 L T D (Chowdhery et al. 2022, "PaLM", appendix B), N being the parameters that multiply
-        something: all but the position embeddings. The attention term counts the whole T x T square,
-        as that paper does, although a causal kernel computes half of it.
+        6 N + 12 L T D (Chowdhery et al. 2022, "PaLM", appendix B), N being the parameters that multiply something: all
+        but the position embeddings, and but the token embeddings where the head has a weight of its own. The attention
+        term counts the whole T x T square, as that paper does, although a causal kernel computes half of it.
         """
-        multiplying = self.parameter_count - self.block_size * self.n_embd
+        looked_up = ["wpe.weight"] if self.tie_embeddings else ["wpe.weight", "wte.weight"]
+        shapes = self.parameter_shapes
+        multiplying = self.parameter_count - sum(math.prod(shapes[name]) for name in looked_up if name in shapes)
         return 6 * multiplying + 12 * self.n_layer * self.block_size * self.n_embd
 
 
@@ -309,6 +351,11 @@ def check_mesh(sizes: dict[str, int], config: TrainConfig) -> None:
         raise UserError(
             f"--mesh {given}: n_embd {model.n_embd} is not divisible by {axes} = {sizes['fsdp'] * sizes['tensor']}; "
             f"use {_choices(divisors(model.n_embd))}"
+        )
+    if model.mlp_size % (sizes["fsdp"] * sizes["tensor"]):
+        raise UserError(
+            f"--mesh {given}: the MLP's width {model.mlp_size} is not divisible by fsdp x tensor = "
+            f"{sizes['fsdp'] * sizes['tensor']}; give another --model.mlp_width"
         )
     if 128 % sizes["tensor"]:
         # The vocabulary is padded to a multiple of 128 (gpt2_jax.sharding), and its rows are split over this axis.

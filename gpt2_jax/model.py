@@ -15,10 +15,12 @@ from flax import nnx
 
 from gpt2_core.config import ModelConfig
 from gpt2_jax.attention import Kernel, cached_attention, causal_attention
+from gpt2_jax.capture import is_tapping, scope, tap
 from gpt2_jax.dropout import dropout, site
-from gpt2_jax.layers import Embedding, LayerNorm, Linear
+from gpt2_jax.layers import Embedding, LayerNorm, Linear, RMSNorm
 from gpt2_jax.loss import summed_cross_entropy
 from gpt2_jax.products import wide_einsum
+from gpt2_jax.rope import rotate
 from gpt2_jax.sharding import Axes, constrain, gather
 
 # Inside, the vocabulary is padded to a multiple of this, which matrix units like and a tensor axis divides. The
@@ -50,18 +52,29 @@ class LayerCache(NamedTuple):
     v_BHSK: jax.Array
 
 
+def make_norm(config: ModelConfig, execution: Execution) -> LayerNorm | RMSNorm:
+    """The norm over the embedding that the configuration asks for."""
+    make = {"epsilon": config.layer_norm_epsilon, "dtype": execution.dtype, "param_dtype": execution.param_dtype}
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.n_embd, axis="embed", **make)
+    return LayerNorm(config.n_embd, bias=config.bias, **make)
+
+
 class CausalSelfAttention(nnx.Module):
     """Multi-head attention in which a token sees itself and what precedes it (Vaswani et al. 2017)."""
 
     def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs) -> None:
         D = config.n_embd
-        make = {"param_dtype": execution.param_dtype, "rngs": rngs}
+        make = {"bias": config.bias, "param_dtype": execution.param_dtype, "rngs": rngs}
         self.c_attn = Linear((D, 3, D), ("embed", "qkv", "heads"), std=0.02, **make)
         self.c_proj = Linear((D, D), ("heads", "embed"), std=_residual_std(config), **make)
+        norm = {"epsilon": config.layer_norm_epsilon, "dtype": execution.dtype, "param_dtype": execution.param_dtype}
+        self.q_norm = RMSNorm(config.head_size, axis=None, **norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_size, axis=None, **norm) if config.qk_norm else None
         self.config, self.kernel = config, execution.attention
 
     def __call__(
-        self, x_BTD: jax.Array, *, cache: LayerCache | None, positions_BT: jax.Array | None, key: jax.Array | None
+        self, x_BTD: jax.Array, *, cache: LayerCache | None, positions: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, LayerCache | None]:
         config = self.config
         B, T, D = x_BTD.shape
@@ -69,53 +82,67 @@ class CausalSelfAttention(nnx.Module):
         q_BHTK, k_BHTK, v_BHTK = (
             constrain(qkv_BT3HK[:, :, i].transpose(0, 2, 1, 3), "batch", "heads", None, None) for i in range(3)
         )
+        if config.qk_norm:
+            q_BHTK, k_BHTK = self.q_norm(q_BHTK), self.k_norm(k_BHTK)
+        if config.position == "rope":
+            q_BHTK, k_BHTK = (rotate(x, positions, config) for x in (q_BHTK, k_BHTK))
+        q_BHTK, k_BHTK, v_BHTK = tap("attn.q", q_BHTK), tap("attn.k", k_BHTK), tap("attn.v", v_BHTK)
         if cache is None:
             out_BHTK = causal_attention(
                 q_BHTK, k_BHTK, v_BHTK, kernel=self.kernel, rate=config.dropout, key=site(key, 0)
             )
         else:
-            cache = _write(cache, k_BHTK, v_BHTK, positions_BT[:, 0])
-            out_BHTK = cached_attention(q_BHTK, *cache, positions_BT)
-        out_BTD = out_BHTK.transpose(0, 2, 1, 3).reshape(B, T, D)
-        return dropout(self.c_proj(out_BTD), config.dropout, site(key, 1)), cache
+            cache = _write(cache, k_BHTK, v_BHTK, positions[:, 0])
+            out_BHTK = cached_attention(q_BHTK, *cache, positions)
+        out_BTD = tap("attn.out", out_BHTK.transpose(0, 2, 1, 3).reshape(B, T, D))
+        return dropout(tap("attn.c_proj", self.c_proj(out_BTD)), config.dropout, site(key, 1)), cache
 
 
 class MLP(nnx.Module):
-    """Two linear layers with GPT-2's tanh form of GELU between them (Hendrycks & Gimpel 2016)."""
+    """Two linear layers with GELU between them (Hendrycks & Gimpel 2016), in GPT-2's tanh form or exact; or three,
+    SwiGLU (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs) -> None:
-        D, F = config.n_embd, config.mlp_width
-        make = {"param_dtype": execution.param_dtype, "rngs": rngs}
+        D, F = config.n_embd, config.mlp_size
+        make = {"bias": config.bias, "param_dtype": execution.param_dtype, "rngs": rngs}
         self.c_fc = Linear((D, F), ("embed", "mlp"), std=0.02, **make)
+        self.c_gate = Linear((D, F), ("embed", "mlp"), std=0.02, **make) if config.mlp == "swiglu" else None
         self.c_proj = Linear((F, D), ("mlp", "embed"), std=_residual_std(config), **make)
         self.config = config
 
     def __call__(self, x_BTD: jax.Array, *, key: jax.Array | None) -> jax.Array:
-        a_BTF = constrain(jax.nn.gelu(self.c_fc(x_BTD), approximate=True), "batch", None, "mlp")
-        return dropout(self.c_proj(a_BTF), self.config.dropout, key)
+        a_BTF = tap("mlp.c_fc", self.c_fc(x_BTD))
+        if self.config.mlp == "swiglu":
+            a_BTF = jax.nn.silu(tap("mlp.c_gate", self.c_gate(x_BTD))) * a_BTF
+        else:
+            a_BTF = jax.nn.gelu(a_BTF, approximate=self.config.mlp == "gelu_tanh")
+        a_BTF = tap("mlp.activation", constrain(a_BTF, "batch", None, "mlp"))
+        return dropout(tap("mlp.c_proj", self.c_proj(a_BTF)), self.config.dropout, key)
 
 
 class Block(nnx.Module):
     """Attention, then MLP, each behind a layer norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs) -> None:
-        norm = {"epsilon": config.layer_norm_epsilon, "dtype": execution.dtype, "param_dtype": execution.param_dtype}
-        self.ln_1 = LayerNorm(config.n_embd, **norm)
+        self.ln_1 = make_norm(config, execution)
         self.attn = CausalSelfAttention(config, execution, rngs)
-        self.ln_2 = LayerNorm(config.n_embd, **norm)
+        self.ln_2 = make_norm(config, execution)
         self.mlp = MLP(config, execution, rngs)
 
     def __call__(
         self,
         x_BTD: jax.Array,
+        positions: jax.Array,
         *,
         cache: LayerCache | None = None,
-        positions_BT: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        out_BTD, cache = self.attn(self.ln_1(x_BTD), cache=cache, positions_BT=positions_BT, key=site(key, 0))
-        x_BTD = constrain(x_BTD + out_BTD, "batch", None, None)
-        x_BTD = constrain(x_BTD + self.mlp(self.ln_2(x_BTD), key=site(key, 1)), "batch", None, None)
+        """`positions` are (T,), or with a cache (B, T): each sequence's own."""
+        a_BTD = tap("ln_1", self.ln_1(x_BTD))
+        out_BTD, cache = self.attn(a_BTD, cache=cache, positions=positions, key=site(key, 0))
+        x_BTD = tap("residual_1", constrain(x_BTD + out_BTD, "batch", None, None))
+        out_BTD = self.mlp(tap("ln_2", self.ln_2(x_BTD)), key=site(key, 1))
+        x_BTD = tap("residual_2", constrain(x_BTD + out_BTD, "batch", None, None))
         return x_BTD, cache
 
 
@@ -125,12 +152,13 @@ class GPT2(nnx.Module):
     def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs) -> None:
         D, V = config.n_embd, config.vocab_size
         make = {"std": 0.02, "param_dtype": execution.param_dtype, "rngs": rngs}
-        self.wte = Embedding(padded_vocab_size(V), D, ("vocab", "embed"), used=V, **make)
-        self.wpe = Embedding(config.block_size, D, ("positions", "embed"), used=config.block_size, **make)
+        table = (padded_vocab_size(V), D, ("vocab", "embed"))
+        self.wte = Embedding(*table, used=V, **make)
+        places = (config.block_size, D, ("positions", "embed"))
+        self.wpe = Embedding(*places, used=config.block_size, **make) if config.position == "learned" else None
         self.h = nnx.List([Block(config, execution, rngs) for _ in range(config.n_layer)])
-        self.ln_f = LayerNorm(
-            D, epsilon=config.layer_norm_epsilon, dtype=execution.dtype, param_dtype=execution.param_dtype
-        )
+        self.ln_f = make_norm(config, execution)
+        self.lm_head = None if config.tie_embeddings else Embedding(*table, used=V, **make)
         self.config, self.execution = config, execution
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
@@ -140,24 +168,28 @@ class GPT2(nnx.Module):
     def loss(self, tokens_BT: jax.Array, targets_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """Summed cross-entropy of the targets that aren't IGNORED, in float32 at least."""
         x_MD = self.hidden(tokens_BT, dropout_key=dropout_key).reshape(-1, self.config.n_embd)
-        return summed_cross_entropy(x_MD, gather(self.wte.weight), targets_BT.reshape(-1), self.config.vocab_size)
+        return summed_cross_entropy(x_MD, self._head_VD(), targets_BT.reshape(-1), self.config.vocab_size)
 
     def hidden(self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """What the head sees: (B, T, D) after the last layer norm."""
-        x_BTD = self._embed(tokens_BT, jnp.arange(tokens_BT.shape[1]))
-        x_BTD = dropout(x_BTD, self.config.dropout, site(dropout_key, 0))
+        positions_T = jnp.arange(tokens_BT.shape[1])
+        x_BTD = self._embed(tokens_BT, positions_T)
+        x_BTD = dropout(tap("embeddings", x_BTD), self.config.dropout, site(dropout_key, 0))
+        if is_tapping() and (self.execution.scan_layers or self.execution.remat):
+            raise ValueError("intermediate values are tapped in unrolled layers only: scan_layers and remat must be off")
         if self.execution.scan_layers:
-            x_BTD = self._scan_blocks(x_BTD, dropout_key)
+            x_BTD = self._scan_blocks(x_BTD, positions_T, dropout_key)
         else:
             for number, block in enumerate(self.h, start=1):
                 graph, state = nnx.split(block)
-                x_BTD = self._block_function(graph)(state, x_BTD, site(dropout_key, number))
-        return self.ln_f(x_BTD)
+                with scope(f"h.{number - 1}."):
+                    x_BTD = self._block_function(graph)(state, x_BTD, positions_T, site(dropout_key, number))
+        return tap("ln_f", self.ln_f(x_BTD))
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """The head, which shares the token embedding's weight."""
-        wte_VD = gather(self.wte.weight)[: self.config.vocab_size].astype(x_BTD.dtype)
-        return wide_einsum("btd,vd->btv", x_BTD, wte_VD)
+        """The head's scores of the vocabulary."""
+        head_VD = self._head_VD()[: self.config.vocab_size].astype(x_BTD.dtype)
+        return tap("logits", wide_einsum("btd,vd->btv", x_BTD, head_VD))
 
     def decode(
         self, tokens_BT: jax.Array, start_B: jax.Array, caches: list[LayerCache]
@@ -170,28 +202,34 @@ class GPT2(nnx.Module):
         x_BTD = self._embed(tokens_BT, positions_BT)
         grown = []
         for block, cache in zip(self.h, caches, strict=True):
-            x_BTD, cache = block(x_BTD, cache=cache, positions_BT=positions_BT)
+            x_BTD, cache = block(x_BTD, positions_BT, cache=cache)
             grown.append(cache)
         return self.ln_f(x_BTD), grown
 
     def _embed(self, tokens_BT: jax.Array, positions: jax.Array) -> jax.Array:
-        return constrain(self.wte(tokens_BT) + self.wpe(positions), "batch", None, None)
+        x_BTD = self.wte(tokens_BT)
+        if self.wpe is not None:
+            x_BTD = x_BTD + self.wpe(positions)
+        return constrain(x_BTD, "batch", None, None)
+
+    def _head_VD(self) -> jax.Array:
+        return gather((self.wte if self.lm_head is None else self.lm_head).weight)
 
     def _block_function(self, graph: nnx.GraphDef):
         """A block as a pure function of its parameters."""
 
-        def apply(state, x_BTD, key):
-            return nnx.merge(graph, state)(x_BTD, key=key)[0]
+        def apply(state, x_BTD, positions_T, key):
+            return nnx.merge(graph, state)(x_BTD, positions_T, key=key)[0]
 
         return jax.checkpoint(apply) if self.execution.remat else apply
 
-    def _scan_blocks(self, x_BTD: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    def _scan_blocks(self, x_BTD: jax.Array, positions_T: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         graphs, states = zip(*(nnx.split(block) for block in self.h), strict=True)
         apply = self._block_function(graphs[0])
 
         def step(x_BTD, layer):
             number, state = layer
-            return apply(state, x_BTD, site(dropout_key, number)), None
+            return apply(state, x_BTD, positions_T, site(dropout_key, number)), None
 
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         numbers = jnp.arange(1, len(states) + 1)

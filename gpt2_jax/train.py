@@ -9,6 +9,7 @@ import numpy as np
 
 from gpt2_core.batches import IGNORED, TrainingBatches, evaluation_batches
 from gpt2_core.config import TrainConfig, check_mesh, format_mesh, parse_mesh
+from gpt2_core.interrupt import interruptible
 from gpt2_core.run_folder import RunFolder, metadata_of, open_run
 from gpt2_core.runlog import RunLog, peak_flops
 from gpt2_core.sampling import Sampling, uniforms
@@ -121,7 +122,7 @@ class _Loop:
                 batch = self.put(start)
                 train_step = self.compile(state, batch)
             waiting = None
-            for step in range(start, config.steps):
+            for step in interruptible(range(start, config.steps)):
                 rate = learning_rate(step, config.steps, config.optimizer)
                 state, metrics = train_step(state, *batch, self.scalar(rate))
                 if step + 1 < config.steps:

@@ -2,7 +2,7 @@
 
 | canonical | here | why |
 |---|---|---|
-| `wte.weight` (V, D) | (V padded to a multiple of 128, D), padding zero | matrix units; divisible by tensor |
+| `wte.weight`, `lm_head.weight` (V, D) | (V padded to a multiple of 128, D), zero there | divisible by tensor |
 | `c_attn.weight` (D, 3 D), `.bias` (3 D) | (D, 3, D), (3, D) | tensor then splits heads, not the row of q, k, v |
 """
 
@@ -15,12 +15,14 @@ from gpt2_core.config import ModelConfig
 from gpt2_core.weights import Weights
 from gpt2_jax.model import padded_vocab_size
 
+_PADDED = ("wte.weight", "lm_head.weight")
+
 
 def from_canonical(weights: Weights, dtype: str) -> dict[str, np.ndarray]:
     """Parameters as numpy arrays of `dtype`."""
     params = {}
     for name, array in weights.arrays.items():
-        if name == "wte.weight":
+        if name in _PADDED:
             array = np.pad(array, ((0, padded_vocab_size(len(array)) - len(array)), (0, 0)))
         elif ".c_attn." in name:
             array = array.reshape(*array.shape[:-1], 3, -1)
@@ -35,7 +37,7 @@ def to_canonical(
     arrays = {}
     for name in config.parameter_shapes:
         array = np.asarray(params[name])
-        if name == "wte.weight":
+        if name in _PADDED:
             array = array[: config.vocab_size]
         elif ".c_attn." in name:
             array = array.reshape(*array.shape[:-2], -1)

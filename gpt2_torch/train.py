@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt2_core.batches import IGNORED, Batch, TrainingBatches, evaluation_batches
 from gpt2_core.config import OptimizerConfig, TrainConfig
 from gpt2_core.errors import UserError
+from gpt2_core.interrupt import interruptible
 from gpt2_core.run_folder import RunFolder, metadata_of, open_run
 from gpt2_core.runlog import RunLog, peak_flops
 from gpt2_core.sampling import Sampling, uniforms
@@ -180,7 +181,7 @@ def train(config: TrainConfig, initial: Weights | None = None) -> RunFolder:
         )
         if start == 0:
             evaluate_and_log(0)
-        for step in range(start, config.steps):
+        for step in interruptible(range(start, config.steps)):
             # Seeded anew each step: dropout is then a function of (seed, step), and nothing random need be saved.
             torch.manual_seed(config.seed * 1_000_003 + step * processes + rank)
             rate = learning_rate(step, config.steps, config.optimizer)

@@ -11,7 +11,7 @@ from gpt2_core.config import ModelConfig
 from gpt2_core.weights import Weights
 from gpt2_torch.model import GPT2
 
-_LINEARS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+_LINEARS = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "c_gate.weight")
 
 
 def to_state_dict(weights: Weights) -> dict[str, Tensor]:

@@ -26,9 +26,9 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
         values = generator.standard_normal(shape)
         if name.endswith(".bias"):
             values *= 0.1
-        elif "ln_" in name:
+        elif "ln_" in name or "_norm" in name:
             values = 1.0 + 0.1 * values
-        elif name in ("wte.weight", "wpe.weight"):
+        elif name in ("wte.weight", "wpe.weight", "lm_head.weight"):
             values *= 0.1
         else:
             values /= np.sqrt(shape[0])

@@ -1,0 +1,27 @@
+import os
+import signal
+
+import pytest
+
+from gpt2_core.interrupt import interruptible
+
+
+def test_an_interrupt_waits_for_the_step_to_end_and_the_handler_comes_back():
+    before = signal.getsignal(signal.SIGINT)
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        for step in interruptible(range(5)):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            done.append(step)
+    assert done == [0, 1, 2] and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_interrupt_acts_at_once():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        for step in interruptible(range(5)):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append(step)
+    assert done == []
