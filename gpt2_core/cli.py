@@ -18,21 +18,18 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from gpt2_core.config import (
+    GROUPS,
     NEWEST,
     PRESETS,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
     TrainConfig,
     to_yaml,
 )
 from gpt2_core.errors import RunError, UserError
+from gpt2_core.tokenizer import vocab_size
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-
-_GROUPS = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig}
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -111,19 +108,22 @@ def parse_train_config(arguments: list[str], *, command: str, framework: str, el
     """
     parser = train_parser(command, framework)
     arguments, recipe, preset = _split_arguments(arguments)
-    for option in (a.split("=")[0] for a in arguments):
-        if option.removeprefix("--") in elsewhere:
-            raise UserError(f"{option}: not an option of {command}; {elsewhere[option.removeprefix('--')]}")
+    for option in (a.split("=")[0] for a in arguments if a.startswith("--")):
+        if option[2:] in elsewhere:
+            raise UserError(f"{option}: not an option of {command}; {elsewhere[option[2:]]}")
     print_config = "--print_config" in arguments
     arguments = [a for a in arguments if a != "--print_config"]
 
     recipe = recipe or DEFAULT_RECIPE
-    check_recipe(recipe)
+    in_recipe = read_recipe(recipe)
     sizes = [f"--model.{name}={value}" for name, value in PRESETS[preset].items()] if preset else []
     namespace = parser.parse([f"--config={recipe}", *sizes, *arguments])
     del namespace["config"], namespace["preset"]
     config = parser.instantiate(namespace)
     config = TrainConfig(**{f.name: config[f.name] for f in dataclasses.fields(TrainConfig)})
+    if "vocab_size" not in in_recipe.get("model", {}) and not any("model.vocab_size" in a for a in arguments):
+        model = dataclasses.replace(config.model, vocab_size=vocab_size(config.data.tokenizer))
+        config = dataclasses.replace(config, model=model)
     if config.run_dir is None:
         config = dataclasses.replace(config, run_dir=f"runs/{recipe.stem}-{framework.lower()}")
     if print_config:
@@ -139,7 +139,7 @@ def train_parser(command: str, framework: str) -> Parser:
         description=f"Train GPT-2 with {framework}. Settings come from GPT-2's defaults, then the recipe (--config), "
         "then --preset, then the other options, wherever each stands on the line.",
     )
-    parser.add_argument("--config", action="config", help=f"Recipe (YAML). Left out: {DEFAULT_RECIPE.name}.")
+    parser.add_argument("--config", action="config", help=f"Recipe (YAML). Left out: configs/{DEFAULT_RECIPE.name}.")
     parser.add_argument(
         "--preset",
         choices=list(PRESETS),
@@ -174,8 +174,8 @@ def _split_arguments(arguments: list[str]) -> tuple[list[str], Path | None, str 
     return rest, Path(taken["--config"]) if taken["--config"] is not None else None, preset
 
 
-def check_recipe(path: Path) -> None:
-    """Refuse a recipe that isn't there, isn't YAML, or sets something that doesn't exist."""
+def read_recipe(path: Path) -> dict[str, Any]:
+    """What a recipe sets; raises UserError if it isn't there, isn't YAML, or sets something that doesn't exist."""
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
         raise UserError(f"--config {path}: no such file" + (f"; the recipes here are {known}" if known else ""))
@@ -183,21 +183,24 @@ def check_recipe(path: Path) -> None:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UserError(f"--config {path}: can't be read ({error.strerror})") from error
     if values is None:
-        return
+        return {}
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected settings as «name: value» lines")
     known = [f.name for f in dataclasses.fields(TrainConfig)]
     for name, value in values.items():
         if name not in known:
             raise UserError(f"{path}: no setting is called {name}{_closest(name, known)}")
-        if name in _GROUPS:
+        if name in GROUPS:
             if not isinstance(value, dict):
                 raise UserError(f"{path}: {name} is a group of settings, not {value!r}")
-            inside = [f.name for f in dataclasses.fields(_GROUPS[name])]
+            inside = [f.name for f in dataclasses.fields(GROUPS[name])]
             for key in value:
                 if key not in inside:
                     raise UserError(f"{path}: no setting is called {name}.{key}{_closest(key, inside)}")
+    return values
 
 
 def _closest(name: Any, known: Iterable[str]) -> str:

@@ -30,6 +30,11 @@ def _refuse_unless(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that not every generator takes."""
+    _refuse_unless(0 <= seed < 1 << 32, f"--seed {seed}: must be from 0 to {(1 << 32) - 1}")
+
+
 def _require_positive(group: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -55,7 +60,8 @@ class ModelConfig:
     block_size: int = 1024
     """Longest context, in tokens: the number of learned positions and the length of a training sequence."""
     vocab_size: int = 50257
-    """Number of token ids the model knows; at least the tokenizer's (gpt2: 50257, bytes: 257)."""
+    """Number of token ids the model knows, at least the tokenizer's. Left out: the tokenizer's (gpt2 50257, bytes
+    257)."""
     dropout: float = 0.0
     """Dropout rate of embeddings, attention weights and residual branches, 0 to below 1."""
     layer_norm_epsilon: float = 1e-5
@@ -276,7 +282,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require_positive("", self, "batch_size", "accumulation", "log_interval", "eval_interval", "eval_sequences")
         _require_positive("", self, "checkpoint_interval", "keep_checkpoints", "sample_tokens")
-        _require_nonnegative("", self, "steps", "sample_interval", "seed")
+        _require_nonnegative("", self, "steps", "sample_interval")
+        check_seed(self.seed)
         _refuse_unless(
             self.batch_size % self.accumulation == 0,
             f"--accumulation {self.accumulation}: batch_size {self.batch_size} is not divisible by it; "
@@ -293,6 +300,10 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.model.block_size
+
+
+# The groups of settings within a TrainConfig, by name.
+GROUPS = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig}
 
 
 def divisors(number: int) -> list[int]:
@@ -376,8 +387,7 @@ def from_yaml(path: Path) -> TrainConfig:
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
-    groups = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig}
-    return TrainConfig(**{k: groups[k](**v) if k in groups else v for k, v in values.items()})
+    return TrainConfig(**{k: GROUPS[k](**v) if k in GROUPS else v for k, v in values.items()})
 
 
 def differences(ours: Any, theirs: Any, ignore: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any, Any]]:
@@ -387,6 +397,7 @@ def differences(ours: Any, theirs: Any, ignore: frozenset[str] = frozenset()) ->
         if f.name in ignore or a == b:
             continue
         if dataclasses.is_dataclass(a):
-            yield from ((f"{f.name}.{name}", x, y) for name, x, y in differences(a, b))
+            inside = frozenset(name.partition(".")[2] for name in ignore if name.startswith(f.name + "."))
+            yield from ((f"{f.name}.{name}", x, y) for name, x, y in differences(a, b, inside))
         else:
             yield f.name, a, b

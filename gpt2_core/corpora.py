@@ -28,7 +28,10 @@ class Corpus:
     def documents(self) -> Iterator[str]:
         """The text of each file. Raises UserError for one that is empty or isn't UTF-8 (`text` only)."""
         for path in self.files:
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise UserError(f"--data.corpus {self.name}: can't read {path} ({error.strerror})") from error
             if self.name == "stdlib":
                 yield content.decode("utf-8", errors="replace")
                 continue

@@ -1,9 +1,11 @@
 """A run on disk: its configuration, metrics and checkpoints, and the rules for starting and resuming one."""
 
 import dataclasses
+import fcntl
 import json
+import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from gpt2_core.weights import Weights
 # What may differ between a run and its continuation: where and how it computes, what it shows and keeps, how long it
 # is. Everything else decides the numbers.
 _DECIDES_THE_NUMBERS = {"model", "data", "optimizer", "batch_size", "accumulation", "precision", "seed"}
+# Where the text lies decides nothing either: the digest of its tokens is compared.
 _FREE_ON_RESUME = frozenset(f.name for f in dataclasses.fields(TrainConfig)) - _DECIDES_THE_NUMBERS
+_FREE_ON_RESUME |= {"data.path", "data.cache_dir"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,7 @@ class RunFolder:
         """The checkpoint whose evaluation has the lowest loss; the newest of all where nothing was evaluated."""
         steps = self.steps()
         evaluated = {r["step"]: r["loss"] for r in read_metrics(self.metrics) if r["split"] == "val"}
-        candidates = [step for step in steps if step in evaluated]
+        candidates = [step for step in steps if math.isfinite(evaluated.get(step, math.nan))]
         return min(candidates, key=evaluated.__getitem__) if candidates else (steps[-1] if steps else None)
 
     def checkpoint(self, choice: str) -> Path:
@@ -91,54 +95,99 @@ class RunFolder:
             shutil.rmtree(doomed)
 
 
-def open_run(config: TrainConfig, *, framework: str, data_digest: str) -> tuple[RunFolder, Path | None]:
-    """The folder of a new or resumed run, and the checkpoint it starts from (None: from its initial weights).
+@dataclasses.dataclass
+class RunPlan:
+    """A run that may begin: nothing has been written yet."""
 
-    Writes config.yaml, and on resuming cuts metrics.jsonl back to the checkpoint. Raises UserError if the folder
-    holds something that this run would overwrite, or if the run to resume is another one.
+    config: TrainConfig
+    """As given, but for what a continued run began from, which is its own."""
+    folder: RunFolder
+    checkpoint: Path | None
+    """Where it starts from; None: from `config.init_from` or random weights."""
+    continued: bool
+    """Whether the folder already holds the run."""
+
+    @property
+    def step(self) -> int:
+        return int(self.checkpoint.name) if self.checkpoint else 0
+
+    def begin(self) -> None:
+        """Take the folder, write config.yaml, sweep up after killed processes, cut metrics.jsonl back to the step."""
+        folder = self.folder
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder.path / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write_atomically(folder.config, to_yaml(self.config))
+            for leftover in (*folder.path.glob(".*.tmp"), *_killed_saves(folder.checkpoints)):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            if self.continued:
+                evaluated = self.checkpoint is not None and self.checkpoint.parent == folder.checkpoints
+                _cut_metrics(folder.metrics, self.step, evaluated=evaluated)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--run_dir {folder.path}: another process is training there; wait for it or end it"
+            ) from error
+        except OSError as error:
+            raise UserError(f"--run_dir {folder.path}: can't write there ({error.strerror})") from error
+
+
+def plan_run(config: TrainConfig, *, framework: str, data_digest: str) -> RunPlan:
+    """Where a new or resumed run lives and starts.
+
+    Raises UserError if the folder holds something that this run would overwrite, or if the run to resume is another
+    one. A continued run that was killed before its first checkpoint begins again as it began: from the weights or the
+    checkpoint of another run that it was given then.
     """
     folder = RunFolder(Path(config.run_dir))
-    checkpoint = _checkpoint_to_resume(config, folder)
-    if checkpoint is not None:
-        _check_checkpoint(checkpoint, framework, data_digest)
-    going_on = config.resume is not None and folder.config.is_file()
-    if not going_on and folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-        raise UserError(_taken(folder, config))
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder.config, to_yaml(dataclasses.replace(config, resume=None)))
-        if going_on:
-            step = int(checkpoint.name) if checkpoint else 0
-            _cut_metrics(folder.metrics, step, evaluated=checkpoint is not None)
-    except OSError as error:
-        raise UserError(f"--run_dir {folder.path}: can't write there ({error.strerror})") from error
-    return folder, checkpoint
-
-
-def _checkpoint_to_resume(config: TrainConfig, folder: RunFolder) -> Path | None:
-    if config.resume is None:
-        return None
-    if config.resume == NEWEST:
+    checkpoint = None
+    if config.resume not in (None, NEWEST):
+        checkpoint = _named_checkpoint(config.resume)
+        if folder.path.exists() and checkpoint.parent.resolve() == folder.checkpoints.resolve():
+            if int(checkpoint.name) != folder.steps()[-1]:
+                raise UserError(
+                    f"--resume {config.resume}: {folder.path} has gone on to step {folder.steps()[-1]}, which going on "
+                    f"from {checkpoint.name} would overwrite; name a new --run_dir"
+                )
+            config = dataclasses.replace(config, resume=NEWEST)
+    continued = config.resume == NEWEST
+    if continued:
         if not folder.config.is_file():
             raise UserError(f"--resume: {folder.path} holds no run to go on with; leave --resume out to start one")
-        source, step = folder, (folder.steps() or [None])[-1]
+        _refuse_other_settings(config, folder)
+        saved = from_yaml(folder.config)
+        config = dataclasses.replace(config, init_from=saved.init_from, resume=saved.resume)
+        if folder.steps():
+            checkpoint = folder.checkpoints / str(folder.steps()[-1])
+        else:
+            checkpoint = None if saved.resume is None else _named_checkpoint(saved.resume)
     else:
-        path = Path(config.resume)
-        in_run = path.name.isdigit() and (path.parent.parent / "config.yaml").is_file()
-        source = RunFolder(path.parent.parent if in_run else path)
-        if not source.config.is_file():
-            raise UserError(f"--resume {path}: neither a run folder nor a checkpoint of one (RUN/checkpoints/STEP)")
-        step = int(path.name) if in_run else (source.steps() or [None])[-1]
-        if step is None or step not in source.steps():
-            raise UserError(f"--resume {path}: there is no checkpoint; {_listed(source)}")
-        same_run = folder.path.exists() and source.path.resolve() == folder.path.resolve()
-        if same_run and step != source.steps()[-1]:
+        if checkpoint is not None:
+            _refuse_other_settings(config, RunFolder(checkpoint.parent.parent))
+        _refuse_unless_free(folder, config)
+    if checkpoint is not None:
+        _check_checkpoint(checkpoint, framework, data_digest)
+        if int(checkpoint.name) > config.steps:
             raise UserError(
-                f"--resume {path}: {folder.path} has gone on to step {source.steps()[-1]}, which going on from "
-                f"{step} would overwrite; name a new --run_dir"
+                f"--steps {config.steps}: the run is already at step {checkpoint.name}; use {checkpoint.name} or more"
             )
-        if not same_run and folder.config.is_file():
-            raise UserError(_taken(folder, config))
+    return RunPlan(config, folder, checkpoint, continued)
+
+
+def _named_checkpoint(name: str) -> Path:
+    path = Path(name)
+    in_run = path.name.isdigit() and (path.parent.parent / "config.yaml").is_file()
+    source = RunFolder(path.parent.parent if in_run else path)
+    if not source.config.is_file():
+        raise UserError(f"--resume {path}: neither a run folder nor a checkpoint of one (RUN/checkpoints/STEP)")
+    steps = source.steps()
+    step = int(path.name) if in_run else (steps or [None])[-1]
+    if step not in steps:
+        raise UserError(f"--resume {path}: there is no checkpoint; {_listed(source)}")
+    return source.checkpoints / str(step)
+
+
+def _refuse_other_settings(config: TrainConfig, source: RunFolder) -> None:
     changed = list(differences(config, from_yaml(source.config), _FREE_ON_RESUME))
     if changed:
         name, now, before = changed[0]
@@ -147,7 +196,22 @@ def _checkpoint_to_resume(config: TrainConfig, folder: RunFolder) -> Path | None
             f"--resume: {source.path} was trained with {name} {before}, not {now}{more}; "
             "give the same settings, or leave --resume out and name a new --run_dir"
         )
-    return None if step is None else source.checkpoints / str(step)
+
+
+def _refuse_unless_free(folder: RunFolder, config: TrainConfig) -> None:
+    if folder.path.exists() and (not folder.path.is_dir() or not all(map(_is_ours, folder.path.iterdir()))):
+        raise UserError(_taken(folder, config))
+
+
+def _is_ours(path: Path) -> bool:
+    """What a process killed at its very start may have left in an otherwise empty folder."""
+    return path.name == ".lock" or (path.name.startswith(".") and path.name.endswith(".tmp"))
+
+
+def _killed_saves(checkpoints: Path) -> Iterator[Path]:
+    """What either trainer's save or removal left when it was killed; nothing else in the folder is touched."""
+    for pattern in ("*.orbax-checkpoint-tmp*", ".*.tmp", ".*.removed"):
+        yield from checkpoints.glob(pattern)
 
 
 def _listed(folder: RunFolder) -> str:

@@ -54,7 +54,7 @@ class RunLog:
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=8),
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
             console=self._console,
@@ -90,12 +90,7 @@ class RunLog:
         tokens_per_second = self._config.tokens_per_step / seconds
         flops = tokens_per_second * self._config.model.training_flops_per_token
         mfu = flops / self._peak_flops if self._peak_flops else None
-        if not math.isfinite(loss):
-            kept = self._folder.steps()
-            raise RunError(
-                f"the loss of step {step} is {loss}: the run has diverged; try a lower --optimizer.learning_rate or a "
-                "longer --optimizer.warmup_steps" + (f" (the newest checkpoint is step {kept[-1]})" if kept else "")
-            )
+        self._refuse_unless_finite(step, loss)
         self._write(
             {
                 "step": step,
@@ -117,10 +112,19 @@ class RunLog:
             self._progress.update(self._task, completed=step + 1, status=words + val)
 
     def evaluation(self, step: int, loss: float) -> None:
-        """Log the validation loss of the weights after `step` updates."""
+        """Log the validation loss of the weights after `step` updates; raises RunError if it isn't finite."""
+        self._refuse_unless_finite(step, loss)
         self._val_loss = loss
         self._write({"step": step, "split": "val", "loss": loss})
         self.say(f"step {step:>6}  val loss {loss:.4f}")
+
+    def _refuse_unless_finite(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            kept = self._folder.steps()
+            raise RunError(
+                f"the loss of step {step} is {loss}: the run has diverged; try a lower --optimizer.learning_rate or a "
+                "longer --optimizer.warmup_steps" + (f" (the newest checkpoint is step {kept[-1]})" if kept else "")
+            )
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:

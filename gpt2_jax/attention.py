@@ -18,9 +18,9 @@ from gpt2_jax.products import wide_einsum
 Kernel = Literal["cudnn", "xla"]
 
 
-def choose_kernel(requested: str, *, precision: str, dropout: float) -> Kernel:
+def choose_kernel(requested: str, *, precision: str, dropout: float, head_size: int) -> Kernel:
     """The kernel that `--attention` means here; raises UserError if the one asked for can't do the work."""
-    reason = _why_not_cudnn(precision, dropout)
+    reason = _why_not_cudnn(precision, dropout, head_size)
     if requested == "auto":
         return "xla" if reason else "cudnn"
     if requested == "cudnn" and reason:
@@ -28,9 +28,14 @@ def choose_kernel(requested: str, *, precision: str, dropout: float) -> Kernel:
     return requested
 
 
-def _why_not_cudnn(precision: str, dropout: float) -> str | None:
-    if jax.default_backend() != "gpu" or "NVIDIA" not in jax.devices()[0].device_kind:
+def _why_not_cudnn(precision: str, dropout: float, head_size: int) -> str | None:
+    device = jax.devices()[0]
+    if jax.default_backend() != "gpu" or "NVIDIA" not in device.device_kind:
         return "needs an NVIDIA GPU, and JAX finds none here"
+    if float(device.compute_capability) < 8.0:
+        return f"needs compute capability 8.0, and this {device.device_kind} has {device.compute_capability}"
+    if head_size % 8 or head_size > 128:
+        return f"needs a head size that is a multiple of 8 and at most 128, and n_embd / n_head is {head_size}"
     if precision != "bfloat16":
         return f"computes in bfloat16, not {precision}"
     if dropout > 0:

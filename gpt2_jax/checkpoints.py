@@ -1,7 +1,6 @@
 """Checkpoints by Orbax: written while training goes on, restored onto any mesh."""
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,12 @@ class CheckpointWriter:
     """Saves states of one run in the background, and removes the checkpoints that are no longer kept.
 
     A checkpoint's folder gets its name, the bare step, when it is whole; what a killed save leaves behind has another
-    name, and is swept away here.
+    name, and is swept away when the run goes on (gpt2_core.run_folder).
     """
 
     def __init__(self, folder: RunFolder, keep: int) -> None:
         self._folder, self._keep = folder, keep
         folder.checkpoints.mkdir(exist_ok=True)
-        for leftover in folder.checkpoints.iterdir():
-            if not leftover.name.isdigit():
-                shutil.rmtree(leftover)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from gpt2_jax.capture import tap
+
 
 def dropout_mask(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
     """Which elements are kept, each with probability 1 - rate.
@@ -16,7 +18,8 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """`x` with elements dropped and the rest scaled by 1 / (1 - rate); without a key or a rate, `x` itself."""
     if key is None or rate == 0.0:
         return x
-    return jnp.where(dropout_mask(key, x.shape, rate), x / (1.0 - rate), 0.0)
+    mask = tap("dropout_mask", dropout_mask(key, x.shape, rate))
+    return jnp.where(mask, x / (1.0 - rate), 0.0)
 
 
 def site(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:

@@ -20,11 +20,12 @@ def sample(logits_BV: jax.Array, uniforms_B: jax.Array, sampling: Sampling) -> j
     """Next tokens (B,), int32, from the last position's logits and one uniform number for each sequence."""
     if sampling.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
     order_BV = jnp.argsort(logits_BV, axis=-1, descending=True, stable=True)
     if sampling.top_k is not None:
         order_BV = order_BV[:, : sampling.top_k]
     kept_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
-    probabilities_BV = jax.nn.softmax(kept_BV / sampling.temperature, axis=-1)
+    probabilities_BV = jax.nn.softmax(kept_BV, axis=-1)
     if sampling.top_p is not None:
         before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
         probabilities_BV = jnp.where(before_BV < sampling.top_p, probabilities_BV, 0.0)

@@ -176,7 +176,9 @@ class GPT2(nnx.Module):
         x_BTD = self._embed(tokens_BT, positions_T)
         x_BTD = dropout(tap("embeddings", x_BTD), self.config.dropout, site(dropout_key, 0))
         if is_tapping() and (self.execution.scan_layers or self.execution.remat):
-            raise ValueError("intermediate values are tapped in unrolled layers only: scan_layers and remat must be off")
+            raise ValueError(
+                "intermediate values are tapped in unrolled layers only: scan_layers and remat must be off"
+            )
         if self.execution.scan_layers:
             x_BTD = self._scan_blocks(x_BTD, positions_T, dropout_key)
         else:

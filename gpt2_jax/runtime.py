@@ -17,7 +17,8 @@ def configure(precision: str, mesh: int | str | None = None) -> None:
     """
     jax.config.update("jax_num_cpu_devices", 1 if mesh is None else math.prod(parse_mesh(mesh).values()))
     jax.config.update("jax_enable_x64", precision == "float64")
-    jax.config.update("jax_default_matmul_precision", None if precision == "bfloat16" else "highest")
+    narrow = resolve_precision(precision) == "bfloat16"
+    jax.config.update("jax_default_matmul_precision", None if narrow else "highest")
 
 
 def has_accelerator() -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from gpt2_core.batches import IGNORED, TrainingBatches, evaluation_batches
 from gpt2_core.config import TrainConfig, check_mesh, format_mesh, parse_mesh
 from gpt2_core.interrupt import interruptible
-from gpt2_core.run_folder import RunFolder, metadata_of, open_run
+from gpt2_core.run_folder import RunFolder, RunPlan, metadata_of, plan_run
 from gpt2_core.runlog import RunLog, peak_flops
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
@@ -40,7 +41,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     precision = resolve_precision(config.precision)
     sizes = resolve_mesh(config)
     check_mesh(sizes, config)
-    kernel = choose_kernel(config.attention, precision=precision, dropout=config.model.dropout)
+    model = config.model
+    kernel = choose_kernel(config.attention, precision=precision, dropout=model.dropout, head_size=model.head_size)
     return dataclasses.replace(config, precision=precision, mesh=format_mesh(sizes), attention=kernel)
 
 
@@ -50,34 +52,37 @@ def define_model(config: TrainConfig) -> Definition:
     return define(config.model, execution)
 
 
-def train(config: TrainConfig, initial: Weights | None = None) -> RunFolder:
-    """Train as `config` says, from `initial` weights if given; returns the run's folder.
+def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] = lambda config: None) -> RunFolder:
+    """Train as `config` says; returns the run's folder.
 
+    `initial` reads the weights that a run starts from, where it isn't resumed; None means random ones.
     `gpt2_jax.runtime.configure` must have been called for this precision and mesh.
     """
     config = resolve(config)
     tokens = open_tokens(config)
-    folder, checkpoint = open_run(config, framework="jax", data_digest=tokens.digest)
+    plan = plan_run(config, framework="jax", data_digest=tokens.digest)
+    config, folder = plan.config, plan.folder
+    weights = None if plan.checkpoint else initial(config)
+    plan.begin()
 
     mesh = make_mesh(parse_mesh(config.mesh))
     definition = define_model(config)
-    if checkpoint is not None:
+    if plan.checkpoint is not None:
         optimizer = make_optimizer(config.optimizer, config.model)
-        state = restore(checkpoint, abstract_state(definition, optimizer, mesh))
+        state = restore(plan.checkpoint, abstract_state(definition, optimizer, mesh))
     else:
-        state = new_state(config, definition, mesh, initial)
-    start = int(state.step)
+        state = new_state(config, definition, mesh, weights)
 
     device = jax.devices()[0].device_kind
     peak = peak_flops(device, config.precision)
-    log = RunLog(folder, config, start_step=start, peak_flops=peak and peak * mesh.size)
+    log = RunLog(folder, config, start_step=plan.step, peak_flops=peak and peak * mesh.size)
     with jax.set_mesh(mesh), log:
         log.say(
             f"jax {jax.__version__} on {mesh.size} x {device} ({config.mesh}), {config.precision}, {config.attention} "
             f"attention; {config.model.parameter_count:,} parameters; {tokens.source}; run {folder.path}"
-            + (f", from step {start}" if start else "")
+            + (f", from step {plan.step}" if plan.checkpoint else "")
         )
-        _Loop(config, definition, mesh, tokens, folder, log).run(state, start)
+        _Loop(config, definition, mesh, tokens, folder, log).run(state, plan)
     return folder
 
 
@@ -113,10 +118,10 @@ class _Loop:
             tokens.train, block_size=config.model.block_size, batch_size=config.batch_size, seed=config.seed
         )
 
-    def run(self, state: TrainState, start: int) -> None:
-        config = self.config
+    def run(self, state: TrainState, plan: RunPlan) -> None:
+        config, start = self.config, plan.step
         try:
-            if start == 0:
+            if plan.checkpoint is None:
                 self.evaluate(state, 0)
             if start < config.steps:
                 batch = self.put(start)
@@ -143,7 +148,7 @@ class _Loop:
                     self.write_sample(state, done)
                 if saves:
                     self.save(state, done)
-            if config.steps == 0:
+            if config.steps == 0 and plan.checkpoint is None:
                 self.save(state, 0)
         finally:
             self.writer.close()

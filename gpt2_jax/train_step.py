@@ -103,7 +103,7 @@ def make_train_step(
     shardings = state_shardings(definition, optimizer, mesh)
 
     def step(state: TrainState, inputs_ABT: jax.Array, targets_ABT: jax.Array, learning_rate: jax.Array):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if config.model.dropout > 0 else None
+        key = step_key(config.seed, state.step) if config.model.dropout > 0 else None
         loss, grads = loss_and_grads(definition, state.params, inputs_ABT, targets_ABT, dropout_key=key)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         grads, grad_norm = clip_by_global_norm(grads, config.optimizer.clip_norm)
@@ -121,6 +121,16 @@ def make_train_step(
     )
 
 
+def step_key(seed: int, step: int | jax.Array) -> jax.Array:
+    """The key of all that is random in a step."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def part_key(key: jax.Array, number: int | jax.Array) -> jax.Array:
+    """The key of one part of a step's batch."""
+    return jax.random.fold_in(key, number)
+
+
 def loss_and_grads(
     definition: Definition,
     params: Params,
@@ -134,7 +144,7 @@ def loss_and_grads(
 
     def part_loss(params: Params, part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         number, inputs_BT, targets_BT = part
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
+        key = None if dropout_key is None else part_key(dropout_key, number)
         return definition.merge(params).loss(inputs_BT, targets_BT, dropout_key=key) / count
 
     of_part = jax.value_and_grad(part_loss)

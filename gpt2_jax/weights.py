@@ -34,6 +34,11 @@ def to_canonical(
     params: Mapping[str, jax.Array | np.ndarray], config: ModelConfig, source: str, tokenizer: str | None
 ) -> Weights:
     """Canonical weights from parameters, which may lie sharded on devices."""
+    return Weights(config, canonical_arrays(params, config), source, tokenizer)
+
+
+def canonical_arrays(params: Mapping[str, jax.Array | np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
+    """Parameters, or anything shaped like them (gradients, moments), in canonical shapes."""
     arrays = {}
     for name in config.parameter_shapes:
         array = np.asarray(params[name])
@@ -42,4 +47,4 @@ def to_canonical(
         elif ".c_attn." in name:
             array = array.reshape(*array.shape[:-2], -1)
         arrays[name] = array
-    return Weights(config, arrays, source, tokenizer)
+    return arrays

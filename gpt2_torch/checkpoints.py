@@ -1,6 +1,7 @@
 """A checkpoint of the PyTorch trainer: model.safetensors (the state dict), optimizer.pt, metadata."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,14 @@ def save(
     temporary.rename(checkpoint)
 
 
-def restore(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load a checkpoint into `model` and `optimizer`; returns the number of updates it has behind it."""
+def restore(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load a checkpoint into `model` and `optimizer`."""
     device = next(model.parameters()).device
     try:
         model.load_state_dict(load_file(checkpoint / "model.safetensors"))
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True))
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except (OSError, EOFError, SafetensorError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{checkpoint}: can't be restored ({error})") from error
-    return read_metadata(checkpoint)["step"]
 
 
 def write_weights(weights: Weights, checkpoint: Path) -> Path:

@@ -6,7 +6,7 @@ Reads as a document: the optimizer, one step, an evaluation, and the loop around
 import contextlib
 import dataclasses
 import os
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,12 @@ from gpt2_core.batches import IGNORED, Batch, TrainingBatches, evaluation_batche
 from gpt2_core.config import OptimizerConfig, TrainConfig
 from gpt2_core.errors import UserError
 from gpt2_core.interrupt import interruptible
-from gpt2_core.run_folder import RunFolder, metadata_of, open_run
+from gpt2_core.run_folder import RunFolder, RunPlan, metadata_of, plan_run
 from gpt2_core.runlog import RunLog, peak_flops
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
 from gpt2_core.tokenizer import get_tokenizer
-from gpt2_core.tokens import TokenFolder, open_tokens
+from gpt2_core.tokens import open_tokens
 from gpt2_core.weights import Weights
 from gpt2_torch import checkpoints
 from gpt2_torch.generate import generate
@@ -109,21 +109,26 @@ def evaluate(model: nn.Module, batches, device: torch.device, autocast: contextl
     return total / count
 
 
-def train(config: TrainConfig, initial: Weights | None = None) -> RunFolder:
-    """Train as `config` says, from `initial` weights if given; returns the run's folder."""
+def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] = lambda config: None) -> RunFolder:
+    """Train as `config` says; returns the run's folder.
+
+    `initial` reads the weights that a run starts from, where it isn't resumed; None means random ones.
+    """
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)
     config = resolve(config, device, processes)
     if processes > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    tokens, folder, checkpoint = _open(config, rank, processes)
+    plan = _plan(config, initial, rank, processes)
+    config, folder, tokens = plan.config, plan.folder, open_tokens(config)
 
     torch.manual_seed(config.seed)
     model = GPT2(config.model).to(device, torch.float64 if config.precision == "float64" else torch.float32)
-    if initial is not None:
-        model.load_state_dict(to_state_dict(initial))
     optimizer = make_optimizer(model, config.optimizer)
-    start = checkpoints.restore(checkpoint, model, optimizer) if checkpoint else 0
+    if plan.checkpoint is not None:
+        checkpoints.restore(plan.checkpoint, model, optimizer)
+    elif (weights := initial(config)) is not None:
+        model.load_state_dict(to_state_dict(weights))
 
     # What computes may be compiled, what trains may be wrapped too; `model` stays the plain module, whose weights
     # they share.
@@ -144,7 +149,7 @@ def train(config: TrainConfig, initial: Weights | None = None) -> RunFolder:
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     peak = peak_flops(name, config.precision)
-    log = RunLog(folder, config, start_step=start, peak_flops=peak and peak * processes, enabled=rank == 0)
+    log = RunLog(folder, config, start_step=plan.step, peak_flops=peak and peak * processes, enabled=rank == 0)
 
     def evaluate_and_log(step: int) -> None:
         if rank == 0 and len(tokens.val):
@@ -152,7 +157,7 @@ def train(config: TrainConfig, initial: Weights | None = None) -> RunFolder:
                 validation = evaluation_batches(
                     tokens.val,
                     block_size=config.model.block_size,
-                    batch_size=config.microbatch_size,
+                    batch_size=config.microbatch_size // processes,
                     sequences=config.eval_sequences,
                 )
                 log.evaluation(step, evaluate(compiled, validation, device, autocast))
@@ -177,11 +182,11 @@ def train(config: TrainConfig, initial: Weights | None = None) -> RunFolder:
         log.say(
             f"torch {torch.__version__} on {processes} x {name}, {config.precision}, "
             f"{'compiled' if config.compile else 'eager'}; {config.model.parameter_count:,} parameters; "
-            f"{tokens.source}; run {folder.path}" + (f", from step {start}" if start else "")
+            f"{tokens.source}; run {folder.path}" + (f", from step {plan.step}" if plan.checkpoint else "")
         )
-        if start == 0:
+        if plan.checkpoint is None:
             evaluate_and_log(0)
-        for step in interruptible(range(start, config.steps)):
+        for step in interruptible(range(plan.step, config.steps)):
             # Seeded anew each step: dropout is then a function of (seed, step), and nothing random need be saved.
             torch.manual_seed(config.seed * 1_000_003 + step * processes + rank)
             rate = learning_rate(step, config.steps, config.optimizer)
@@ -204,7 +209,7 @@ def train(config: TrainConfig, initial: Weights | None = None) -> RunFolder:
                 write_text(done)
             if due:
                 save(done)
-        if config.steps == 0:
+        if config.steps == 0 and plan.checkpoint is None:
             save(0)
     if processes > 1:
         dist.destroy_process_group()
@@ -222,7 +227,13 @@ def pick_device(choice: str) -> torch.device:
             f"use {' or '.join(kind for kind, there in found.items() if there)}"
         )
     if choice == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun --nproc_per_node: process {local_rank} finds no GPU of its own, there are "
+                f"{torch.cuda.device_count()}; start as many processes as there are GPUs"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
     return torch.device(choice)
@@ -249,23 +260,25 @@ def resolve(config: TrainConfig, device: torch.device, processes: int) -> TrainC
     return dataclasses.replace(config, precision=precision, compile=compiled)
 
 
-def _open(config: TrainConfig, rank: int, processes: int) -> tuple[TokenFolder, RunFolder, Path | None]:
-    """Tokens and run folder, written by the first process before the others look at them."""
-    if processes == 1:
-        tokens = open_tokens(config)
-        return tokens, *open_run(config, framework="torch", data_digest=tokens.digest)
+def _plan(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None], rank: int, processes: int) -> RunPlan:
+    """The run, begun by the first process, which finds and tells the others whatever is wrong with it."""
     outcome: list = [None]
     if rank == 0:
         try:
-            tokens = open_tokens(config)
-            outcome = [open_run(config, framework="torch", data_digest=tokens.digest)]
+            plan = plan_run(config, framework="torch", data_digest=open_tokens(config).digest)
+            if plan.checkpoint is None:
+                initial(plan.config)
+            plan.begin()
+            outcome = [dataclasses.replace(plan)]
         except UserError as error:
             outcome = [error]
-    dist.broadcast_object_list(outcome)
+    if processes > 1:
+        dist.broadcast_object_list(outcome)
     if isinstance(outcome[0], UserError):
-        dist.destroy_process_group()
+        if processes > 1:
+            dist.destroy_process_group()
         raise outcome[0]
-    return open_tokens(config), *outcome[0]
+    return plan if rank == 0 else outcome[0]
 
 
 def _to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,12 @@ def to_state_dict(weights: Weights) -> dict[str, Tensor]:
 
 def to_canonical(state: Mapping[str, Tensor], config: ModelConfig, source: str, tokenizer: str | None) -> Weights:
     """Canonical weights from a state dict of `GPT2`; raises UserError if it isn't one of this configuration."""
-    arrays = {name: _to_array(t.T if name.endswith(_LINEARS) else t) for name, t in state.items()}
-    return Weights(config, arrays, source, tokenizer)
+    return Weights(config, canonical_arrays(state), source, tokenizer)
+
+
+def canonical_arrays(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """A state dict, or anything shaped like one (gradients, moments), in canonical shapes."""
+    return {name: _to_array(t.T if name.endswith(_LINEARS) else t) for name, t in state.items()}
 
 
 def build(weights: Weights) -> GPT2:

@@ -3,67 +3,156 @@
 Exit codes: 0 every check passed, 1 one failed, 2 it can't be done as asked.
 """
 
+import os
+import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gpt2_core.cli import Parser, run
 from gpt2_core.errors import UserError
+from parity.suite import CHECKS
 
 
 def main(arguments: list[str]) -> None:
     options = _parser().parse(arguments)
     chosen = _chosen(options.checks)
+    if options.steps is not None and options.steps < 1:
+        raise UserError(f"--steps {options.steps}: must be 1 or more")
+    if options.quick and options.full:
+        raise UserError("--quick and --full: give one of the two")
+    if options.prove and (options.weights or options.against or options.full or options.steps):
+        raise UserError(
+            "--prove: plants its mistakes in a tiny model of its own; give it without other weights and lengths"
+        )
     from parity import report
 
     folder = Path(options.report)
     report.open_folder(folder)
 
-    # Everything is compared in float64, on the CPU.
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
-    from gpt2_jax.runtime import configure
-
-    configure("float64")
+    _use(options.device)
     from parity.formats import read_weights
     from parity.subjects import SMALL, random_weights, real_text
-    from parity.suite import Subject, checks
+    from parity.suite import Subject
 
     weights = read_weights(options.weights, options.checkpoint) if options.weights else random_weights(SMALL)
-    subject = Subject(
-        weights,
-        real_text(weights),
-        steps=options.steps or (40 if options.quick else 200),
-        prompts=8 if options.quick else 64,
-        new_tokens=32 if options.quick else 128,
-    )
-    console = Console()
-    console.print(f"{weights.source}: {weights.config.parameter_count:,} parameters", highlight=False)
-    results = []
-    for name in chosen:
-        start = time.perf_counter()
-        with console.status(f"{name} ..."):
-            results += checks()[name](subject)
-        if not console.is_terminal:
-            console.print(f"{name}: {time.perf_counter() - start:.1f} s", highlight=False)
-    passed = report.write(folder, results, weights.source)
-    wide = console if console.is_terminal else Console(width=132)
-    wide.print(report.table(results))
-    failed = sum(not r.passed for r in results)
-    verdict = "the two are the same model" if passed else f"{failed} of {len(results)} cases FAILED"
-    console.print(f"{verdict}; report in {folder}", style="bold green" if passed else "bold red", highlight=False)
-    if not passed:
+    level = "quick" if options.quick else "full" if options.full else "default"
+    subject = Subject(weights, real_text(weights), level, options.steps)
+    found = report.Report(subject, shlex.join(["python", "parity/compare.py", *arguments]))
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{weights.source}: {weights.config.parameter_count:,} parameters")
+
+    tasks = dict(_tasks(found, chosen, options))
+    with _progress(console) as progress:
+        bar = progress.add_task("", total=len(tasks), name="")
+        for name, task in tasks.items():
+            progress.update(bar, name=name)
+            start = time.perf_counter()
+            task()
+            progress.advance(bar)
+            if not console.is_terminal:
+                console.print(f"{name}: {time.perf_counter() - start:.1f} s")
+    report.write(folder, found)
+    wide = Console() if console.is_terminal else Console(width=150)
+    wide.print(report.table(found.results))
+    for skipped in found.skipped:
+        console.print(f"skipped {skipped.check}: {skipped.reason}")
+    console.print(f"{found.verdict}; report in {folder / 'index.html'}", style="green" if found.passed else "bold red")
+    if not found.passed:
         sys.exit(1)
+
+
+def _use(device: str) -> None:
+    """Put both frameworks on the CPU, where JAX makes eight virtual devices for the meshes, or on the GPUs."""
+    # JAX would otherwise take most of a GPU's memory before PyTorch has any.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
+    import torch
+
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    from gpt2_jax.runtime import configure, has_accelerator
+
+    configure("float64", 8)
+    if device == "gpu":
+        from parity import sides
+
+        for framework, there in (("JAX", has_accelerator()), ("PyTorch", torch.cuda.is_available())):
+            if not there:
+                raise UserError(f"--device gpu: {framework} finds no GPU here; use --device cpu")
+        sides.DEVICE = torch.device("cuda")
+
+
+def _tasks(found, chosen: list[str], options) -> Iterator[tuple[str, object]]:
+    """What there is to do, by a name for the display; each adds to what was found."""
+    from parity.suite import Skipped, load
+
+    def collect(results):
+        for result in results:
+            (found.skipped if isinstance(result, Skipped) else found.results).append(result)
+
+    subject = found.subject
+    if options.against:
+        from parity import against
+
+        if ":" in options.against and not Path(options.against).exists():
+            yield options.against, lambda: collect(against.function(subject, options.against))
+        else:
+            from parity.formats import read_weights
+
+            other = read_weights(options.against)
+            yield options.against, lambda: collect(against.weights(subject, other))
+        return
+    if options.prove:
+        from parity import faults
+
+        subject = found.subject = faults.subject_of()
+    for name in chosen:
+        yield name, lambda name=name: collect(load(name)(subject))
+    if options.full:
+        yield "gpt2 in float64", lambda: collect(_at_full_size())
+    if options.prove:
+        for fault in faults.FAULTS:
+            yield fault.name, lambda fault=fault: found.faults.append(faults.judge(fault))
+
+
+def _at_full_size() -> Iterator:
+    """GPT-2 at 124M parameters, forward and gradients."""
+    from gpt2_core.config import PRESETS, ModelConfig
+    from parity.subjects import random_weights, real_text
+    from parity.suite import Result, Subject, load
+
+    weights = random_weights(ModelConfig(**PRESETS["gpt2"], block_size=128))
+    subject = Subject(weights, real_text(weights, 2_000), "quick")
+    for name in ("forward", "gradients"):
+        for r in load(name)(subject):
+            yield Result(r.check, f"gpt2, 124M: {r.case}", r.measured, r.limit, r.where)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.completed} of {task.total}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[name]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="compare.py",
-        description="Prove in float64 that the JAX and the PyTorch model are the same: logits, gradients, training "
-        "and generation, on a small random model or on weights of yours.",
+        description="Prove that the JAX and the PyTorch model are the same, on a small random model or on weights of "
+        f"yours. The checks are {', '.join(CHECKS)}; docs/parity.md says what each compares.",
     )
     parser.add_argument(
         "--weights",
@@ -73,22 +162,43 @@ def _parser() -> Parser:
     parser.add_argument(
         "--checkpoint", type=str, default="latest", help="Which checkpoint of a run folder: latest, best or a step."
     )
-    parser.add_argument("--report", type=str, default="parity_report", help="Folder for report.json and table.svg.")
-    parser.add_argument("--checks", type=str, help="Names of checks to run, comma between. Left out: all.")
-    parser.add_argument("--steps", type=int, help="Length of the loss curve, in steps. Left out: 200, quick 40.")
     parser.add_argument(
-        "--quick", action="store_true", help="Shorter curve, fewer prompts: under a minute on two cores."
+        "--against",
+        type=str,
+        help="Compare --weights with other weights (a path), or with an implementation of yours (module:function, from "
+        "token ids to logits) that holds them, in the place of the checks.",
+    )
+    parser.add_argument(
+        "--device",
+        type=Literal["cpu", "gpu"],
+        default="cpu",
+        help="Where both frameworks compute; gpu adds the kernels that training uses there, in `precision`.",
+    )
+    parser.add_argument("--report", type=str, default="parity_report", help="Folder for report.json and index.html.")
+    parser.add_argument("--checks", type=str, help="Names of checks to run, comma between. Left out: all.")
+    parser.add_argument(
+        "--steps", type=int, help="Length of the loss curve, in steps. Left out: 200; quick 40, full 1000."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="One real case of every check: about a minute on two cores."
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="GPT-2 at 124M parameters and a loss curve of 1,000 steps besides."
+    )
+    parser.add_argument(
+        "--prove",
+        action="store_true",
+        help="Plant every mistake of parity/faults.py in a tiny model and see each caught; without them it must pass.",
     )
     return parser
 
 
 def _chosen(names: str | None) -> list[str]:
-    known = ("weights", "forward", "gradients", "loss_curve", "generation")
     if names is None:
-        return list(known)
+        return list(CHECKS)
     for name in names.split(","):
-        if name not in known:
-            raise UserError(f"--checks {names}: no check is called {name!r}; there are {', '.join(known)}")
+        if name not in CHECKS:
+            raise UserError(f"--checks {names}: no check is called {name!r}; there are {', '.join(CHECKS)}")
     return names.split(",")
 
 

@@ -49,20 +49,28 @@ def read_initial_weights(config: TrainConfig) -> Weights | None:
 def write_weights(weights: Weights, path: Path, to: str, *, force: bool = False) -> None:
     """Write `weights` to `path` in a format: jax or torch (a checkpoint folder), or safetensors (one file).
 
-    With `force`, what is there is replaced once the new is whole.
+    With `force`, weights that are there are replaced once the new are whole; raises UserError for anything else there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if to == "safetensors":
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; name a file")
-        write_safetensors(weights, path)
-        return
-    if to == "jax":
-        from gpt2_jax.checkpoints import write_weights as write
-    else:
-        from gpt2_torch.checkpoints import write_weights as write
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-        new = write(weights, Path(temporary) / "new")
-        if force and path.exists():
-            path.rename(Path(temporary) / "old")
-        new.rename(path)
+    if to == "safetensors" and path.suffix != ".safetensors":
+        raise UserError(f"{path}: a safetensors file has a name that ends in .safetensors")
+    replaceable = path.is_file() if to == "safetensors" else metadata_path(path).is_file()
+    empty = path.is_dir() and to != "safetensors" and not any(path.iterdir())
+    if path.exists() and not (force and (replaceable or empty)):
+        what = "is not a weights file" if to == "safetensors" else "is neither empty nor a checkpoint"
+        raise UserError(f"{path}: exists and {what}, which nothing here replaces; name another")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if to == "safetensors":
+            write_safetensors(weights, path)
+            return
+        if to == "jax":
+            from gpt2_jax.checkpoints import write_weights as write
+        else:
+            from gpt2_torch.checkpoints import write_weights as write
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+            new = write(weights, Path(temporary) / "new")
+            if path.exists():
+                path.rename(Path(temporary) / "old")
+            new.rename(path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror})") from error

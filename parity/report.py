@@ -1,29 +1,57 @@
-"""What a comparison leaves behind: report.json, and the table as text and as a picture."""
+"""What a comparison leaves behind: report.json, index.html, the table and the plots as pictures."""
 
+import base64
+import dataclasses
 import io
 import json
 import math
 import platform
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from jinja2 import Environment
 from rich.console import Console
 from rich.table import Table
 
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
-from parity.suite import Result
+from gpt2_core.tokenizer import get_tokenizer
+from parity.suite import Result, Skipped, Subject
+
+LOWEST, HIGHEST = -17, 1  # of the bars' scale, in powers of ten
 
 
-def environment(source: str) -> dict[str, str]:
-    """What the figures depend on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
-    return {
-        "weights": source,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        **{name: version(name) for name in packages},
-    }
+@dataclasses.dataclass
+class Report:
+    """Everything a run of the suite found."""
+
+    subject: Subject
+    command: str
+    results: list[Result] = dataclasses.field(default_factory=list)
+    skipped: list[Skipped] = dataclasses.field(default_factory=list)
+    faults: list[Any] = dataclasses.field(default_factory=list)
+    """Verdicts of parity.faults, where they were asked for."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that ran passed; nothing at all is a failure."""
+        return bool(self.results) and all(r.passed for r in self.results) and all(v.in_place for v in self.faults)
+
+    @property
+    def verdict(self) -> str:
+        if not self.results:
+            return "nothing was compared"
+        failed = sum(not r.passed for r in self.results)
+        if failed:
+            return f"{failed} of {len(self.results)} cases FAILED"
+        missed = [v.fault.name for v in self.faults if not v.in_place]
+        if missed:
+            return f"{len(missed)} mistakes not caught in their place: {', '.join(missed)}"
+        proof = f", and all {len(self.faults)} planted mistakes were caught in their place" if self.faults else ""
+        return f"the two are the same model{proof}"
 
 
 def open_folder(path: Path) -> None:
@@ -38,12 +66,35 @@ def open_folder(path: Path) -> None:
         raise UserError(f"--report {path}: can't write there ({error.strerror})") from error
 
 
-def write(path: Path, results: list[Result], source: str) -> bool:
-    """Write the report; returns whether everything passed. No result at all is a failure."""
-    passed = bool(results) and all(r.passed for r in results)
-    report = {
-        "passed": passed,
-        "environment": environment(source),
+def write(path: Path, report: Report) -> None:
+    """Write the report's files into the folder."""
+    facts = environment(report.subject.weights.source)
+    write_atomically(path / "report.json", json.dumps(_as_json(report, facts), indent=2) + "\n")
+    picture = Console(record=True, width=150, file=io.StringIO())
+    picture.print(table(report.results))
+    svg = picture.export_svg(title="python parity/compare.py", code_format=_svg_without_web_fonts())
+    write_atomically(path / "table.svg", svg)
+    plots = _plots(report.subject.evidence)
+    for plot in plots:
+        write_atomically(path / f"{plot['file']}.png", plot["png"])
+    write_atomically(path / "index.html", _page(report, facts, plots))
+
+
+def environment(source: str) -> dict[str, str]:
+    """What the figures depend on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
+    return {
+        "weights": source,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        **{name: version(name) for name in packages},
+    }
+
+
+def _as_json(report: Report, facts: dict[str, str]) -> dict[str, Any]:
+    return {
+        "passed": report.passed,
+        "environment": facts,
         "checks": [
             {
                 "check": r.check,
@@ -53,30 +104,187 @@ def write(path: Path, results: list[Result], source: str) -> bool:
                 "passed": r.passed,
                 "where": r.where,
             }
-            for r in results
+            for r in report.results
+        ],
+        "skipped": [dataclasses.asdict(s) for s in report.skipped],
+        "faults": [
+            {
+                "name": v.fault.name,
+                "check": v.fault.check,
+                "place": v.fault.place,
+                "caught": v.caught,
+                "in_place": v.in_place,
+                "orders": v.orders if math.isfinite(v.orders) else None,
+                "where": v.where,
+            }
+            for v in report.faults
         ],
     }
-    write_atomically(path / "report.json", json.dumps(report, indent=2) + "\n")
-    picture = Console(record=True, width=132, file=io.StringIO())
-    picture.print(table(results))
-    svg = picture.export_svg(title="python parity/compare.py", code_format=_svg_without_web_fonts())
-    write_atomically(path / "table.svg", svg)
-    return passed
 
 
 def table(results: list[Result]) -> Table:
     """One row a case."""
-    table = Table(title=None, header_style="bold")
+    table = Table(header_style="bold")
     for name in ("check", "case", "measured", "limit", "", "where"):
         table.add_column(name, justify="right" if name in ("measured", "limit") else "left")
     for r in results:
         verdict = "[green]pass[/]" if r.passed else "[bold red]FAIL[/]"
-        table.add_row(r.check, r.case, _figure(r.measured), _figure(r.limit), verdict, r.where)
+        table.add_row(r.check, r.case, figure(r.measured), figure(r.limit), verdict, r.where)
     return table
 
 
-def _figure(x: float) -> str:
-    return f"{x:.0f}" if x.is_integer() else f"{x:.1e}"
+def figure(x: float) -> str:
+    if not math.isfinite(x):
+        return str(x)
+    return f"{x:.0f}" if float(x).is_integer() else (f"{x:.2f}" if 0.01 <= abs(x) < 1000 else f"{x:.1e}")
+
+
+def _page(report: Report, facts: dict[str, str], plots: list[dict]) -> str:
+    template = Environment(autoescape=True).from_string((files("parity") / "report.html").read_text())
+    rows = [
+        {
+            "check": r.check,
+            "case": r.case,
+            "measured": figure(r.measured),
+            "limit": figure(r.limit),
+            "passed": r.passed,
+            "where": r.where,
+            "bar": _on_scale(r.measured),
+            "mark": _on_scale(r.limit) if r.limit > 0 else None,
+        }
+        for r in report.results
+    ]
+    faults = [
+        {
+            "name": v.fault.name,
+            "check": v.fault.check,
+            "caught": v.caught,
+            "in_place": v.in_place,
+            "orders": "exact" if math.isinf(v.orders) else f"{v.orders:.1f}",
+            "where": v.where,
+            "story": v.fault.story,
+        }
+        for v in report.faults
+    ]
+    caught = sum(v.in_place for v in report.faults)
+    return template.render(
+        passed=report.passed,
+        verdict=report.verdict[0].upper() + report.verdict[1:],
+        environment=facts,
+        counts=f"{len(report.results)} cases of {len({r.check for r in report.results})} checks",
+        rows=rows,
+        skipped=report.skipped,
+        plots=[p | {"data": base64.b64encode(p["png"]).decode()} for p in plots],
+        texts=_texts(report.subject),
+        faults=faults,
+        faults_verdict=f"{caught} of {len(faults)} planted mistakes were caught, each by its check and at its place.",
+        command=report.command,
+    )
+
+
+def _on_scale(x: float) -> float:
+    if not math.isfinite(x):
+        return 100.0
+    power = math.log10(x) if x > 0 else LOWEST
+    return round(100 * min(1.0, max(0.0, (power - LOWEST) / (HIGHEST - LOWEST))), 1)
+
+
+def _texts(subject: Subject) -> list[dict[str, str]]:
+    names = [name for name in subject.evidence if name.startswith("generation ")]
+    if not names:
+        return []
+    tokenizer = get_tokenizer(subject.weights.tokenizer or "gpt2")
+    return [
+        {
+            "name": name.removeprefix("generation "),
+            "prompt": tokenizer.decode(prompt)[-60:],
+            "jax": tokenizer.decode(ours),
+            "torch": tokenizer.decode(theirs),
+        }
+        for name, (prompt, ours, theirs) in ((n, subject.evidence[n]) for n in names)
+    ]
+
+
+def _plots(evidence: dict[str, Any]) -> list[dict]:
+    """PNGs of what the checks left, with a title and a sentence each."""
+    plots = []
+    if curve := evidence.get("loss_curve"):
+        text = (
+            "Both trainers' losses, and below how far apart they are. The grey line is PyTorch against itself, started "
+        )
+        text += "from weights changed in their last digit: what chaos alone would do."
+        plots.append({"file": "loss_curve", "title": "Loss curves", "text": text, "png": _draw_curves(curve)})
+    for name, title in (("forward", "Error by depth, forward"), ("gradients", "Error by depth, backward")):
+        if found := evidence.get(name):
+            text = "Relative difference of every value, in the order it is computed; the dashed line is the limit."
+            limit = 1e-12 if name == "forward" else 1e-10
+            plots.append({"file": name, "title": title, "text": text, "png": _draw_depth(found, limit)})
+    pairs = {n.removeprefix("precision "): v for n, v in evidence.items() if n.startswith("precision ")}
+    if pairs:
+        text = "Each dot is a tensor: PyTorch's error against the float64 truth, and JAX's. On the line they are equal."
+        plots.append({"file": "precision", "title": "Precision", "text": text, "png": _draw_precision(pairs)})
+    return plots
+
+
+def _png(figure) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110)
+    return image.getvalue()
+
+
+def _draw_curves(curve: dict[str, np.ndarray]) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    ours, theirs, nudged = curve.values()
+    above.plot(ours, color="tab:blue", linewidth=3, alpha=0.5, label="JAX")
+    above.plot(theirs, color="tab:orange", linewidth=1, label="PyTorch")
+    above.set_ylabel("loss")
+    above.legend(frameon=False)
+    floor = 1e-17  # so that equal losses can be drawn on a log axis
+    below.semilogy(np.abs(nudged - theirs) + floor, color="0.6", linewidth=1, label="PyTorch from 1e-16 away")
+    below.semilogy(np.abs(ours - theirs) + floor, color="tab:blue", linewidth=1, label="JAX - PyTorch")
+    below.axhline(1e-11 if len(ours) < 1000 else 1e-9, color="black", linestyle="--", linewidth=1, label="limit")
+    below.set_ylabel("difference")
+    below.set_xlabel("step")
+    below.legend(frameon=False, ncols=3)
+    for axis in (above, below):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+    return _png(figure)
+
+
+def _draw_depth(found: list[tuple[str, float]], limit: float) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.semilogy([max(difference, 1e-17) for _, difference in found], marker=".", linewidth=1, color="tab:blue")
+    axis.axhline(limit, color="black", linestyle="--", linewidth=1)
+    every = max(1, len(found) // 24)
+    axis.set_xticks(range(0, len(found), every), [name for name, _ in found][::every], rotation=90, fontsize=7)
+    axis.set_ylabel("relative difference")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.3)
+    return _png(figure)
+
+
+def _draw_precision(pairs: dict[str, list[tuple[float, float]]]) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 5), layout="constrained")
+    axis = figure.subplots()
+    for name, points in pairs.items():
+        ours, theirs = zip(*points, strict=True)
+        axis.loglog(theirs, ours, marker="o", markersize=4, linestyle="", alpha=0.7, label=name)
+    ends = axis.get_xlim()
+    axis.plot(ends, ends, color="black", linewidth=1)
+    axis.set_xlabel("PyTorch's error")
+    axis.set_ylabel("JAX's error")
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+    return _png(figure)
 
 
 def _svg_without_web_fonts() -> str:

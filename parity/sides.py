@@ -1,39 +1,62 @@
-"""The two models in float64 from one set of weights, each behind the functions that its own trainer uses."""
+"""The two models from one set of weights, each behind the functions that its own trainer uses."""
 
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import gpt2_jax.generate
+import gpt2_jax.optimizer
+import gpt2_jax.train
+import gpt2_jax.train_step
+import gpt2_jax.weights
 import gpt2_torch.generate
+import gpt2_torch.train
+import gpt2_torch.weights
 from gpt2_core.batches import Batch
-from gpt2_core.config import TrainConfig
+from gpt2_core.config import TrainConfig, parse_mesh
 from gpt2_core.sampling import Sampling
-from gpt2_core.schedule import learning_rate
 from gpt2_core.weights import Weights
+from gpt2_jax.attention import choose_kernel
+from gpt2_jax.capture import perturb, record, tapping
 from gpt2_jax.model import Execution, define
-from gpt2_jax.optimizer import make_optimizer as make_jax_optimizer
 from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train_step import initial_state, loss_and_grads, make_train_step, put_batch
 from gpt2_jax.weights import from_canonical
-from gpt2_jax.weights import to_canonical as jax_to_canonical
-from gpt2_torch.train import accumulate_gradients, make_optimizer, train_step
 from gpt2_torch.weights import build
-from gpt2_torch.weights import to_canonical as torch_to_canonical
 
-Grads = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
+
+# Where the PyTorch side computes; compare.py sets it. JAX computes where JAX does.
+DEVICE = torch.device("cpu")
+
+
+class Trained(NamedTuple):
+    """What a few training steps gave: a row a step, and the state they led to, by canonical name."""
+
+    losses: np.ndarray
+    grad_norms: np.ndarray
+    params: Arrays
+    first_moments: Arrays
+    second_moments: Arrays
+    watched: list[np.ndarray]
+    """The token embedding after each step."""
 
 
 class JaxSide:
-    """The JAX model on one device."""
+    """The JAX model, by default in float64."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, dtype: str = "float64") -> None:
         self.config = weights.config
-        self.definition = define(weights.config, Execution("float64"))
-        self.params = from_canonical(weights, "float64")
+        kernel = choose_kernel("auto", precision=dtype, dropout=self.config.dropout, head_size=self.config.head_size)
+        self.definition = define(weights.config, Execution(dtype, kernel))
+        self.params = from_canonical(weights, self.definition.execution.param_dtype)
         self._generator = gpt2_jax.generate.Generator(self.definition)
 
     @functools.cached_property
@@ -42,78 +65,292 @@ class JaxSide:
 
     @functools.cached_property
     def _loss_and_grads(self):
-        return jax.jit(functools.partial(loss_and_grads, self.definition))
+        return jax.jit(functools.partial(gpt2_jax.train_step.loss_and_grads, self.definition))
 
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         return np.asarray(self._logits(self.params, tokens_BT))
 
-    def loss_and_grads(self, batch: Batch, accumulation: int) -> tuple[float, Grads]:
+    def intermediates(self, tokens_BT: np.ndarray) -> Arrays:
+        """Every tapped value of a forward pass, the logits last, in order of computation."""
+        names: list[str] = []
+
+        @jax.jit
+        def run(params, tokens_BT):
+            values: dict[str, jax.Array] = {}
+            with tapping(record(values)):
+                self.definition.merge(params)(tokens_BT)
+            names[:] = values
+            return values
+
+        values = run(self.params, tokens_BT)
+        return {name: np.asarray(values[name]) for name in names}
+
+    def loss_and_grads(self, batch: Batch, accumulation: int) -> tuple[float, Arrays]:
         """The loss of a batch and its gradients by canonical name and shape."""
         parts = [x.reshape(accumulation, -1, x.shape[-1]) for x in batch]
         loss, grads = self._loss_and_grads(self.params, *parts)
-        return float(loss), _arrays(jax_to_canonical(grads, self.config, "gradients", None))
+        return float(loss), self._canonical(grads)
 
-    def train(self, config: TrainConfig, batches: Sequence[Batch]) -> Iterator[tuple[float, float]]:
-        """Loss and gradient norm of each step, from the weights as they were given."""
-        mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
-        optimizer = make_jax_optimizer(config.optimizer, config.model)
-        state = initial_state(self.definition, optimizer, mesh, seed=config.seed, params=self.params)
-        step = make_train_step(self.definition, config, mesh)
+    def activation_grads(self, batch: Batch) -> Arrays:
+        """The gradient of the loss with respect to every tapped value, in order of computation."""
+        count = (batch.targets >= 0).sum()
+        order: list[str] = []
+
+        def loss(zeros, params, batch):
+            with tapping(perturb(zeros)):
+                return self.definition.merge(params).loss(*batch) / count
+
+        def shapes(params, batch):
+            values: dict[str, jax.Array] = {}
+            with tapping(record(values)):
+                self.definition.merge(params).loss(*batch)
+            order[:] = values
+            return values
+
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(shapes, self.params, tuple(batch)))
+        grads = jax.jit(jax.grad(loss))(zeros, self.params, tuple(batch))
+        return {name: np.asarray(grads[name]) for name in order}
+
+    def train(self, config: TrainConfig, batches: Sequence[Batch]) -> Trained:
+        """The trainer's own steps, on the mesh and in the way that `config` says, from the weights as given."""
+        mesh = make_mesh(parse_mesh(config.mesh))
+        execution = Execution(config.precision, "xla", config.scan_layers, config.remat)
+        definition = define(config.model, execution)
+        optimizer = gpt2_jax.train_step.make_optimizer(config.optimizer, config.model)
+        state = gpt2_jax.train_step.initial_state(definition, optimizer, mesh, seed=config.seed, params=self.params)
+        step = gpt2_jax.train_step.make_train_step(definition, config, mesh)
+        rows, watched = [], []
         with jax.set_mesh(mesh):
             for number, batch in enumerate(batches):
-                rate = np.float64(learning_rate(number, config.steps, config.optimizer))
-                state, metrics = step(state, *put_batch(batch, config.accumulation, mesh), rate)
-                yield float(metrics.loss), float(metrics.grad_norm)
+                rate = gpt2_jax.train.learning_rate(number, config.steps, config.optimizer)
+                on_device = gpt2_jax.train_step.put_batch(batch, config.accumulation, mesh)
+                state, metrics = step(state, *on_device, np.asarray(rate, execution.param_dtype))
+                rows.append((float(metrics.loss), float(metrics.grad_norm)))
+                watched.append(np.array(state.params["wte.weight"][: self.config.vocab_size]))
+        moments = state.opt_state[0]
+        trees = (self._canonical(tree) for tree in (state.params, moments.mu, moments.nu))
+        return Trained(*np.array(rows).T, *trees, watched)
+
+    def dropout_masks(self, config: TrainConfig, batches: Sequence[Batch]) -> list[list[list[np.ndarray]]]:
+        """The masks that the train step draws at each step, for each part of its batch, in order of computation."""
+        definition = define(config.model, Execution("float64"))
+
+        @jax.jit
+        def masks(params, key, inputs, targets):
+            found: list[jax.Array] = []
+
+            def keep(name, value):
+                if name.endswith("dropout_mask"):
+                    found.append(value)
+                return value
+
+            with tapping(keep):
+                definition.merge(params).loss(inputs, targets, dropout_key=key)
+            return found
+
+        def of_step(step: int, batch: Batch) -> list[list[np.ndarray]]:
+            parts = [x.reshape(config.accumulation, -1, x.shape[-1]) for x in batch]
+            key = gpt2_jax.train_step.step_key(config.seed, step)
+            return [
+                [np.asarray(m) for m in masks(self.params, gpt2_jax.train_step.part_key(key, number), *part)]
+                for number, part in enumerate(zip(*parts, strict=True))
+            ]
+
+        return [of_step(step, batch) for step, batch in enumerate(batches)]
 
     def generate(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling) -> np.ndarray:
         """New tokens, shape (prompts, tokens)."""
         return np.array(list(self._generator(self.params, prompts, uniforms, sampling))).T
 
+    def decoded_logits(self, tokens_BT: np.ndarray, pieces: Sequence[int]) -> np.ndarray:
+        """Logits (B, T, V) with the tokens given to the cache in pieces of these lengths."""
+
+        @jax.jit
+        def run(params, caches, tokens_BT, start_B):
+            model = self.definition.merge(params)
+            x_BTD, caches = model.decode(tokens_BT, start_B, caches)
+            return model.logits(x_BTD), caches
+
+        caches = self.definition.empty_caches(len(tokens_BT), self.config.block_size)
+        found, start = [], 0
+        for length in pieces:
+            start_B = np.full(len(tokens_BT), start, np.int32)
+            logits, caches = run(self.params, caches, tokens_BT[:, start : start + length], start_B)
+            found.append(np.asarray(logits))
+            start += length
+        return np.concatenate(found, axis=1)
+
+    def _canonical(self, params) -> Arrays:
+        return gpt2_jax.weights.canonical_arrays(params, self.config)
+
 
 class TorchSide:
-    """The PyTorch reference on the CPU."""
+    """The PyTorch reference, by default in float64."""
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights.astype(np.float64)
+    def __init__(self, weights: Weights, dtype: str = "float64") -> None:
+        self.weights = weights.astype(np.float64 if dtype == "float64" else np.float32)
         self.config = weights.config
-        self.model = build(self.weights)
+        self.model = build(self.weights).to(DEVICE)
+        self._autocast = functools.partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
     @torch.no_grad()
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
-        return self.model(torch.from_numpy(tokens_BT).long()).numpy()
+        with self._autocast():
+            logits = self.model(_on_device(tokens_BT))
+        return _to_numpy(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
-    def loss_and_grads(self, batch: Batch, accumulation: int) -> tuple[float, Grads]:
+    @torch.no_grad()
+    def intermediates(self, tokens_BT: np.ndarray) -> Arrays:
+        """The values of a forward pass by the names that the JAX model gives them."""
+        with _Recorder(self.model) as values:
+            logits = self.model(_on_device(tokens_BT))
+        return {name: _to_numpy(value) for name, value in values.items()} | {"logits": _to_numpy(logits)}
+
+    def loss_and_grads(self, batch: Batch, accumulation: int) -> tuple[float, Arrays]:
         """The loss of a batch and its gradients by canonical name and shape."""
         self.model.zero_grad(set_to_none=True)
-        loss = accumulate_gradients(self.model, *_tensors(batch), accumulation=accumulation)
+        loss = gpt2_torch.train.accumulate_gradients(
+            self.model, *_tensors(batch), accumulation=accumulation, autocast=self._autocast()
+        )
         grads = {name: parameter.grad for name, parameter in self.model.named_parameters()}
         self.model.zero_grad(set_to_none=True)
-        return loss.item(), _arrays(torch_to_canonical(grads, self.config, "gradients", None))
+        return loss.item(), self._canonical(grads)
 
-    def train(self, config: TrainConfig, batches: Sequence[Batch]) -> Iterator[tuple[float, float]]:
-        """Loss and gradient norm of each step, from the weights as they were given."""
-        model = build(self.weights).train()
-        optimizer = make_optimizer(model, config.optimizer)
+    def activation_grads(self, batch: Batch) -> Arrays:
+        """The gradient of the loss with respect to the same values."""
+        inputs, targets = _tensors(batch)
+        with _Recorder(self.model) as values:
+            loss = self.model(inputs, targets) / (targets >= 0).sum()
+        for value in values.values():
+            value.retain_grad()
+        loss.backward()
+        self.model.zero_grad(set_to_none=True)
+        return {name: _to_numpy(value.grad) for name, value in values.items()}
+
+    def train(self, config: TrainConfig, batches: Sequence[Batch], masks: Sequence | None = None) -> Trained:
+        """The trainer's own steps from the weights as given; with `masks`, those in the place of random dropout."""
+        model = build(self.weights).to(DEVICE)
+        if config.model.dropout > 0:
+            with_dropout = type(model)(config.model).to(DEVICE, torch.float64)
+            with_dropout.load_state_dict(model.state_dict())
+            model = with_dropout
+        model.train()
+        optimizer = gpt2_torch.train.make_optimizer(model, config.optimizer)
+        rows, watched = [], []
         for number, batch in enumerate(batches):
-            rate = learning_rate(number, config.steps, config.optimizer)
-            loss, norm = train_step(
-                model,
-                optimizer,
-                *_tensors(batch),
-                learning_rate=rate,
-                clip_norm=config.optimizer.clip_norm,
-                accumulation=config.accumulation,
-            )
-            yield loss.item(), norm.item()
+            with _GivenMasks(masks[number] if masks is not None else []):
+                loss, norm = gpt2_torch.train.train_step(
+                    model,
+                    optimizer,
+                    *_tensors(batch),
+                    learning_rate=gpt2_torch.train.learning_rate(number, config.steps, config.optimizer),
+                    clip_norm=config.optimizer.clip_norm,
+                    accumulation=config.accumulation,
+                )
+            rows.append((loss.item(), norm.item()))
+            watched.append(_to_numpy(model.wte.weight.detach()).copy())
+        named = dict(model.named_parameters())
+        states = {name: optimizer.state[p] for name, p in named.items()}
+        trees = (
+            named,
+            {name: s["exp_avg"] for name, s in states.items()},
+            {name: s["exp_avg_sq"] for name, s in states.items()},
+        )
+        return Trained(*np.array(rows).T, *map(self._canonical, trees), watched)
 
     def generate(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling) -> np.ndarray:
         """New tokens, shape (prompts, tokens)."""
         return np.array(list(gpt2_torch.generate.generate(self.model, prompts, uniforms, sampling))).T
 
+    def _canonical(self, state) -> Arrays:
+        return gpt2_torch.weights.canonical_arrays(state)
 
-def _arrays(weights: Weights) -> Grads:
-    return dict(weights.arrays)
+
+class _Recorder(TorchFunctionMode):
+    """Sees a forward pass of the reference from outside: by hooks on its modules, and by its calls of attention."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self._model, self._values, self._handles, self._layer = model, {}, [], 0
+
+    def __enter__(self) -> dict[str, torch.Tensor]:
+        def output(name):
+            return lambda _, __, out: self._keep(name, out)
+
+        def input(name):
+            return lambda _, args: self._keep(name, args[0])
+
+        modules = dict(self._model.named_modules())
+        places = [(modules["drop"], "embeddings", True), (modules["ln_f"], "ln_f", False)]
+        for number, block in enumerate(self._model.h):
+            h = f"h.{number}."
+            places += [
+                (block.ln_1, h + "ln_1", False),
+                (block.attn.c_proj, h + "attn.out", True),
+                (block.attn.c_proj, h + "attn.c_proj", False),
+                (block.ln_2, h + "residual_1", True),
+                (block.ln_2, h + "ln_2", False),
+                (block.mlp.c_fc, h + "mlp.c_fc", False),
+                (block.mlp.c_proj, h + "mlp.activation", True),
+                (block.mlp.c_proj, h + "mlp.c_proj", False),
+                (block, h + "residual_2", False),
+            ]
+            if hasattr(block.mlp, "c_gate"):
+                places.append((block.mlp.c_gate, h + "mlp.c_gate", False))
+        for module, name, before in places:
+            hook = (
+                module.register_forward_pre_hook(input(name)) if before else module.register_forward_hook(output(name))
+            )
+            self._handles.append(hook)
+        super().__enter__()
+        return self._values
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            for name, value in zip("qkv", args, strict=False):
+                self._keep(f"h.{self._layer}.attn.{name}", value)
+            self._layer += 1
+        return function(*args, **(kwargs or {}))
+
+    def _keep(self, name: str, value: torch.Tensor) -> None:
+        self._values[name] = value
+
+
+class _GivenMasks(TorchFunctionMode):
+    """Dropout with given masks: one list a part of the batch, each in order of computation."""
+
+    def __init__(self, parts: Sequence[Sequence[np.ndarray]]) -> None:
+        super().__init__()
+        self._masks = iter([mask for part in parts for mask in part])
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.dropout:
+            p, training = args[1:3] if len(args) > 2 else (kwargs["p"], kwargs["training"])
+            return self._drop(args[0], p) if training and p > 0 else args[0]
+        if function is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0) > 0:
+            q, k, v = args
+            future = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+            scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(future, -math.inf)
+            return self._drop(scores.softmax(dim=-1), kwargs["dropout_p"]) @ v
+        return function(*args, **kwargs)
+
+    def _drop(self, x: torch.Tensor, p: float) -> torch.Tensor:
+        return x * torch.from_numpy(next(self._masks).copy()).to(x.device) / (1.0 - p)
 
 
 def _tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(torch.from_numpy(part).long() for part in batch)
+    return tuple(_on_device(part) for part in batch)
+
+
+def _on_device(tokens: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(tokens)).to(DEVICE, torch.long)
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()

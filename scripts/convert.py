@@ -12,13 +12,10 @@ def main(arguments: list[str]) -> None:
     options = _parser().parse(arguments)
     target = Path(options.target)
     weights = read_weights(options.source, options.checkpoint)
-    if target.exists():
-        if not options.force:
-            raise UserError(f"{target}: exists; add --force to replace it, or name another")
-        if target.resolve() == Path(options.source).resolve():
-            raise UserError(f"{target}: is the source itself; name another")
-        if (target / "config.yaml").is_file():
-            raise UserError(f"{target}: is a run folder, which --force doesn't replace; name another")
+    if target.exists() and not options.force:
+        raise UserError(f"{target}: exists; add --force to replace it, or name another")
+    if target.resolve() in (Path(options.source).resolve(), *Path(options.source).resolve().parents):
+        raise UserError(f"{target}: holds the source itself; name another")
     write_weights(weights, target, options.to, force=options.force)
     print(f"{weights.source} -> {target} ({options.to}): {weights.config.parameter_count:,} parameters")
 

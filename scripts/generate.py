@@ -1,12 +1,14 @@
 """Generate text from a trained model: python scripts/generate.py --weights RUN --prompt TEXT"""
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
 
 from gpt2_core.cli import Parser, run
+from gpt2_core.config import check_seed
 from gpt2_core.errors import UserError
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.tokenizer import get_tokenizer, stream_text
@@ -18,6 +20,7 @@ def main(arguments: list[str]) -> None:
     options = _parser().parse(arguments)
     if options.max_new_tokens < 1 or options.num_samples < 1:
         raise UserError("--max_new_tokens and --num_samples: must be 1 or more")
+    check_seed(options.seed)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.greedy)
 
     if options.backend == "jax":
@@ -32,21 +35,28 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             f"{weights.source}: {weights.config.vocab_size} ids are too few for the tokenizer {tokenizer.name}"
         )
-    prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
+    try:
+        prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
+    except UnicodeEncodeError as error:
+        raise UserError("--prompt: not UTF-8 text") from error
 
-    backend = _jax if options.backend == "jax" else _torch
+    generate = _jax(weights, options) if options.backend == "jax" else _torch(weights, options)
     for number in range(options.num_samples):
         if options.num_samples > 1:
             print(f"--- sample {number + 1} of {options.num_samples}", flush=True)
         sys.stdout.write(options.prompt)
-        drawn = uniforms(options.seed, number, options.max_new_tokens)
-        for text in stream_text(tokenizer, backend(weights, prompt, drawn, sampling, options)):
+        drawn = uniforms(options.seed, number, options.max_new_tokens)[None]
+        tokens = (row[0] for row in generate([prompt], drawn, sampling))
+        for text in stream_text(tokenizer, tokens):
             sys.stdout.write(text)
             sys.stdout.flush()
         print(flush=True)
 
 
-def _jax(weights: Weights, prompt: list[int], drawn: np.ndarray, sampling: Sampling, options) -> Iterator[int]:
+Generate = Callable[[list[list[int]], np.ndarray, Sampling], Iterator[list[int]]]
+
+
+def _jax(weights: Weights, options) -> Generate:
     import jax
 
     from gpt2_jax.generate import Generator
@@ -55,12 +65,11 @@ def _jax(weights: Weights, prompt: list[int], drawn: np.ndarray, sampling: Sampl
     from gpt2_jax.weights import from_canonical
 
     execution = Execution(resolve_precision(options.precision))
-    generator = Generator(define(weights.config, execution))
     params = jax.device_put(from_canonical(weights, execution.param_dtype))
-    return (row[0] for row in generator(params, [prompt], drawn[None], sampling))
+    return functools.partial(Generator(define(weights.config, execution)), params)
 
 
-def _torch(weights: Weights, prompt: list[int], drawn: np.ndarray, sampling: Sampling, options) -> Iterator[int]:
+def _torch(weights: Weights, options) -> Generate:
     import torch
 
     from gpt2_torch.generate import generate
@@ -70,8 +79,12 @@ def _torch(weights: Weights, prompt: list[int], drawn: np.ndarray, sampling: Sam
     device = pick_device(options.device or "auto")
     precision = resolve_precision(options.precision, device)
     model = build(weights.astype(np.float64 if precision == "float64" else np.float32)).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        yield from (row[0] for row in generate(model, [prompt], drawn[None], sampling))
+
+    def run(prompts, drawn, sampling):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            yield from generate(model, prompts, drawn, sampling)
+
+    return run
 
 
 def _parser() -> Parser:

@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     from gpt2_jax.train import train
     from parity.formats import read_initial_weights
 
-    train(config, read_initial_weights(config))
+    train(config, read_initial_weights)
 
 
 if __name__ == "__main__":

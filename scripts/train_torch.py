@@ -12,11 +12,9 @@ def main(arguments: list[str]) -> None:
         framework="Torch",
         elsewhere=dict.fromkeys(("mesh", "attention", "scan_layers", "remat"), only_in_jax),
     )
-    initial = read_initial_weights(config)
-
     from gpt2_torch.train import train
 
-    train(config, initial)
+    train(config, read_initial_weights)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,16 @@ def test_a_preset_sets_three_sizes_and_nothing_else(recipe):
     assert dataclasses.replace(plain, model=large.model) == large
 
 
+def test_the_vocabulary_is_the_tokenizers_unless_it_is_given(recipe):
+    assert parse("--config", recipe, "--data.tokenizer", "bytes").model.vocab_size == 257
+    assert parse("--config", recipe, "--data.tokenizer", "gpt2").model.vocab_size == 50257
+    assert parse("--config", recipe, "--model.vocab_size", "50304").model.vocab_size == 50304
+
+
+def test_the_value_of_an_option_is_not_an_option(recipe):
+    assert parse("--run_dir", "device").run_dir == "device"
+
+
 def test_resume_may_stand_alone(recipe):
     assert parse("--resume", "--steps", "3").resume == "newest"
     assert parse("--steps", "3", "--resume").resume == "newest"

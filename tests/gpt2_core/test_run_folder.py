@@ -6,12 +6,19 @@ import pytest
 
 from gpt2_core.config import OptimizerConfig
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import RunFolder, metadata_of, metadata_path, open_run, read_metrics
+from gpt2_core.run_folder import RunFolder, metadata_of, metadata_path, plan_run, read_metrics
+
+
+def begin(config):
+    """A run begun and given up."""
+    plan = plan_run(config, framework="jax", data_digest="d")
+    plan.begin()
+    return plan
 
 
 def fake_run(config, steps, rows=()) -> RunFolder:
     """A run folder with checkpoints that have metadata only."""
-    folder, _ = open_run(config, framework="jax", data_digest="d")
+    folder = begin(config).folder
     for step in steps:
         path = metadata_path(folder.checkpoints / str(step))
         path.parent.mkdir(parents=True)
@@ -22,7 +29,9 @@ def fake_run(config, steps, rows=()) -> RunFolder:
 
 def reopen(config, **changes):
     framework, digest = changes.pop("framework", "jax"), changes.pop("data_digest", "d")
-    return open_run(dataclasses.replace(config, **changes), framework=framework, data_digest=digest)
+    plan = plan_run(dataclasses.replace(config, **changes), framework=framework, data_digest=digest)
+    plan.begin()
+    return plan
 
 
 def row(step, split="train", loss=1.0):
@@ -34,33 +43,63 @@ def contents(folder: Path):
 
 
 def test_a_new_run_writes_its_configuration(make_config):
-    folder, checkpoint = open_run(make_config(), framework="jax", data_digest="d")
-    assert folder.config.is_file() and checkpoint is None
+    plan = begin(make_config())
+    assert plan.folder.config.is_file() and plan.checkpoint is None and not plan.continued
 
 
 def test_resuming_takes_the_newest_whole_checkpoint_and_cuts_the_metrics_there(make_config):
     rows = [row(0, "val"), *map(row, range(3)), row(3, "val"), row(3), row(4), row(6, "val")]
     folder = fake_run(make_config(), [1, 3], rows)
-    (folder.checkpoints / "6.orbax-checkpoint-tmp-1").mkdir()  # a save that was killed
+    (folder.checkpoints / "6.orbax-checkpoint-tmp-1").mkdir()  # saves and a removal that were killed
+    (folder.checkpoints / ".6.tmp").mkdir()
+    (folder.checkpoints / ".0.removed").mkdir()
+    (folder.checkpoints / "mine").mkdir()  # nobody else's is touched
     with folder.metrics.open("a") as file:
         file.write('{"step": 5, "spl')  # a write that was killed
-    _, checkpoint = reopen(make_config(), resume="newest")
-    assert checkpoint == folder.checkpoints / "3"
+    assert reopen(make_config(), resume="newest").checkpoint == folder.checkpoints / "3"
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["1", "3", "mine"]
     assert read_metrics(folder.metrics) == [row(0, "val"), *map(row, range(3)), row(3, "val")]
 
 
 def test_resuming_a_run_killed_before_its_first_checkpoint_starts_it_again(make_config):
     folder = fake_run(make_config(), [], [row(0, "val"), row(0)])
-    _, checkpoint = reopen(make_config(), resume="newest")
-    assert checkpoint is None and read_metrics(folder.metrics) == []
+    assert reopen(make_config(), resume="newest").checkpoint is None
+    assert read_metrics(folder.metrics) == []
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_as_it_began(make_config, tmp_path):
+    source = fake_run(make_config(), [1, 3])
+    begin(make_config("weights", init_from="w.safetensors"))
+    assert reopen(make_config("weights"), resume="newest").config.init_from == "w.safetensors"
+    begin(make_config("fork", resume=str(source.checkpoints / "1")))
+    assert reopen(make_config("fork"), resume="newest").checkpoint == source.checkpoints / "1"
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(make_config):
+    first = begin(make_config())
+    with pytest.raises(UserError, match="another process is training there"):
+        reopen(make_config(), resume="newest")
+    del first
+    reopen(make_config(), resume="newest")
+
+
+def test_what_a_process_killed_at_its_start_left_is_no_hindrance(make_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / ".config.yaml.123.tmp").touch()
+    assert {p.name for p in begin(make_config()).folder.path.iterdir()} == {".lock", "config.yaml"}
 
 
 def test_a_run_may_go_on_elsewhere_from_a_checkpoint_of_another(make_config, tmp_path):
     source = fake_run(make_config(), [1, 3], [row(0)])
-    folder, checkpoint = reopen(
-        make_config(), resume=str(source.checkpoints / "1"), run_dir=str(tmp_path / "fork"), mesh="fsdp=4"
-    )
-    assert checkpoint == source.checkpoints / "1" and folder.path == tmp_path / "fork"
+    fork = reopen(make_config(), resume=str(source.checkpoints / "1"), run_dir=str(tmp_path / "fork"), mesh="fsdp=4")
+    assert fork.checkpoint == source.checkpoints / "1" and fork.folder.path == tmp_path / "fork"
+
+
+def test_a_text_that_has_moved_is_the_same_text(make_config):
+    folder = fake_run(make_config(), [3])
+    moved = dataclasses.replace(make_config().data, path="elsewhere.txt", cache_dir="elsewhere")
+    assert reopen(make_config(), data=moved, resume="newest").checkpoint == folder.checkpoints / "3"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +111,7 @@ def test_a_run_may_go_on_elsewhere_from_a_checkpoint_of_another(make_config, tmp
         ({"resume": "newest", "optimizer": OptimizerConfig()}, "optimizer.learning_rate 0.003, not 0.0006 .and 1 more"),
         ({"resume": "newest", "framework": "torch"}, "was written by the jax trainer"),
         ({"resume": "newest", "data_digest": "e"}, "the text has changed"),
+        ({"resume": "newest", "steps": 2}, "--steps 2: the run is already at step 3"),
         ({"resume": "newest", "run_dir": "nowhere"}, "holds no run to go on with"),
         ({"resume": "/nowhere"}, "neither a run folder nor a checkpoint"),
     ],
@@ -94,12 +134,12 @@ def test_a_folder_of_something_else_is_left_alone(make_config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="exists and is not a run"):
-        open_run(make_config(), framework="jax", data_digest="d")
+        begin(make_config())
     assert contents(tmp_path / "run") == {str(tmp_path / "run" / "thesis.tex"): b"precious"}
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(make_config):
-    losses = {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.5, 5: 6.0}
+    losses = {1: float("nan"), 2: 3.0, 3: 4.0, 4: 4.5, 5: 6.0}
     folder = fake_run(make_config(), losses, [row(s, "val", loss) for s, loss in losses.items()])
     assert folder.best_step() == 2
     folder.remove_obsolete(2)

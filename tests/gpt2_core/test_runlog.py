@@ -3,13 +3,15 @@ import time
 import pytest
 
 from gpt2_core.errors import RunError
-from gpt2_core.run_folder import RunFolder, open_run, read_metrics
+from gpt2_core.run_folder import RunFolder, plan_run, read_metrics
 from gpt2_core.runlog import RunLog, peak_flops
 
 
 @pytest.fixture
 def folder(make_config) -> RunFolder:
-    return open_run(make_config(), framework="jax", data_digest="d")[0]
+    plan = plan_run(make_config(), framework="jax", data_digest="d")
+    plan.begin()
+    return plan.folder
 
 
 def test_rows_keep_full_precision_and_plain_lines_are_printed(make_config, folder, capsys):
@@ -43,6 +45,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(make_config, fol
     words = "the loss of step 3 is nan: .* lower --optimizer.learning_rate"
     with RunLog(folder, make_config(), start_step=0) as log, pytest.raises(RunError, match=words):
         log.train(3, loss=float("nan"), learning_rate=1e-4, grad_norm=2.0)
+    with RunLog(folder, make_config(), start_step=0) as log, pytest.raises(RunError, match="the loss of step 4 is inf"):
+        log.evaluation(4, float("inf"))
     assert read_metrics(folder.metrics) == []
 
 

@@ -39,9 +39,9 @@ def test_cached_attention_sees_the_cache_up_to_its_own_position(x64, qkv):
 
 
 def test_a_kernel_that_is_not_here_is_an_error_and_auto_takes_another():
-    assert choose_kernel("auto", precision="bfloat16", dropout=0.0) == "xla"
+    assert choose_kernel("auto", precision="bfloat16", dropout=0.0, head_size=64) == "xla"
     with pytest.raises(UserError, match="--attention cudnn: needs an NVIDIA GPU"):
-        choose_kernel("cudnn", precision="bfloat16", dropout=0.0)
+        choose_kernel("cudnn", precision="bfloat16", dropout=0.0, head_size=64)
 
 
 def test_cudnn_is_taken_where_it_can_do_the_work_and_only_there(monkeypatch):
@@ -49,10 +49,12 @@ def test_cudnn_is_taken_where_it_can_do_the_work_and_only_there(monkeypatch):
 
     class Gpu:
         device_kind = "NVIDIA H200"
+        compute_capability = "9.0"
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
-    assert choose_kernel("auto", precision="bfloat16", dropout=0.0) == "cudnn"
-    assert choose_kernel("auto", precision="float64", dropout=0.0) == "xla"
+    assert choose_kernel("auto", precision="bfloat16", dropout=0.0, head_size=64) == "cudnn"
+    assert choose_kernel("auto", precision="float64", dropout=0.0, head_size=64) == "xla"
+    assert choose_kernel("auto", precision="bfloat16", dropout=0.0, head_size=20) == "xla"
     with pytest.raises(UserError, match="has no dropout, and model.dropout is 0.1"):
-        choose_kernel("cudnn", precision="bfloat16", dropout=0.1)
+        choose_kernel("cudnn", precision="bfloat16", dropout=0.1, head_size=64)

@@ -57,11 +57,3 @@ def test_weights_survive_a_checkpoint_bitwise(saved, tmp_path):
     assert weights.arrays["wte.weight"].shape == (257, 16) and weights.tokenizer == "bytes"
     again = read_weights(write_weights(weights, tmp_path / "copy"))
     assert all(again.arrays[n].tobytes() == a.tobytes() for n, a in weights.arrays.items())
-
-
-def test_what_a_killed_save_left_is_swept_away(saved):
-    checkpoint, _ = saved
-    leftover = checkpoint.with_name("9.orbax-checkpoint-tmp-1")
-    leftover.mkdir()
-    CheckpointWriter(RunFolder(checkpoint.parent.parent), keep=2).close()
-    assert not leftover.exists() and checkpoint.is_dir()

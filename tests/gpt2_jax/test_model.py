@@ -98,7 +98,7 @@ def test_bfloat16_is_for_products_and_float32_for_what_is_kept():
 
     def outputs(params):
         model = definition.merge(params)
-        residual, _ = model.h[0](jnp.ones((1, 8, 16), jnp.float32))
+        residual, _ = model.h[0](jnp.ones((1, 8, 16), jnp.float32), jnp.arange(8))
         return model.hidden(TOKENS), model(TOKENS), model.loss(TOKENS, TARGETS), residual
 
     dtypes = [str(x.dtype) for x in jax.eval_shape(outputs, params)]

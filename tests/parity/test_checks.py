@@ -1,110 +1,90 @@
-"""Each check passes on the models as they are, and fails on a model with a classic mistake in it."""
+"""The machinery of the checks: what they compare, and that comparing changes nothing."""
 
 import dataclasses
 
+import jax
 import numpy as np
-import optax
 import pytest
-import torch
-import torch.nn.functional as F
 
-import gpt2_jax.train_step
-import gpt2_torch.generate
-import gpt2_torch.model
-import gpt2_torch.train
+from gpt2_core.config import ModelConfig
+from gpt2_jax.capture import record, tapping
+from parity import places, variants
+from parity.faults import subject_of
+from parity.forward import check as forward
+from parity.places import Place
+from parity.sides import JaxSide, TorchSide
 from parity.subjects import random_weights
-from parity.suite import checks
+from parity.suite import CHECKS, Result, load
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-@pytest.mark.parametrize("name", list(checks()))
-def test_the_two_sides_agree(subject, name):
-    results = list(checks()[name](subject))
-    assert results and all(r.passed for r in results), results
-
-
-def test_every_tensor_of_the_random_weights_matters(subject):
+def test_every_tensor_of_the_random_weights_matters():
     # A bias of zero or a layer norm of one could be left out without being missed.
-    for name, array in subject.weights.arrays.items():
-        assert array.std() > 0.01, name
-    again = random_weights(subject.weights.config)
-    assert all((again.arrays[n] == a).all() for n, a in subject.weights.arrays.items())
+    for options in variants.OPTIONS.values():
+        config = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257, **options)
+        weights = random_weights(config)
+        assert all(array.std() > 0.01 for array in weights.arrays.values())
+        assert all((random_weights(config).arrays[n] == a).all() for n, a in weights.arrays.items())
 
 
-def exact_gelu(monkeypatch):
-    gelu = F.gelu
-    monkeypatch.setattr(F, "gelu", lambda x, approximate: gelu(x))
+def test_every_option_of_the_model_has_its_variant():
+    sizes = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout"}
+    numbers = {"layer_norm_epsilon", "rope_theta"}
+    options = {field.name for field in dataclasses.fields(ModelConfig)} - sizes - numbers
+    assert options == {name for chosen in variants.OPTIONS.values() for name in chosen}
 
 
-def flax_epsilon(monkeypatch):
-    normal = torch.nn.LayerNorm.__init__
-    monkeypatch.setattr(torch.nn.LayerNorm, "__init__", lambda self, n, eps: normal(self, n, eps=1e-6))
+def test_capturing_changes_no_bit_of_the_logits():
+    subject = subject_of()
+    side, tokens_BT = JaxSide(subject.weights), subject.tokens[:32].reshape(2, 16)
+
+    @jax.jit
+    def captured(params, tokens_BT):
+        values = {}
+        with tapping(record(values)):
+            return side.definition.merge(params)(tokens_BT), values
+
+    logits, values = captured(side.params, tokens_BT)
+    assert (np.asarray(logits) == side.logits(tokens_BT)).all()
+    assert (values["logits"] == logits).all() and len(values) == len(
+        TorchSide(subject.weights).intermediates(tokens_BT)
+    )
 
 
-def unscaled_attention(monkeypatch):
-    attend = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: attend(*a, **k, scale=1.0))
+def test_both_sides_capture_the_same_values_in_the_order_of_computation():
+    weights = random_weights(dataclasses.replace(subject_of().weights.config, **variants.OPTIONS["all at once"]))
+    tokens_BT = np.arange(16)[None]
+    ours, theirs = JaxSide(weights).intermediates(tokens_BT), TorchSide(weights).intermediates(tokens_BT)
+    assert set(ours) == set(theirs)
+    order = ["embeddings", "h.0.ln_1", "h.0.attn.q", "h.0.attn.out", "h.0.residual_1", "h.0.ln_2", "h.0.mlp.c_gate"]
+    order += ["h.0.mlp.activation", "h.0.mlp.c_proj", "h.0.residual_2", "ln_f", "logits"]
+    assert [name for name in ours if name in order] == order
 
 
-def clipping_as_optax_does_it(monkeypatch):
-    def clip(grads, clip_norm):
-        return optax.clip_by_global_norm(clip_norm).update(grads, None)[0], optax.tree.norm(grads)
-
-    monkeypatch.setattr(gpt2_jax.train_step, "clip_by_global_norm", clip)
-
-
-def decay_on_everything(monkeypatch):
-    make = gpt2_torch.train.make_optimizer
-
-    def decaying(model, config):
-        optimizer = make(model, config)
-        for group in optimizer.param_groups:
-            group["weight_decay"] = config.weight_decay
-        return optimizer
-
-    monkeypatch.setattr("parity.sides.make_optimizer", decaying)
+def test_the_first_place_beyond_rounding_is_named_with_what_came_before():
+    found = [
+        Place("embeddings", 0.0),
+        Place("h.2.ln_1", 2e-16),
+        Place("h.2.mlp.activation", 3.1e-4),
+        Place("ln_f", 1.0),
+    ]
+    words = "block 2, mlp activation: relative difference 3.1e-04; everything before agrees to 2e-16"
+    assert places.first_beyond(found, 1e-12) == words
+    assert places.first_beyond(found[:2], 1e-12) == "largest at block 2, ln_1"
+    assert places.first_beyond([Place("embeddings", float("nan"))], 1e-12).startswith(
+        "embeddings: relative difference nan"
+    )
 
 
-def mean_of_means(monkeypatch):
-    def accumulate(model, inputs, targets, *, accumulation=1, autocast=None):
-        total = 0.0
-        for i, t in zip(inputs.chunk(accumulation), targets.chunk(accumulation), strict=True):
-            loss = model(i, t) / (t >= 0).sum() / accumulation
-            loss.backward()
-            total += loss.detach()
-        return total
-
-    monkeypatch.setattr("parity.sides.accumulate_gradients", accumulate)
+def test_a_nan_fails():
+    assert not Result("forward", "case", float("nan"), 1e-12).passed
 
 
-def top_p_without_the_crossing_token(monkeypatch):
-    sample = gpt2_torch.generate.sample
-
-    def cut(logits, uniforms, sampling):
-        if sampling.top_p is not None:
-            sampling = dataclasses.replace(sampling, top_p=sampling.top_p * 0.8)
-        return sample(logits, uniforms, sampling)
-
-    monkeypatch.setattr(gpt2_torch.generate, "sample", cut)
+def test_two_runs_give_the_same_figures():
+    subject = subject_of()
+    assert [r.measured for r in forward(subject)] == [r.measured for r in forward(subject)]
 
 
-@pytest.mark.parametrize(
-    ("fault", "check"),
-    [
-        (exact_gelu, "forward"),
-        (exact_gelu, "gradients"),
-        (flax_epsilon, "forward"),
-        (unscaled_attention, "forward"),
-        (unscaled_attention, "generation"),
-        (clipping_as_optax_does_it, "loss_curve"),
-        (decay_on_everything, "loss_curve"),
-        (mean_of_means, "gradients"),
-        (top_p_without_the_crossing_token, "generation"),
-    ],
-)
-def test_a_classic_mistake_is_caught(subject, monkeypatch, fault, check):
-    fault(monkeypatch)
-    results = list(checks()[check](subject))
-    assert any(not r.passed for r in results)
-    assert all(np.isfinite(r.measured) for r in results)
+def test_every_check_has_a_module():
+    assert all(callable(load(name)) for name in CHECKS)

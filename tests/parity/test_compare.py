@@ -1,6 +1,9 @@
 """The command, as a user runs it."""
 
+import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +13,10 @@ import pytest
 from gpt2_core.config import ModelConfig
 from gpt2_core.weights import write_safetensors
 from parity.subjects import random_weights
+from parity.suite import CHECKS
 
 ROOT = Path(__file__).parents[2]
+TINY = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=300)
 
 
 @pytest.fixture
@@ -27,20 +32,27 @@ def test_the_quick_form_proves_the_models_the_same_and_writes_its_report(run, tm
     done = run("--quick")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "parity_report" / "report.json").read_text())
-    assert report["passed"] is True and set(report) == {"passed", "environment", "checks"}
+    assert report["passed"] is True and {"passed", "environment", "checks"} <= set(report)
     assert {"jax", "torch", "python", "weights"} <= set(report["environment"])
-    assert {c["check"] for c in report["checks"]} == {"weights", "forward", "gradients", "loss_curve", "generation"}
+    assert {c["check"] for c in report["checks"]} == set(CHECKS) and report["skipped"] == []
     for c in report["checks"]:
         assert set(c) == {"check", "case", "measured", "limit", "passed", "where"}
         assert c["passed"] is (c["measured"] <= c["limit"]) is True
     limits = {(c["check"], c["limit"]) for c in report["checks"] if c["limit"] > 0}
-    assert limits == {("forward", 1e-12), ("gradients", 1e-10), ("loss_curve", 1e-11)}
+    assert {("forward", 1e-12), ("gradients", 1e-10), ("loss_curve", 1e-11), ("mesh", 1e-11)} < limits
+    page = (tmp_path / "parity_report" / "index.html").read_text()
+    assert "The two are the same model" in page and "data:image/png;base64" in page
+    assert not re.search(r"(src|href)=.?http", page)  # nothing to fetch
+    assert {p.name for p in (tmp_path / "parity_report").iterdir()} == {
+        *("report.json", "index.html", "table.svg"),
+        *("loss_curve.png", "forward.png", "gradients.png", "precision.png"),
+    }
     svg = (tmp_path / "parity_report" / "table.svg").read_text()
     assert "loss_curve" in svg and "@font-face" not in svg and "url(http" not in svg
 
 
 def test_a_users_weights_are_compared_and_a_failure_is_exit_code_1(run, tmp_path):
-    weights = random_weights(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=300))
+    weights = random_weights(TINY)
     write_safetensors(weights, tmp_path / "w.safetensors")
     arguments = ("--weights", "w.safetensors", "--checks", "forward", "--report", "mine")
     assert run(*arguments).returncode == 0
@@ -56,13 +68,64 @@ def test_a_users_weights_are_compared_and_a_failure_is_exit_code_1(run, tmp_path
     assert report["passed"] is False and not any(c["passed"] for c in report["checks"])
 
 
+@pytest.mark.slow
+def test_the_default_form_passes_too(run):
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_full_form_passes_too(run):
+    done = run("--full", "--checks", "loss_curve")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_every_mistake_is_caught_and_the_report_says_so(run, tmp_path):
+    done = run("--prove")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "parity_report" / "report.json").read_text())
+    assert len(report["faults"]) >= 40 and all(f["in_place"] for f in report["faults"])
+    assert "planted mistakes were caught" in (tmp_path / "parity_report" / "index.html").read_text()
+
+
+def test_two_sets_of_weights_are_the_same_model_or_the_tensor_is_named(run, tmp_path):
+    weights = random_weights(TINY)
+    write_safetensors(weights, tmp_path / "a.safetensors")
+    write_safetensors(weights, tmp_path / "b.safetensors")
+    changed = weights.arrays["h.0.mlp.c_fc.bias"].copy()
+    changed[3] += 1e-3
+    write_safetensors(
+        dataclasses.replace(weights, arrays=dict(weights.arrays) | {"h.0.mlp.c_fc.bias": changed}),
+        tmp_path / "c.safetensors",
+    )
+    assert run("--weights", "a.safetensors", "--against", "b.safetensors").returncode == 0
+    done = run("--weights", "a.safetensors", "--against", "c.safetensors")
+    assert done.returncode == 1
+    report = json.loads((tmp_path / "parity_report" / "report.json").read_text())
+    assert [c["where"].split(":")[0] for c in report["checks"]] == ["block 0, mlp c_fc bias", "block 0, mlp c_fc"]
+
+
+def test_a_users_own_implementation_is_judged_by_its_dtype(run, tmp_path):
+    write_safetensors(random_weights(TINY), tmp_path / "w.safetensors")
+    shutil.copy(ROOT / "tests" / "parity" / "my_port.py", tmp_path)
+    for function, code in (("logits", 0), ("without_positions", 1), ("in_float64_with_erf", 1)):
+        done = run("--weights", "w.safetensors", "--against", f"my_port:{function}")
+        assert done.returncode == code, done.stdout + done.stderr
+    done = run("--against", "my_port:nothing")
+    assert done.returncode == 2 and "--against my_port:nothing" in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--weights", "nowhere"), "nowhere: no such file or folder"),
-        (("--checks", "forward,backward"), "no check is called 'backward'; there are weights, forward"),
+        (("--checks", "forward,backward"), "no check is called 'backward'; there are weights, initialization"),
         (("--report", "taken"), "--report taken: exists and is not a report"),
         (("--report", "file/x"), "--report file/x: can't write there"),
+        (("--device", "gpu"), "--device gpu: JAX finds no GPU here; use --device cpu"),
+        (("--prove", "--full"), "--prove: plants its mistakes in a tiny model of its own"),
+        (("--steps", "0"), "--steps 0: must be 1 or more"),
         (("--steps", "many"), "--steps many: expected a whole number"),
     ],
 )

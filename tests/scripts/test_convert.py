@@ -20,12 +20,21 @@ def test_weights_come_back_bit_for_bit_from_the_other_framework(run, tmp_path):
     assert all(back.arrays[n].tobytes() == a.tobytes() for n, a in weights.arrays.items())
 
 
-def test_nothing_is_overwritten_without_force(run, tmp_path):
+def test_force_replaces_weights_and_nothing_else(run, tmp_path):
     write_safetensors(random_weights(MODEL), tmp_path / "w.safetensors")
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "x").write_text("precious")
-    code, _, err = run("convert.py", "w.safetensors", "there", "--to", "jax")
-    assert code == 2 and "add --force" in err and (tmp_path / "there" / "x").read_text() == "precious"
-    code, _, err = run("convert.py", "w.safetensors", "there", "--to", "jax", "--force")
-    assert code == 0 and not (tmp_path / "there" / "x").exists(), err
-    assert {p.name for p in tmp_path.iterdir()} == {"w.safetensors", "there"}
+    assert run("convert.py", "w.safetensors", "a", "--to", "torch")[0] == 0
+    code, _, err = run("convert.py", "w.safetensors", "a", "--to", "jax")
+    assert code == 2 and "add --force" in err
+    assert run("convert.py", "w.safetensors", "a", "--to", "jax", "--force")[0] == 0
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").write_text("precious")
+    for source, target, words in (
+        ("w.safetensors", "papers", "is neither empty nor a checkpoint"),
+        ("w.safetensors", "w.safetensors", "holds the source itself"),
+        ("w.safetensors", ".", "holds the source itself"),
+        ("w.safetensors", "w.safetensors/x", "can't be written"),
+    ):
+        code, _, err = run("convert.py", source, target, "--to", "jax", "--force")
+        assert code == 2 and words in err and err.count("\n") == 1
+    assert (tmp_path / "papers" / "thesis.tex").read_text() == "precious"
+    assert {p.name for p in tmp_path.iterdir()} == {"w.safetensors", "a", "papers"}

@@ -32,7 +32,8 @@ def test_seeds_choose_the_text_and_greedy_needs_none(run, weights):
     ("arguments", "words"),
     [
         (("--weights", "nowhere"), "nowhere: no such file"),
-        (("--temperature", "0"), "--temperature 0.0: must be above 0; for the most likely token use --greedy"),
+        (("--temperature", "0"), "--temperature 0.0: must be 0.001 or more; for the most likely token use --greedy"),
+        (("--seed", "-1"), "--seed -1: must be from 0 to 4294967295"),
         (("--top_p", "1.5"), "--top_p 1.5"),
         (("--max_new_tokens", "0"), "must be 1 or more"),
         (("--backend", "flax"), "--backend flax: expected one of jax, torch"),

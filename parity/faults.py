@@ -1,0 +1,812 @@
+"""Negative controls: real mistakes, each a small patch of one side, and where each must be found.
+
+`python parity/compare.py --prove` injects them one at a time. A suite that lets one of them pass would let a port with
+that mistake pass.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gpt2_jax.attention
+import gpt2_jax.dropout
+import gpt2_jax.generate
+import gpt2_jax.layers
+import gpt2_jax.model
+import gpt2_jax.optimizer
+import gpt2_jax.train
+import gpt2_jax.train_step
+import gpt2_torch.model
+import gpt2_torch.train
+import parity.sides
+from gpt2_core.batches import IGNORED
+from gpt2_core.config import ModelConfig
+from gpt2_jax.capture import tap
+from parity.subjects import random_weights, real_text
+from parity.suite import Result, Subject, load
+
+Patch = Callable[[], contextlib.AbstractContextManager]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A mistake, who makes it, and the check and the place that must find it."""
+
+    name: str
+    story: str
+    check: str
+    place: str
+    """Part of the failing case's name or of its `where`."""
+    patch: Patch
+    model: ModelConfig | None = None
+    """The architecture it shows in, where it isn't GPT-2's own."""
+    prepare: Callable[[str, np.ndarray], np.ndarray] = lambda name, array: array
+    """Changes the weights so that the mistake shows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What became of one fault."""
+
+    fault: Fault
+    caught: bool
+    in_place: bool
+    orders: float
+    """Orders of magnitude by which the failing case exceeds its limit; the least of them in the right place."""
+    where: str
+
+
+MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257)
+
+
+def subject_of(fault: Fault | None = None) -> Subject:
+    """The smallest thing on which the fault can show: one layer, two heads."""
+    weights = random_weights((fault and fault.model) or MODEL)
+    if fault is not None:
+        arrays = {n: fault.prepare(n, a).astype(np.float32) for n, a in weights.arrays.items()}
+        weights = dataclasses.replace(weights, arrays=arrays)
+    return Subject(weights, real_text(weights, 20_000), level="quick", steps=12)
+
+
+def judge(fault: Fault) -> Verdict:
+    """Inject the fault and run the check that should catch it."""
+    subject = subject_of(fault)
+    with fault.patch():
+        results = [r for r in load(fault.check)(subject) if isinstance(r, Result)]
+    failed = [r for r in results if not r.passed]
+    placed = [r for r in failed if fault.place in f"{r.case} {r.where}"]
+    shown = (placed or failed or [None])[0]
+    return Verdict(
+        fault,
+        caught=bool(failed),
+        in_place=bool(placed),
+        orders=_orders(shown) if shown else 0.0,
+        where=f"{shown.case}: {shown.where}".removesuffix(": ") if shown else "",
+    )
+
+
+def _orders(result: Result) -> float:
+    if not math.isfinite(result.measured):
+        return math.inf
+    # Counts have a limit of zero: one too many is as plain as it can be.
+    return math.log10(result.measured / result.limit) if result.limit > 0 else math.inf
+
+
+def replacing(target: Any, name: str, make: Callable[[Any], Any]) -> Patch:
+    """Put `make(original)` in the place of an attribute."""
+    return lambda: mock.patch.object(target, name, make(getattr(target, name)))
+
+
+def weights_changed(change: Callable[[str, np.ndarray], np.ndarray]) -> Patch:
+    """The conversion to JAX gets a tensor wrong."""
+
+    def make(convert):
+        def wrong(weights, dtype):
+            return {name: change(name, array) for name, array in convert(weights, dtype).items()}
+
+        return wrong
+
+    return replacing(parity.sides, "from_canonical", make)
+
+
+# --- attention and blocks
+
+
+def _mask(offset: int) -> Patch:
+    def make(tril):
+        return lambda m: tril(m, offset).at[0, 0].set(True)
+
+    return replacing(gpt2_jax.attention.jnp, "tril", make)
+
+
+def _additive_mask(attend):
+    def wrong(q, k, v, mask, rate, key):
+        scores = jnp.einsum("bhtk,bhsk->bhts", q, k) / math.sqrt(q.shape[-1])
+        weights = jax.nn.softmax(scores + jnp.where(mask, 0.0, -1e4), axis=-1)
+        return jnp.einsum("bhts,bhsk->bhtk", weights, v)
+
+    return wrong
+
+
+def _post_norm(call):
+    def wrong(self, x, positions, *, cache=None, key=None):
+        out, cache = self.attn(x, cache=cache, positions=positions, key=None)
+        x = tap("residual_1", tap("ln_1", self.ln_1(x + out)))
+        return tap("residual_2", tap("ln_2", self.ln_2(x + self.mlp(x, key=None)))), cache
+
+    return wrong
+
+
+def _residual_after_norm(call):
+    def wrong(self, x, positions, *, cache=None, key=None):
+        a = tap("ln_1", self.ln_1(x))
+        out, cache = self.attn(a, cache=cache, positions=positions, key=None)
+        x = tap("residual_1", a + out)
+        return tap("residual_2", x + self.mlp(tap("ln_2", self.ln_2(x)), key=None)), cache
+
+    return wrong
+
+
+class _NoNorm(gpt2_jax.layers.LayerNorm):
+    def __call__(self, x):
+        return x
+
+
+def _without_ln_f(init):
+    def wrong(self, *args):
+        init(self, *args)
+        self.ln_f.__class__ = _NoNorm
+
+    return wrong
+
+
+def _wrong_epsilon(init):
+    return lambda self, size, **options: init(self, size, **options | {"epsilon": 1e-6})
+
+
+def _fast_variance(call):
+    def wrong(self, x):
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean = x.mean(axis=-1, keepdims=True)
+        variance = jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean)
+        out = (x - mean) * jax.lax.rsqrt(variance + self.epsilon) * self.weight[...] + self.bias[...]
+        return out.astype(self.dtype)
+
+    return wrong
+
+
+def _bfloat16_norm(call):
+    def wrong(self, x):
+        x = x.astype(jnp.dtype(self.dtype))
+        centred = x - x.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+        weight, bias = self.weight[...].astype(x.dtype), self.bias[...].astype(x.dtype)
+        return centred * jax.lax.rsqrt(variance + self.epsilon).astype(x.dtype) * weight + bias
+
+    return wrong
+
+
+def _tf32(call):
+    def rounded(x):
+        # Ten of float32's 23 bits of mantissa, as a tensor core takes them.
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        return jax.lax.bitcast_convert_type((bits + 0x1000) & jnp.uint32(0xFFFFE000), jnp.float32)
+
+    def wrong(self, x):
+        if x.dtype != jnp.float32:
+            return call(self, x)
+        weight = self.weight[...]
+        out = jnp.tensordot(rounded(x), rounded(weight), axes=1)
+        return out + self.bias[...]
+
+    return wrong
+
+
+def _heads_as_columns(name: str, array: np.ndarray) -> np.ndarray:
+    if ".c_attn." not in name:
+        return array
+    heads = array.reshape(*array.shape[:-1], MODEL.head_size, MODEL.n_head)
+    return heads.swapaxes(-1, -2).reshape(array.shape)
+
+
+def _gate_and_value_swapped(call):
+    def wrong(self, x, *, key):
+        value, gate = tap("mlp.c_fc", self.c_fc(x)), tap("mlp.c_gate", self.c_gate(x))
+        return tap("mlp.c_proj", self.c_proj(tap("mlp.activation", jax.nn.silu(value) * gate)))
+
+    return wrong
+
+
+# --- loss, head
+
+
+def _untied(head):
+    return lambda self: head(self) + 0.02 * jax.random.normal(jax.random.key(7), head(self).shape, head(self).dtype)
+
+
+def _shifted_twice(loss):
+    def wrong(self, tokens, targets, *, dropout_key=None):
+        again = jnp.concatenate([targets[:, 1:], jnp.full_like(targets[:, :1], IGNORED)], axis=1)
+        return loss(self, tokens, again, dropout_key=dropout_key)
+
+    return wrong
+
+
+def _mean_of_means(accumulate):
+    def wrong(model, inputs, targets, *, accumulation=1, autocast=None):
+        total = 0.0
+        for i, t in zip(inputs.chunk(accumulation), targets.chunk(accumulation), strict=True):
+            loss = model(i, t) / (t != IGNORED).sum() / accumulation
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    return wrong
+
+
+def _sum_over_shards(loss_and_grads):
+    def wrong(definition, params, inputs, targets, **options):
+        loss, grads = loss_and_grads(definition, params, inputs, targets, **options)
+        mesh = jax.sharding.get_abstract_mesh()
+        shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+        return loss, jax.tree.map(lambda g: g * shards, grads)
+
+    return wrong
+
+
+# --- optimizer
+
+
+def _optimizer(make: Callable) -> Patch:
+    return replacing(gpt2_jax.train_step, "make_optimizer", lambda _: make)
+
+
+def _decay_where(mask: Callable[[str, tuple[int, ...]], bool]):
+    def make(config, model):
+        return optax.chain(
+            optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+            optax.add_decayed_weights(
+                config.weight_decay, mask={n: mask(n, s) for n, s in model.parameter_shapes.items()}
+            ),
+        )
+
+    return make
+
+
+def _adam(**changes):
+    def make(config, model):
+        options = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
+        options |= {name: change(config) for name, change in changes.items()}
+        mask = {n: len(s) >= 2 for n, s in model.parameter_shapes.items()}
+        return optax.chain(optax.scale_by_adam(**options), optax.add_decayed_weights(config.weight_decay, mask=mask))
+
+    return make
+
+
+def _l2(config, model):
+    mask = {n: len(s) >= 2 for n, s in model.parameter_shapes.items()}
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=mask)
+    joined = optax.chain(decay, adam)
+
+    def update(grads, state, params):
+        updates, (first, second) = joined.update(grads, state[::-1], params)
+        return updates, (second, first)
+
+    return optax.GradientTransformation(lambda params: joined.init(params)[::-1], update)
+
+
+def _no_bias_correction(config, model):
+    right = gpt2_jax.optimizer.make_optimizer(config, model)
+
+    def update(grads, state, params):
+        updates, state = right.update(grads, state, params)
+        adam = state[0]
+        plain = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.epsilon), adam.mu, adam.nu)
+        decay = {n: config.weight_decay * params[n] if len(s) >= 2 else 0.0 for n, s in model.parameter_shapes.items()}
+        return {n: plain[n] + decay[n] for n in plain}, state
+
+    return optax.GradientTransformation(right.init, update)
+
+
+def _clip_updates(config, model):
+    right = gpt2_jax.optimizer.make_optimizer(config, model)
+    clip = optax.clip_by_global_norm(config.clip_norm or math.inf)
+
+    def update(grads, state, params):
+        updates, state = right.update(grads, state, params)
+        return clip.update(updates, None)[0], state
+
+    return optax.GradientTransformation(right.init, update)
+
+
+@contextlib.contextmanager
+def _clipping_after_the_optimizer():
+    with (
+        mock.patch.object(gpt2_jax.train_step, "clip_by_global_norm", lambda g, c: (g, optax.tree.norm(g))),
+        mock.patch.object(gpt2_jax.train_step, "make_optimizer", _clip_updates),
+    ):
+        yield
+
+
+def _clip_per_tensor(clip):
+    def wrong(grads, clip_norm):
+        _, norm = clip(grads, clip_norm)
+        return {n: clip({n: g}, clip_norm)[0][n] for n, g in grads.items()}, norm
+
+    return wrong
+
+
+def _clip_as_optax(clip):
+    def wrong(grads, clip_norm):
+        return optax.clip_by_global_norm(clip_norm).update(grads, None)[0], optax.tree.norm(grads)
+
+    return wrong
+
+
+def _rate(change: Callable) -> Patch:
+    return replacing(gpt2_jax.train, "learning_rate", change)
+
+
+def _warmup_from_zero(rate):
+    def wrong(step, steps, config):
+        return (
+            config.learning_rate * step / config.warmup_steps
+            if step < config.warmup_steps
+            else rate(step, steps, config)
+        )
+
+    return wrong
+
+
+def _cosine_to_zero(rate):
+    return lambda step, steps, config: rate(step, steps, dataclasses.replace(config, final_fraction=0.0))
+
+
+# --- dropout, cache, sampler
+
+
+@contextlib.contextmanager
+def _unscaled_dropout():
+    def wrong(x, rate, key):
+        if key is None or rate == 0.0:
+            return x
+        return jnp.where(tap("dropout_mask", gpt2_jax.dropout.dropout_mask(key, x.shape, rate)), x, 0.0)
+
+    with mock.patch.object(gpt2_jax.model, "dropout", wrong), mock.patch.object(gpt2_jax.attention, "dropout", wrong):
+        yield
+
+
+def _always_training(evaluate):
+    return lambda self: self.train()
+
+
+def _cache_shifted(write):
+    return lambda cache, k, v, start: write(cache, k, v, start + 1)
+
+
+def _cache_stale(write):
+    return lambda cache, k, v, start: cache if k.shape[2] == 1 else write(cache, k, v, start)
+
+
+def _sampler(kind: str):
+    def make(sample):
+        def wrong(logits, uniforms, sampling):
+            if sampling.greedy:
+                return sample(logits, uniforms, sampling)
+            tempered = logits / sampling.temperature
+            ranked = logits if kind == "temperature last" else tempered
+            order = jnp.argsort(ranked, axis=-1, descending=True, stable=True)
+            by_rank = jnp.take_along_axis(ranked, order, axis=-1)
+            place = jnp.arange(order.shape[-1])
+            top_k = sampling.top_k or order.shape[-1]
+            # Filtering to zero in the place of -inf leaves the filtered tokens a share of the probability.
+            by_rank = jnp.where(place < top_k, by_rank, 0.0 if kind == "leak" else -jnp.inf)
+            p = jax.nn.softmax(by_rank, axis=-1)
+            if sampling.top_p is not None:
+                cumulative = jnp.cumsum(p, axis=-1)
+                edge = cumulative if kind == "crossing" else cumulative - p
+                keep = (edge < sampling.top_p) | (place == 0)
+                p = jnp.where(keep, p, 0.0)
+            if kind == "temperature last":
+                p = jnp.where(p > 0, p ** (1 / sampling.temperature), 0.0)
+            cumulative = jnp.cumsum(p, axis=-1)
+            chosen = jnp.argmax(cumulative > uniforms[:, None] * cumulative[:, -1:], axis=-1)
+            return jnp.take_along_axis(order, chosen[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+        return wrong
+
+    return replacing(gpt2_jax.generate, "sample", make)
+
+
+_ROPE = dataclasses.replace(MODEL, position="rope")
+_SWIGLU = dataclasses.replace(MODEL, mlp="swiglu")
+_sqrt = math.sqrt
+
+FAULTS = (
+    Fault(
+        "erf GELU",
+        "torch.nn.GELU() is the erf form, GPT-2's is tanh; nanoGPT's model.py has nn.GELU() "
+        "(github.com/karpathy/nanoGPT)",
+        "forward",
+        "block 0, mlp activation",
+        replacing(jax.nn, "gelu", lambda gelu: lambda x, approximate: gelu(x, approximate=False)),
+    ),
+    Fault(
+        "sigmoid GELU",
+        "CLIP's quick_gelu, x sigmoid(1.702 x), taken over with its code",
+        "forward",
+        "block 0, mlp activation",
+        replacing(jax.nn, "gelu", lambda gelu: lambda x, approximate: x * jax.nn.sigmoid(1.702 * x)),
+    ),
+    Fault(
+        "epsilon 1e-6",
+        "flax.linen.LayerNorm's default where GPT-2 has 1e-5",
+        "forward",
+        "block 0, ln_1",
+        replacing(gpt2_jax.layers.LayerNorm, "__init__", _wrong_epsilon),
+    ),
+    Fault(
+        "unscaled attention",
+        "the division by sqrt(head size) forgotten, as in T5, where the initialisation absorbs it",
+        "forward",
+        "block 0, attn out",
+        lambda: mock.patch.object(gpt2_jax.attention, "math", SimpleNamespace(sqrt=lambda k: 1.0)),
+    ),
+    Fault(
+        "scale by n_embd",
+        "attention divided by the root of the embedding's width in the place of the head's",
+        "forward",
+        "block 0, attn out",
+        lambda: mock.patch.object(gpt2_jax.attention, "math", SimpleNamespace(sqrt=lambda k: _sqrt(k * MODEL.n_head))),
+    ),
+    Fault(
+        "softmax over the queries",
+        "the wrong one of two axes of equal length: shapes agree, rows don't sum to one",
+        "forward",
+        "block 0, attn out",
+        replacing(jax.nn, "softmax", lambda softmax: lambda x, axis: softmax(x, axis=-2)),
+    ),
+    Fault(
+        "mask sees the next token",
+        "tril(ones, 1): the model reads the answer, and trains to a loss near zero",
+        "forward",
+        "block 0, attn out",
+        _mask(1),
+    ),
+    Fault("mask hides the token itself", "tril(ones, -1)", "forward", "block 0, attn out", _mask(-1)),
+    Fault(
+        "additive mask of -1e4",
+        "a large constant in the place of -inf: scores beyond it shine through, as TransformerLens saw on real text "
+        "(github.com/TransformerLensOrg/TransformerLens/issues/318)",
+        "forward",
+        "block 0, attn out",
+        replacing(gpt2_jax.attention, "_attend", _additive_mask),
+        prepare=lambda name, a: 100 * a if name.endswith("c_attn.weight") else a,
+    ),
+    Fault(
+        "queries and keys swapped",
+        "the parts of the fused projection taken in the order k, q, v",
+        "forward",
+        "block 0, attn out",
+        replacing(gpt2_jax.model, "causal_attention", lambda attend: lambda q, k, v, **o: attend(k, q, v, **o)),
+    ),
+    Fault(
+        "heads interleaved wrongly",
+        "the projection reshaped to (head size, heads) in the place of (heads, head size)",
+        "forward",
+        "block 0, attn q",
+        weights_changed(_heads_as_columns),
+    ),
+    Fault(
+        "missing projection bias",
+        "use_bias=False taken over from another model",
+        "forward",
+        "block 0, attn c_proj",
+        weights_changed(lambda name, a: 0 * a if name.endswith("attn.c_proj.bias") else a),
+    ),
+    Fault(
+        "transposed square matrix",
+        "Conv1D stores (in, out), nn.Linear (out, in); on a square matrix no shape complains "
+        "(nanoGPT's from_pretrained transposes four by name for that reason)",
+        "forward",
+        "block 0, attn c_proj",
+        weights_changed(lambda name, a: a.T if name.endswith("attn.c_proj.weight") else a),
+    ),
+    Fault(
+        "untied head",
+        "a head with a weight of its own, initialised apart from the embedding",
+        "forward",
+        "logits",
+        replacing(gpt2_jax.model.GPT2, "_head_VD", _untied),
+    ),
+    Fault(
+        "head tied but not updated",
+        "the head uses a copy of the embedding: right until the first update",
+        "gradients",
+        "wte weight",
+        replacing(gpt2_jax.model.GPT2, "_head_VD", lambda head: lambda self: jax.lax.stop_gradient(head(self))),
+    ),
+    Fault(
+        "positions from one",
+        "position ids that leave room for padding, as in RoBERTa",
+        "forward",
+        "embeddings",
+        replacing(
+            gpt2_jax.model.GPT2,
+            "_embed",
+            lambda embed: (
+                lambda self, tokens, positions: embed(
+                    self, tokens, jnp.minimum(positions + 1, self.config.block_size - 1)
+                )
+            ),
+        ),
+    ),
+    Fault(
+        "embeddings scaled by sqrt(n_embd)",
+        "what the original transformer and Gemma do, and GPT-2 doesn't",
+        "forward",
+        "embeddings",
+        replacing(
+            gpt2_jax.model.GPT2,
+            "_embed",
+            lambda embed: lambda self, tokens, positions: embed(self, tokens, positions) * _sqrt(self.config.n_embd),
+        ),
+    ),
+    Fault(
+        "missing ln_f",
+        "GPT-1 has no layer norm before the head",
+        "forward",
+        "ln_f",
+        replacing(gpt2_jax.model.GPT2, "__init__", _without_ln_f),
+    ),
+    Fault(
+        "post-norm",
+        "GPT-1's order: the norm after the addition",
+        "forward",
+        "block 0",
+        replacing(gpt2_jax.model.Block, "__call__", _post_norm),
+    ),
+    Fault(
+        "residual from after the norm",
+        "apply_residual_connection_post_layernorm, BLOOM's option",
+        "forward",
+        "block 0, residual_1",
+        replacing(gpt2_jax.model.Block, "__call__", _residual_after_norm),
+    ),
+    Fault(
+        "loss over targets shifted twice",
+        "the data is shifted, and the model's loss shifts again (Hugging Face's does)",
+        "gradients",
+        "ln_f",
+        replacing(gpt2_jax.model.GPT2, "loss", _shifted_twice),
+    ),
+    Fault(
+        "mean of means",
+        "each accumulated part averaged over its own targets; transformers mended it in October 2024 "
+        "(github.com/huggingface/transformers/pull/34191)",
+        "gradients",
+        "accumulation 4",
+        replacing(gpt2_torch.train, "accumulate_gradients", _mean_of_means),
+    ),
+    Fault(
+        "padded vocabulary inside the softmax",
+        "rows that pad the vocabulary take part in the normalisation",
+        "gradients",
+        "ln_f",
+        replacing(gpt2_jax.model, "summed_cross_entropy", lambda loss: lambda x, w, t, v: loss(x, w, t, w.shape[0])),
+    ),
+    Fault(
+        "decay on biases and norms",
+        "optax.adamw without a mask",
+        "optimizer",
+        "JAX: decay",
+        _optimizer(_decay_where(lambda name, shape: True)),
+    ),
+    Fault(
+        "no decay on embeddings",
+        "minGPT's list of what is spared, where nanoGPT goes by dimensions",
+        "optimizer",
+        "JAX: decay",
+        _optimizer(_decay_where(lambda name, shape: len(shape) >= 2 and name not in ("wte.weight", "wpe.weight"))),
+    ),
+    Fault(
+        "L2 in the place of decoupled decay",
+        "decay chained before Adam: Adam rescales it",
+        "optimizer",
+        "AdamW steps",
+        _optimizer(_l2),
+    ),
+    Fault("no bias correction", "BERT's Adam", "optimizer", "parameter", _optimizer(_no_bias_correction)),
+    Fault(
+        "epsilon inside the root",
+        "eps_root in the place of eps",
+        "optimizer",
+        "parameter",
+        _optimizer(_adam(eps=lambda c: 0.0, eps_root=lambda c: c.epsilon)),
+    ),
+    Fault(
+        "betas swapped",
+        "b1 and b2 given in the wrong order",
+        "optimizer",
+        "moment",
+        _optimizer(_adam(b1=lambda c: c.beta2, b2=lambda c: c.beta1)),
+    ),
+    Fault(
+        "clipping after the optimizer",
+        "optax.chain(adamw, clip): the update is clipped, the moments see everything",
+        "optimizer",
+        "clipping active",
+        _clipping_after_the_optimizer,
+    ),
+    Fault(
+        "clipping per tensor",
+        "each gradient scaled to the norm by itself (optax.clip_by_block_rms and its kin)",
+        "optimizer",
+        "clipping active",
+        replacing(gpt2_jax.train_step, "clip_by_global_norm", _clip_per_tensor),
+    ),
+    Fault(
+        "clipping without PyTorch's 1e-6",
+        "optax.clip_by_global_norm: the curves part at 1e-8",
+        "loss_curve",
+        "AdamW steps",
+        replacing(gpt2_jax.train_step, "clip_by_global_norm", _clip_as_optax),
+    ),
+    Fault(
+        "learning rate one step early",
+        "the schedule read after the counter went up",
+        "schedule",
+        "JAX",
+        _rate(lambda rate: lambda step, steps, config: rate(step + 1, steps, config)),
+    ),
+    Fault(
+        "learning rate one step late",
+        "scheduler.step() before optimizer.step(), or a counter that starts at -1",
+        "schedule",
+        "JAX",
+        _rate(lambda rate: lambda step, steps, config: rate(max(0, step - 1), steps, config)),
+    ),
+    Fault(
+        "warmup from zero",
+        "optax.linear_schedule(0, peak): the first update does nothing",
+        "schedule",
+        "JAX",
+        _rate(_warmup_from_zero),
+    ),
+    Fault(
+        "cosine to zero",
+        "optax.cosine_decay_schedule's default alpha",
+        "schedule",
+        "JAX",
+        _rate(_cosine_to_zero),
+    ),
+    Fault(
+        "gradient sum over shards",
+        "psum in the place of pmean",
+        "mesh",
+        "data=2",
+        replacing(gpt2_jax.train_step, "loss_and_grads", _sum_over_shards),
+    ),
+    Fault(
+        "dropout without its scale",
+        "what is kept isn't divided by 1 - rate",
+        "dropout",
+        "steps at rate",
+        _unscaled_dropout,
+    ),
+    Fault(
+        "dropout in evaluation",
+        "model.eval() forgotten",
+        "dropout",
+        "PyTorch: evaluation",
+        replacing(gpt2_torch.model.GPT2, "eval", _always_training),
+    ),
+    Fault(
+        "one dropout key for everything",
+        "a key passed down without folding or splitting: every layer drops the same",
+        "dropout",
+        "equal ones",
+        replacing(gpt2_jax.model, "site", lambda site: lambda key, number: key),
+    ),
+    Fault(
+        "KV cache off by one",
+        "a new token's keys are written one place too far",
+        "generation",
+        "KV cache",
+        replacing(gpt2_jax.model, "_write", _cache_shifted),
+    ),
+    Fault(
+        "stale KV cache",
+        "the cache of the prefill is read for ever",
+        "generation",
+        "KV cache",
+        replacing(gpt2_jax.model, "_write", _cache_stale),
+    ),
+    Fault(
+        "top-p without the crossing token",
+        "what is kept is where cumulative < p, not where what precedes is < p",
+        "generation",
+        "top-p 0.9",
+        _sampler("crossing"),
+    ),
+    Fault(
+        "temperature after the filters",
+        "top-p sees the untempered distribution",
+        "generation",
+        "top-p 0.9",
+        _sampler("temperature last"),
+    ),
+    Fault(
+        "filtered tokens leak",
+        "logits set to zero, not to -inf, by top-k",
+        "generation",
+        "top-k 50",
+        _sampler("leak"),
+    ),
+    Fault(
+        "TF32 in the place of float32",
+        "JAX's default for float32 products on Ampere and later; emulated by rounding",
+        "precision",
+        "float32 logits",
+        replacing(gpt2_jax.layers.Linear, "__call__", _tf32),
+    ),
+    Fault(
+        "layer norm in bfloat16",
+        "statistics taken in the compute dtype",
+        "precision",
+        "bfloat16 logits",
+        replacing(gpt2_jax.layers.LayerNorm, "__call__", _bfloat16_norm),
+        prepare=lambda name, a: a + 3.0 if name == "wpe.weight" else a,
+    ),
+    Fault(
+        "layer norm's fast variance",
+        "E[x^2] - E[x]^2, Flax's default: far from zero float32 loses its digits",
+        "precision",
+        "float32 logits",
+        replacing(gpt2_jax.layers.LayerNorm, "__call__", _fast_variance),
+        prepare=lambda name, a: a + 30.0 if name == "wpe.weight" else a,
+    ),
+    Fault(
+        "projections into the residual stream unscaled",
+        "0.02 everywhere: the 1/sqrt(2 layers) forgotten",
+        "initialization",
+        "c_proj.weight",
+        replacing(gpt2_jax.model, "_residual_std", lambda std: lambda config: 0.02),
+    ),
+    Fault(
+        "rotary pairs mixed up",
+        "weights of one convention (half, interleaved) run with the other, as when LLaMA's are loaded unpermuted",
+        "forward",
+        "block 0, attn q",
+        replacing(
+            gpt2_jax.model,
+            "rotate",
+            lambda rotate: lambda x, p, c: rotate(x, p, dataclasses.replace(c, rope_pairs="interleaved")),
+        ),
+        model=_ROPE,
+    ),
+    Fault(
+        "SwiGLU's gate and value swapped",
+        "which of the two projections goes through the sigmoid",
+        "forward",
+        "block 0, mlp activation",
+        replacing(gpt2_jax.model.MLP, "__call__", _gate_and_value_swapped),
+        model=_SWIGLU,
+    ),
+)
+
+
+def prove() -> Iterator[Verdict]:
+    """Judge every fault, one after the other."""
+    for fault in FAULTS:
+        yield judge(fault)

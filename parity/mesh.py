@@ -1,0 +1,66 @@
+"""Check `mesh`: JAX's losses and gradient norms on meshes of several shapes, and executed in every way, against
+PyTorch's."""
+
+import math
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from gpt2_core.batches import TrainingBatches
+from gpt2_core.config import OptimizerConfig, TrainConfig, check_mesh, parse_mesh
+from gpt2_core.errors import UserError
+from parity.sides import JaxSide, TorchSide
+from parity.suite import Result, Skipped, Subject
+
+LIMIT = 1e-11  # a sum over devices is a sum in another order, no more
+CASES = {
+    "1 device": {},
+    "data=8": {"mesh": "data=8"},
+    "fsdp=8": {"mesh": "fsdp=8"},
+    "tensor=2": {"mesh": "tensor=2"},
+    "data=2, fsdp=2, tensor=2": {"mesh": "data=2,fsdp=2,tensor=2"},
+    "accumulation 2": {"accumulation": 2},
+    "accumulation 4": {"accumulation": 4},
+    "remat": {"remat": True},
+    "scan over layers": {"scan_layers": True},
+    "data=2, accumulation 4, remat, scan": {"mesh": "data=2", "accumulation": 4, "remat": True, "scan_layers": True},
+}
+_QUICK = ("data=2, fsdp=2, tensor=2",)
+
+
+def check(subject: Subject) -> Iterator[Result | Skipped]:
+    steps = subject.at(4, 10)
+    model = subject.weights.config
+    stream = TrainingBatches(subject.tokens, block_size=model.block_size, batch_size=8, seed=subject.seed)
+    batches = [stream[step] for step in range(steps)]
+    theirs = TorchSide(subject.weights).train(_config(subject, steps, {}), batches)
+    for name in subject.at(_QUICK, CASES):
+        settings = CASES[name]
+        needed = math.prod(parse_mesh(settings.get("mesh", 1)).values())
+        try:
+            config = _config(subject, steps, settings)
+            check_mesh(parse_mesh(config.mesh), config)
+        except UserError as error:
+            yield Skipped("mesh", f"{name}: {error}")
+            continue
+        if needed > len(jax.devices()):
+            yield Skipped("mesh", f"{name}: needs {needed} devices and there are {len(jax.devices())}")
+            continue
+        ours = JaxSide(subject.weights).train(config, batches)
+        # The norm of the gradient too: AdamW hardly sees a gradient that is too large by a factor.
+        norms = np.abs(ours.grad_norms - theirs.grad_norms) / theirs.grad_norms
+        differences = np.maximum(np.abs(ours.losses - theirs.losses), norms)
+        worst = int(np.argmax(differences))
+        yield Result("mesh", f"{name}, {steps} steps", float(differences[worst]), LIMIT, f"largest at step {worst}")
+
+
+def _config(subject: Subject, steps: int, settings: dict) -> TrainConfig:
+    return TrainConfig(
+        model=subject.weights.config,
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2),
+        steps=steps,
+        batch_size=8,
+        precision="float64",
+        **{"mesh": 1} | settings,
+    )
