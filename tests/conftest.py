@@ -9,7 +9,7 @@ import pytest
 # Read by JAX when it is first used; set here without importing it, so that the reference's tests run without JAX.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-# Compiling is the slowest thing the tests do, in child processes too. The programs are tiny, and which numbers they give
+# Compiling is the slowest thing the tests do, in child processes too. The programs are tiny, and what they compute
 # doesn't hang on how fast they run; and many tests compile the same one.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="gpt2-jax-test-cache-")

@@ -76,3 +76,38 @@ def test_differences_are_named_with_dots():
     a = TrainConfig()
     b = dataclasses.replace(a, model=ModelConfig(n_layer=3), seed=5)
     assert list(differences(a, b, frozenset({"seed"}))) == [("model.n_layer", 12, 3)]
+
+
+def test_options_change_the_count_by_what_they_add_and_take():
+    base = ModelConfig()
+    D, F, T, V, L = 768, 3072, 1024, 50257, 12
+
+    def change(**options):
+        return ModelConfig(**options).parameter_count - base.parameter_count
+
+    biases = L * (3 * D + D + F + D)
+    assert change(position="rope") == -T * D
+    assert change(norm="rmsnorm") == -(2 * L + 1) * D
+    assert change(bias=False) == -biases - (2 * L + 1) * D
+    assert change(tie_embeddings=False) == V * D
+    assert change(qk_norm=True) == L * 2 * 64
+    assert change(mlp="gelu_exact") == 0
+    assert change(mlp="swiglu", mlp_width=F) == L * (D * F + F)
+
+
+def test_swiglus_default_width_keeps_the_parameters_of_a_gelu_mlp():
+    assert ModelConfig(mlp="swiglu").mlp_size == 2048  # 8/3 x 768
+    assert ModelConfig(n_embd=800, n_head=10, mlp="swiglu").mlp_size == 2176  # 2133.3 rounded up to a multiple of 64
+    assert ModelConfig(mlp="swiglu", mlp_width=100).mlp_size == 100
+
+
+def test_an_embedding_that_is_only_looked_up_costs_no_flops():
+    tied, untied = ModelConfig(), ModelConfig(tie_embeddings=False)
+    assert tied.training_flops_per_token == untied.training_flops_per_token
+    rope = ModelConfig(position="rope")
+    assert rope.training_flops_per_token == tied.training_flops_per_token
+
+
+def test_rope_needs_an_even_head():
+    with pytest.raises(UserError, match="--model.position rope: .* = 5 is odd"):
+        ModelConfig(n_embd=10, n_head=2, position="rope")

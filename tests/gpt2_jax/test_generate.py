@@ -1,3 +1,4 @@
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -24,10 +25,10 @@ def test_the_sampler_follows_its_definition(x64, sampling):
     assert found.tolist() == [by_definition(row, u, sampling) for row, u in zip(logits, numbers, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def generator():
+@pytest.fixture(scope="module", params=["learned", "rope"])
+def generator(request):
     with jax.enable_x64(True):
-        definition = define(CONFIG, Execution("float64"))
+        definition = define(dataclasses.replace(CONFIG, position=request.param), Execution("float64"))
         params = jax.tree.map(lambda p: 8 * p, jax.jit(definition.initialize)(jax.random.key(0)))
         yield Generator(definition), params
 

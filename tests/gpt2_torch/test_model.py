@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -14,9 +16,23 @@ def model():
     return GPT2(CONFIG).double()
 
 
-def test_it_has_exactly_the_parameters_the_configuration_counts(model):
-    assert sum(p.numel() for p in model.parameters()) == CONFIG.parameter_count
-    assert set(model.state_dict()) == set(CONFIG.parameter_shapes)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"position": "rope"},
+        {"mlp": "swiglu"},
+        {"norm": "rmsnorm"},
+        {"bias": False},
+        {"tie_embeddings": False},
+        {"qk_norm": True},
+    ],
+)
+def test_it_has_exactly_the_parameters_the_configuration_counts(options):
+    config = dataclasses.replace(CONFIG, **options)
+    model = GPT2(config)
+    assert sum(p.numel() for p in model.parameters()) == config.parameter_count
+    assert set(model.state_dict()) == set(config.parameter_shapes)
 
 
 def test_no_position_sees_what_follows_it(model):
