@@ -40,8 +40,8 @@ def main(arguments: list[str]) -> None:
         ("metrics", run_dir / "metrics.jsonl"),
         ("curves", run_dir / "curves.png"),
         ("checkpoints", run_dir / "checkpoints"),
-        ("parity report", report / "report.json"),
-        ("parity table", report / "table.svg"),
+        ("parity report", report / "index.html"),
+        ("its figures", report / "report.json"),
     ):
         print(f"  {what:14} {path}")
 
