@@ -7,6 +7,14 @@ import pytest
 from gpt2_core.interrupt import interruptible
 
 
+@pytest.fixture(autouse=True)
+def pythons_own_handler():
+    """A process started in the background inherits that SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupt_waits_for_the_step_to_end_and_the_handler_comes_back():
     before = signal.getsignal(signal.SIGINT)
     done = []
