@@ -33,6 +33,11 @@ from gpt2_torch.weights import build
 
 Arrays = dict[str, np.ndarray]
 
+# LLVM contracts and vectorises a fused loop by what is in it, and a value that is asked for is not fused away: its
+# optimisations are off where a forward pass is compared to the bit with and without capture. The program that training
+# compiles is compared by its logits, gradients and curves.
+_PLAIN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 # Where the PyTorch side computes; compare.py sets it. JAX computes where JAX does.
 DEVICE = torch.device("cpu")
 
@@ -63,6 +68,11 @@ class JaxSide:
     def _logits(self):
         return jax.jit(lambda params, tokens_BT: self.definition.merge(params)(tokens_BT))
 
+    def plain_logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+        """Logits compiled as `intermediates` are, for a comparison to the bit."""
+        logits = jax.jit(lambda p, t: self.definition.merge(p)(t), compiler_options=_PLAIN)
+        return np.asarray(logits(self.params, tokens_BT))
+
     @functools.cached_property
     def _loss_and_grads(self):
         return jax.jit(functools.partial(gpt2_jax.train_step.loss_and_grads, self.definition))
@@ -74,7 +84,7 @@ class JaxSide:
         """Every tapped value of a forward pass, the logits last, in order of computation."""
         names: list[str] = []
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=_PLAIN)
         def run(params, tokens_BT):
             values: dict[str, jax.Array] = {}
             with tapping(record(values)):
