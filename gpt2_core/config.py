@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -388,6 +388,30 @@ def from_yaml(path: Path) -> TrainConfig:
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**{k: GROUPS[k](**v) if k in GROUPS else v for k, v in values.items()})
+
+
+def model_from_dict(values: dict[str, Any], source: str) -> ModelConfig:
+    """An architecture read from a file; raises UserError, beginning with `source`, for a setting of the wrong kind."""
+    kinds = get_type_hints(ModelConfig)
+    for name, value in values.items():
+        if name not in kinds:
+            raise UserError(f"{source}: its configuration has a setting {name}, which no model here knows")
+        if not _is_a(kinds[name], value):
+            raise UserError(f"{source}: its configuration has {name} {value!r:.80}, which is not a value it can take")
+    try:
+        return ModelConfig(**values)
+    except UserError as error:
+        raise UserError(f"{source}: its configuration can't be: {error}") from error
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_args(kind):
+        return any(_is_a(k, value) for k in get_args(kind))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind
 
 
 def differences(ours: Any, theirs: Any, ignore: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any, Any]]:

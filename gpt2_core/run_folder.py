@@ -13,6 +13,7 @@ from gpt2_core.config import NEWEST, TrainConfig, differences, from_yaml, to_yam
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
 from gpt2_core.weights import Weights
+from gpt2_core.weights.safetensors import json_object
 
 # What may differ between a run and its continuation: where and how it computes, what it shows and keeps, how long it
 # is. Everything else decides the numbers.
@@ -273,10 +274,17 @@ def metadata_path(checkpoint: Path) -> Path:
 
 
 def read_metadata(checkpoint: Path) -> dict[str, Any]:
+    path = metadata_path(checkpoint)
     try:
-        return json.loads(metadata_path(checkpoint).read_text())
-    except (OSError, ValueError) as error:
+        metadata = json_object(path.read_bytes(), str(path))
+    except OSError as error:
         raise UserError(f"{checkpoint}: not a checkpoint of this project ({error})") from error
+    for name in ("framework", "step", "data_digest", "tokenizer", "model"):
+        if name not in metadata:
+            raise UserError(f"{path}: says nothing of {name!r}; not a checkpoint of this project")
+    if metadata["framework"] not in ("jax", "torch") or not isinstance(metadata["model"], dict):
+        raise UserError(f"{path}: not the metadata of a checkpoint of this project")
+    return metadata
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,8 @@ from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
 
 _DOWNLOAD_SECONDS = 30
-_GPT2_FILES = {
+# GPT-2's vocabulary files and their sha256.
+GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
@@ -116,7 +117,7 @@ def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
 def _gpt2_encoding():
     import tiktoken
 
-    files = {name: _gpt2_file(name) for name in _GPT2_FILES}
+    files = {name: _gpt2_file(name) for name in GPT2_FILES}
     # tiktoken reads its cache before it downloads: give it one that holds the files, and it needs no network.
     before = os.environ.get("TIKTOKEN_CACHE_DIR")
     with tempfile.TemporaryDirectory() as cache:
@@ -137,10 +138,15 @@ def _tiktoken_cache_name(name: str) -> str:
 
 
 def _gpt2_file(name: str) -> bytes:
+    return local_gpt2_file(name) or _download(name)
+
+
+def local_gpt2_file(name: str) -> bytes | None:
+    """One of GPT-2's vocabulary files (`GPT2_FILES`), where this machine has it."""
     for path in _local_places(name):
         if path.is_file() and _is_genuine(name, content := path.read_bytes()):
             return content
-    return _download(name)
+    return None
 
 
 def _local_places(name: str) -> Iterator[Path]:
@@ -181,4 +187,4 @@ def _download(name: str) -> bytes:
 
 
 def _is_genuine(name: str, content: bytes) -> bool:
-    return hashlib.sha256(content).hexdigest() == _GPT2_FILES[name]
+    return hashlib.sha256(content).hexdigest() == GPT2_FILES[name]

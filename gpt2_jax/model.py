@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gpt2_core.config import ModelConfig
+from gpt2_core.weights.layouts import JAX
 from gpt2_jax.attention import Kernel, cached_attention, causal_attention
 from gpt2_jax.capture import is_tapping, scope, tap
 from gpt2_jax.dropout import dropout, site
@@ -22,10 +23,6 @@ from gpt2_jax.loss import summed_cross_entropy
 from gpt2_jax.products import wide_einsum
 from gpt2_jax.rope import rotate
 from gpt2_jax.sharding import Axes, constrain, gather
-
-# Inside, the vocabulary is padded to a multiple of this, which matrix units like and a tensor axis divides. The
-# padding rows are zero, take no part in any softmax and never leave this package.
-VOCAB_MULTIPLE = 128
 
 Params = dict[str, jax.Array]
 
@@ -283,7 +280,10 @@ def define(config: ModelConfig, execution: Execution) -> Definition:
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    """The vocabulary as it is inside, padded to what matrix units like and a tensor axis divides. The padding rows are
+    zero, take no part in any softmax and never leave this package."""
+    multiple = JAX.vocabulary_multiple
+    return math.ceil(vocab_size / multiple) * multiple
 
 
 def _residual_std(config: ModelConfig) -> float:

@@ -46,6 +46,20 @@ def compare(ours: JaxSide, theirs: TorchSide, tokens_BT: np.ndarray, case: str, 
     return Result("forward", f"{len(found)} values, {case}", worst, LIMIT, where)
 
 
+# A float32 pass rounds at 1e-7, which tens of layers bring to 1e-6 or 1e-5; another model is off by tenths.
+LIMIT_FLOAT32 = 1e-4
+
+
+def agreement_in_float32(weights: Weights) -> tuple[float, float]:
+    """How far the logits of the two models are apart, over the largest, and the limit: a first look, in the memory that
+    float32 takes. `check` is the proof."""
+    config = weights.config
+    tokens_BT = (np.arange(min(config.block_size, 32))[None] * 7919) % config.vocab_size
+    theirs = TorchSide(weights, "float32").logits(tokens_BT)
+    ours = JaxSide(weights, "float32").logits(tokens_BT)
+    return relative_to_largest(ours, theirs), LIMIT_FLOAT32
+
+
 def _with_padded_vocabulary(weights: Weights) -> Weights:
     """The same model with rows of zeros for ids that no tokenizer gives."""
     config = weights.config

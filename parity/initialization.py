@@ -61,4 +61,4 @@ def _jax(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
 
 def _torch(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     torch.manual_seed(seed)
-    return torch_arrays(gpt2_torch.model.GPT2(config).state_dict())
+    return torch_arrays(gpt2_torch.model.GPT2(config).state_dict(), config)

@@ -72,12 +72,12 @@ def _jax_decay(subject: Subject) -> dict[str, float]:
 
 def _torch_decay(subject: Subject) -> dict[str, float]:
     model = build(subject.weights.astype(np.float64))
-    before = torch_arrays({n: p.detach().clone() for n, p in model.named_parameters()})
+    before = torch_arrays({n: p.detach().clone() for n, p in model.named_parameters()}, model.config)
     optimizer = gpt2_torch.train.make_optimizer(model, OptimizerConfig(weight_decay=0.1, learning_rate=0.5))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    after = torch_arrays(dict(model.named_parameters()))
+    after = torch_arrays(dict(model.named_parameters()), model.config)
     return _ratios({n: (before[n] - after[n]) / 0.5 for n in before}, before)
 
 

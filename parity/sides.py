@@ -273,7 +273,7 @@ class TorchSide:
         return np.array(list(gpt2_torch.generate.generate(self.model, prompts, uniforms, sampling))).T
 
     def _canonical(self, state) -> Arrays:
-        return gpt2_torch.weights.canonical_arrays(state)
+        return gpt2_torch.weights.canonical_arrays(state, self.config)
 
 
 class _Recorder(TorchFunctionMode):

@@ -1,40 +1,162 @@
-"""Convert weights between frameworks: python scripts/convert.py SRC DST --to jax|torch|safetensors"""
+"""Convert weights, bit for bit: python scripts/convert.py SRC DST --to jax|torch|hf|nanogpt|llmc|safetensors"""
 
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
 from gpt2_core.cli import Parser, run
-from gpt2_core.errors import UserError
-from parity.formats import read_weights, write_weights
+from gpt2_core.errors import RunError, UserError
+from gpt2_core.weights import DTYPES, Stored, StoredArrays, Weights
+from parity.formats import FORMATS, open_weights, write_weights
 
 
 def main(arguments: list[str]) -> None:
     options = _parser().parse(arguments)
+    # A terminated conversion cleans up as an interrupted one does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    console = Console(soft_wrap=True, highlight=False)
     target = Path(options.target)
-    weights = read_weights(options.source, options.checkpoint)
-    if target.exists() and not options.force:
-        raise UserError(f"{target}: exists; add --force to replace it, or name another")
-    if target.resolve() in (Path(options.source).resolve(), *Path(options.source).resolve().parents):
+    weights = open_weights(options.source, options.checkpoint, options.source_format, options.mlp)
+    if target.resolve() in (Path(weights.source).resolve(), *Path(weights.source).resolve().parents):
         raise UserError(f"{target}: holds the source itself; name another")
-    write_weights(weights, target, options.to, force=options.force)
-    print(f"{weights.source} -> {target} ({options.to}): {weights.config.parameter_count:,} parameters")
+    for note in weights.notes:
+        console.print(f"note: {note}")
+    if options.dtype is not None:
+        weights = _mapped(weights, lambda name, tensor: tensor.astype(DTYPES[options.dtype]))
+
+    with _progress(console) as progress:
+        shown = _watched(weights, progress, console, f"{options.to}: {target.name}")
+        write_weights(shown, target, options.to, force=options.force)
+    console.print(f"{weights.source} -> {target} ({options.to}): {weights.config.parameter_count:,} parameters")
+    for note in _notes(weights, options.to):
+        console.print(f"note: {note}")
+    if options.verify:
+        _verify(weights, target, options.to, console)
+
+
+def _mapped(weights: Weights, change: Callable[[str, Stored], Stored]) -> Weights:
+    return dataclasses.replace(
+        weights, arrays=StoredArrays({name: change(name, tensor) for name, tensor in weights.stored.items()})
+    )
+
+
+def _watched(weights: Weights, progress: Progress, console: Console, label: str) -> Weights:
+    """The same weights, which move the progress bar when they are read and warn of what isn't a number."""
+    bar = progress.add_task(label, total=weights.nbytes)
+    seen: set[str] = set()
+
+    def watch(name: str, tensor: Stored) -> Stored:
+        def see(array: np.ndarray) -> np.ndarray:
+            if name not in seen:
+                seen.add(name)
+                progress.advance(bar, tensor.nbytes)
+                if wrong := int(array.size - np.isfinite(array).sum()):
+                    console.print(f"warning: {name} has {wrong:,} values that are NaN or infinite; kept as they are")
+            return array
+
+        return tensor.map(tensor.shape, see)
+
+    return _mapped(weights, watch)
+
+
+def _notes(weights: Weights, to: str) -> list[str]:
+    """What another program will make of the result that its user ought to know."""
+    if to == "nanogpt" and weights.config.mlp == "gelu_tanh":
+        return [
+            "nanoGPT's model.py computes the exact GELU and these weights want the tanh form (build-nanogpt's model has "
+            "it): write nn.GELU(approximate='tanh') there, or its logits will differ by about 1e-3"
+        ]
+    if to == "llmc" and weights.stored["wte.weight"].dtype == DTYPES["bfloat16"]:
+        return ["this is version 5, for llm.c's CUDA program; its CPU program reads version 3: --dtype float32"]
+    return []
+
+
+def _verify(weights: Weights, target: Path, to: str, console: Console) -> None:
+    """Read the result back, compare every bit, and run it in both frameworks; raises RunError on a difference."""
+    mlp = weights.config.mlp if to == "nanogpt" else None
+    back = open_weights(target, form=to, mlp=mlp)
+    for name, tensor in weights.stored.items():
+        there = back.stored[name]
+        same = (tensor.dtype, tensor.shape) == (there.dtype, there.shape)
+        if not same or not np.array_equal(*(np.ascontiguousarray(t.read()).view(np.uint8) for t in (tensor, there))):
+            raise RunError(f"{target}: {name} didn't come back as it was written; don't use it")
+    console.print(f"verified: {len(weights.arrays)} tensors came back bit for bit")
+    if not all(np.isfinite(back.arrays[name]).all() for name in back.arrays):
+        console.print("no forward pass: some values aren't finite")
+        return
+    from parity.forward import agreement_in_float32
+
+    difference, limit = agreement_in_float32(back)
+    said = f"a forward pass in float32, JAX against PyTorch: logits differ by {difference:.1e} of the largest"
+    if not difference <= limit:
+        raise RunError(f"{target}: {said}, more than {limit:.0e}; run `python parity/compare.py --weights {target}`")
+    console.print(f"verified: {said} (limit {limit:.0e})")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="convert.py", description="Convert GPT-2 weights, bit for bit.")
-    parser.add_argument("source", type=str, help="Run folder, checkpoint folder or .safetensors file.")
-    parser.add_argument("target", type=str, help="File (safetensors) or checkpoint folder (jax, torch) to write.")
+    names = Literal[tuple(FORMATS)]
+    parser = Parser(
+        prog="convert.py",
+        description="Convert GPT-2 weights between formats, bit for bit. docs/conversion.md describes each format.",
+    )
+    parser.add_argument(
+        "source",
+        type=str,
+        help="Run folder, checkpoint, Hugging Face folder, nanoGPT's ckpt.pt, llm.c's .bin, .safetensors file, or the "
+        "name of a model on the Hugging Face Hub (gpt2, openai-community/gpt2). Its format is found by looking at it.",
+    )
+    parser.add_argument(
+        "target", type=str, help="File (nanogpt, llmc, safetensors) or folder (jax, torch, hf) to write."
+    )
     parser.add_argument(
         "--to",
-        type=Literal["jax", "torch", "safetensors"],
+        type=names,
         required=True,
-        help="jax: a checkpoint of the JAX trainer (Orbax); torch: of the PyTorch trainer; safetensors: one file with "
+        help="jax: a checkpoint of the JAX trainer (Orbax); torch: of the PyTorch trainer; hf: a folder for "
+        "transformers' GPT2LMHeadModel; nanogpt: a ckpt.pt; llmc: a model file of llm.c; safetensors: one file with "
         "GPT-2's own names and shapes.",
+    )
+    parser.add_argument("--from", dest="source_format", type=names, help="Format of the source. Left out: found out.")
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "bfloat16"],
+        help="Round the weights to this dtype, or widen them. Left out: as they are.",
+    )
+    parser.add_argument(
+        "--mlp",
+        type=Literal["gelu_exact", "gelu_tanh"],
+        help="The GELU of a nanogpt source that doesn't say. Left out: gelu_exact for nanoGPT, gelu_tanh for "
+        "build-nanogpt, which is what their programs compute.",
     )
     parser.add_argument(
         "--checkpoint", type=str, default="latest", help="Which checkpoint of a run folder: latest, best or a step."
     )
-    parser.add_argument("--force", action="store_true", help="Replace a target that exists.")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="Read the result back, compare it bit for bit, and run a forward pass of it in both frameworks.",
+    )
+    parser.add_argument("--force", action="store_true", help="Replace weights that are at the target.")
     return parser
 
 

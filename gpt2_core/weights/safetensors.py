@@ -1,42 +1,126 @@
-"""Weights as one .safetensors file: canonical names and orientation, the configuration in the metadata."""
+"""Files of tensors in the safetensors format, written and read one tensor at a time; the canonical form in one.
+
+The safetensors library checks a file's header against its length when it opens it; the values are then read from their
+place in the file. The library's own writer wants the whole model in memory, which a conversion never has.
+"""
 
 import dataclasses
 import json
+import struct
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from gpt2_core.config import ModelConfig
+from gpt2_core.config import model_from_dict
 from gpt2_core.errors import UserError
-from gpt2_core.files import write_atomically
-from gpt2_core.weights.canonical import Weights
+from gpt2_core.files import writing
+from gpt2_core.weights.canonical import DTYPES, Stored, StoredArrays, Weights
+from gpt2_core.weights.layouts import CANONICAL
 
-_FORMAT = "gpt2-jax canonical 1"
+FORMAT = "gpt2-jax canonical 1"
+
+_DTYPES = {
+    "F64": DTYPES["float64"],
+    "F32": DTYPES["float32"],
+    "BF16": DTYPES["bfloat16"],
+    **{"F16": np.dtype(np.float16), "BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8), "I64": np.dtype(np.int64)},
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def write_safetensors(weights: Weights, path: Path) -> None:
     """Write `weights` to `path`; a reader of any framework finds the names and shapes that Hugging Face uses."""
-    metadata = {
-        "format": _FORMAT,
-        "model": json.dumps(dataclasses.asdict(weights.config)),
-        "tokenizer": weights.tokenizer or "",
-    }
-    write_atomically(path, save(dict(weights.arrays), metadata))
+    model = dataclasses.asdict(weights.config)
+    metadata = {"format": FORMAT, "model": json.dumps(model), "tokenizer": weights.tokenizer or ""}
+    write_tensors(path, CANONICAL.encode(weights.stored, weights.config), metadata)
 
 
 def read_safetensors(path: Path) -> Weights:
-    """Read what `write_safetensors` wrote; raises UserError for anything else."""
+    """What `write_safetensors` wrote, read as it is asked for; raises UserError for anything else."""
+    tensors, metadata = open_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: a safetensors file without this project's metadata; expected one that scripts/convert.py wrote"
+        )
+    config = model_from_dict(json_object(metadata.get("model", ""), f"{path}: its metadata «model»"), str(path))
+    arrays = CANONICAL.decode(tensors, config, str(path))
+    return Weights(config, StoredArrays(arrays), str(path), metadata.get("tokenizer") or None)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, reading each tensor when its turn comes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for name, tensor in tensors.items():
+        end = begin + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": (begin, end)}
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the values begin at a multiple of 8
+    with writing(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        write_values(file, tensors.values())
+
+
+def write_values(file: BinaryIO, tensors: Iterable[Stored]) -> None:
+    """Write the tensors' values one after the other, row by row, little-endian."""
+    for tensor in tensors:
+        array = np.ascontiguousarray(tensor.read())
+        # numpy has no buffer of bfloat16 to give.
+        file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def open_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors and the metadata of any safetensors file; raises UserError if it isn't a whole one."""
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise UserError(
-                    f"{path}: a safetensors file without this project's metadata; "
-                    "expected one that scripts/convert.py wrote"
-                )
-            config = ModelConfig(**json.loads(metadata["model"]))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a safetensors file of this project ({error})") from error
-    return Weights(config, arrays, str(path), metadata.get("tokenizer") or None)
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+    except (OSError, SafetensorError, ValueError, RecursionError, struct.error) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"{path}: {name} is {entry['dtype']}; expected {', '.join(DTYPES)}")
+        tensors[name] = stored_at(path, 8 + length + entry["data_offsets"][0], _DTYPES[entry["dtype"]], entry["shape"])
+    return tensors, metadata
+
+
+def stored_at(path: Path, offset: int, dtype: np.dtype, shape: Iterable[int]) -> Stored:
+    """The tensor whose values begin `offset` bytes into a file; the caller has checked that they all lie in it."""
+    shape = tuple(shape)
+    nbytes = Stored(shape, dtype, lambda: np.empty(0)).nbytes
+
+    def read() -> np.ndarray:
+        values = np.fromfile(path, np.uint8, nbytes, offset=offset)
+        if len(values) < nbytes:
+            raise UserError(f"{path}: ends within a tensor; it has changed while it was read")
+        return values.view(dtype).reshape(shape)
+
+    return Stored(shape, dtype, read)
+
+
+def json_object(text: str | bytes, source: str) -> dict[str, Any]:
+    """The JSON object in `text`; raises UserError, beginning with `source`, if it isn't one."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source} isn't JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{source} isn't a JSON object")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} is there twice")
+        found[name] = value
+    return found

@@ -1,4 +1,5 @@
 import dataclasses
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -33,7 +34,6 @@ def test_a_file_gives_back_every_bit(tmp_path, dtype):
         ({"h.2.ln_1.bias": np.zeros(8, np.float32)}, "h.2.ln_1.bias is not part of this GPT-2"),
         ({"ln_f.bias": np.zeros(9, np.float32)}, r"ln_f.bias has the shape \(9,\); this configuration needs \(8,\)"),
         ({"ln_f.bias": np.zeros(8, np.int32)}, "ln_f.bias is int32"),
-        ({"ln_f.bias": np.full(8, np.nan, np.float32)}, "ln_f.bias has values that are not finite"),
     ],
 )
 def test_wrong_tensors_are_refused_by_name(changes, words):
@@ -55,3 +55,39 @@ def test_other_files_are_refused(tmp_path):
     for name in ("foreign", "broken"):
         with pytest.raises(UserError, match=name):
             read_safetensors(tmp_path / f"{name}.safetensors")
+
+
+def test_weights_to_compute_with_are_finite():
+    with pytest.raises(UserError, match="ln_f.bias has values that are not finite"):
+        make(**{"ln_f.bias": np.full(8, np.nan, np.float32)}).in_memory()
+
+
+def test_a_file_is_read_one_tensor_at_a_time(tmp_path):
+    before = make()
+    write_safetensors(before, tmp_path / "w.safetensors")
+    after = read_safetensors(tmp_path / "w.safetensors")
+    tracemalloc.start()
+    for name in after.arrays:
+        assert after.arrays[name].tobytes() == before.arrays[name].tobytes()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < before.nbytes / 2 + 10_000
+
+
+def test_damaged_headers_are_refused_by_the_tensor_they_speak_of(tmp_path):
+    path = tmp_path / "w.safetensors"
+    write_safetensors(make(), path)
+    whole = path.read_bytes()
+    for old, new, words in (
+        (b'"ln_f.bias"', b'"ln_f.biax"', "ln_f.bias is missing"),
+        (b'"ln_f.bias"', b'"ln_f.weight"', "ln_f.weight is there twice|not a whole safetensors file"),
+        (b'"dtype": "F32", "shape": [8]', b'"dtype": "I32", "shape": [8]', "ln_1.weight is I32; expected float32"),
+        (b'n_head\\": 2', b'n_head\\": 3', "not divisible by n_head 3"),
+        (b'n_layer\\": 2', b'n_layer\\": 1e9', "n_layer"),
+        (b'n_layer\\": 2', b'n_layer\\": 99999999', "99999999 layers are said and 28 tensors there"),
+    ):
+        assert old in whole, old
+        header = whole[8 : 8 + int.from_bytes(whole[:8], "little")].replace(old, new, 1)
+        path.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + int.from_bytes(whole[:8], "little") :])
+        with pytest.raises(UserError, match=words):
+            read_safetensors(path)

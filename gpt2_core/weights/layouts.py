@@ -1,0 +1,169 @@
+"""Where each format puts each tensor: the one table of names, orientations and paddings.
+
+C is n_embd, V vocab_size; a linear layer maps `in` features to `out`.
+
+| format | a name, for example | linear weights | `c_attn` | tied head | vocabulary |
+|---|---|---|---|---|---|
+| canonical (`safetensors`) | `h.0.attn.c_attn.weight` | (in, out) | q, k, v side by side | not stored | as it is |
+| `jax` | `h.0.attn.c_attn.weight` | (in, out) | (C, 3, C) | not stored | zero rows to a multiple of 128 |
+| `torch` | `h.0.attn.c_attn.weight` | (out, in) | side by side | not stored | as it is |
+| `hf` | `transformer.h.0.attn.c_attn.weight` | (in, out) | side by side | not stored, or a copy | as it is |
+| `nanogpt` | `transformer.h.0.attn.c_attn.weight` | (out, in) | side by side | a copy, `lm_head.weight` | as it is |
+| `llmc` | none: a fixed order, each tensor for all layers together | (out, in) | side by side | not stored | zero rows to a multiple of 128 |
+
+`jax` keeps q, k and v apart so that a mesh's tensor axis splits heads, and not the row of all three; the rows make the
+vocabulary divisible by that axis. Hugging Face's GPT-2 has (in, out) because its linear layer is OpenAI's Conv1D.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from gpt2_core.config import ModelConfig
+from gpt2_core.errors import UserError
+from gpt2_core.weights.canonical import Stored, check_tensors
+
+Change = Callable[[np.ndarray], np.ndarray]
+
+_LINEAR = re.compile(r"\.(c_attn|c_proj|c_fc|c_gate)\.weight$")
+_PER_TOKEN = ("wte.weight", "lm_head.weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a format stores the canonical tensors, and which architectures it can say."""
+
+    format: str
+    prefix: str = ""
+    """Before every name but the head's."""
+    out_in: bool = False
+    """Whether linear weights have the shape (out, in)."""
+    qkv_apart: bool = False
+    """Whether c_attn has an axis of its own for q, k and v."""
+    copies_head: bool = False
+    """Whether a tied head is stored a second time, as lm_head.weight."""
+    vocabulary_multiple: int = 1
+    """Rows of zeros fill the vocabulary up to a multiple of this."""
+    buffers: str = r"(?!)"
+    """Pattern of names that a file may hold besides: what older versions stored and nothing needs."""
+    only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    """Settings of the architecture for which the format knows these values only."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float64")
+
+    def placements(self, config: ModelConfig) -> dict[str, "Placement"]:
+        """Where each canonical tensor goes."""
+        return {name: self._place(name, shape) for name, shape in config.parameter_shapes.items()}
+
+    def _place(self, name: str, shape: tuple[int, ...]) -> "Placement":
+        stored_as = name if name == "lm_head.weight" else self.prefix + name
+        if self.out_in and _LINEAR.search(name):
+            return Placement(stored_as, shape[::-1], np.transpose, np.transpose)
+        if self.qkv_apart and ".c_attn." in name:
+            apart = (*shape[:-1], 3, shape[-1] // 3)
+            return Placement(stored_as, apart, lambda a: a.reshape(apart), lambda a: a.reshape(shape))
+        if self.vocabulary_multiple > 1 and name in _PER_TOKEN:
+            missing = -shape[0] % self.vocabulary_multiple
+            return Placement(
+                stored_as,
+                (shape[0] + missing, shape[1]),
+                lambda a: np.pad(a, ((0, missing), (0, 0))),
+                lambda a: a[: shape[0]],
+            )
+        return Placement(stored_as, shape, _unchanged, _unchanged)
+
+    def encode(self, tensors: Mapping[str, Stored], config: ModelConfig) -> dict[str, Stored]:
+        """Canonical tensors as this format stores them, by its names; raises UserError if it can't hold them."""
+        self.check_holds(config)
+        encoded = {}
+        for name, place in self.placements(config).items():
+            encoded[place.name] = tensors[name].map(place.shape, place.encode)
+        if self.copies_head and config.tie_embeddings:
+            encoded["lm_head.weight"] = encoded[self.prefix + "wte.weight"]
+        for name, tensor in encoded.items():
+            if tensor.dtype.name not in self.dtypes:
+                raise UserError(
+                    f"--to {self.format}: can't hold {name} in {tensor.dtype}; "
+                    f"add --dtype {' or '.join(d for d in self.dtypes if d in ('float32', 'bfloat16'))}"
+                )
+        return encoded
+
+    def decode(self, found: Mapping[str, Stored], config: ModelConfig, source: str) -> dict[str, Stored]:
+        """Canonical tensors from what a file of this format holds; raises UserError, in the file's own names."""
+        if config.n_layer > len(found):  # refused before a damaged header's number of layers is believed
+            raise UserError(f"{source}: {config.n_layer} layers are said and {len(found)} tensors there")
+        places = self.placements(config)
+        kept = {name: tensor for name, tensor in found.items() if not re.fullmatch(self.buffers, name)}
+        head, embedding = kept.get("lm_head.weight"), kept.get(self.prefix + "wte.weight")
+        if config.tie_embeddings and head is not None and embedding is not None:
+            if not _same(head, embedding):
+                raise UserError(
+                    f"{source}: lm_head.weight differs from {self.prefix}wte.weight, though the head is said to be tied "
+                    "to the embedding"
+                )
+            del kept["lm_head.weight"]
+        check_tensors(kept, {place.name: place.shape for place in places.values()}, source)
+        shapes = config.parameter_shapes
+        return {name: kept[place.name].map(shapes[name], place.decode) for name, place in places.items()}
+
+    def check_holds(self, config: ModelConfig) -> None:
+        """Raise UserError naming the first setting of the architecture that the format can't say."""
+        for option, values in self.only.items():
+            value = getattr(config, option)
+            if value not in values and not (option == "mlp_width" and value == 4 * config.n_embd):
+                allowed = " or ".join(_in_words(option, v) for v in values)
+                raise UserError(f"--to {self.format}: can't hold {_in_words(option, value)}; it knows {allowed} only")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A tensor's name and shape in a format, and the way there and back."""
+
+    name: str
+    shape: tuple[int, ...]
+    encode: Change
+    decode: Change
+
+
+_GPT2 = {
+    "position": ("learned",),
+    "norm": ("layernorm",),
+    "mlp": ("gelu_tanh", "gelu_exact"),
+    "qk_norm": (False,),
+}
+_NO_OTHER_SIZES = {"mlp_width": (None,), "layer_norm_epsilon": (1e-5,), "tie_embeddings": (True,)}
+# The causal mask, which old versions of transformers and nanoGPT kept among the weights.
+_MASKS = r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"
+
+CANONICAL = Layout("safetensors")
+JAX = Layout("jax", qkv_apart=True, vocabulary_multiple=128)
+TORCH = Layout("torch", out_in=True)
+HUGGING_FACE = Layout("hf", prefix="transformer.", buffers=_MASKS, only=_GPT2 | {"bias": (True,)})
+NANOGPT = Layout(
+    "nanogpt", prefix="transformer.", out_in=True, copies_head=True, buffers=_MASKS, only=_GPT2 | _NO_OTHER_SIZES
+)
+LLMC = Layout(
+    "llmc",
+    out_in=True,
+    vocabulary_multiple=128,
+    only=_GPT2 | _NO_OTHER_SIZES | {"mlp": ("gelu_tanh",), "bias": (True,)},
+    dtypes=("float32", "bfloat16"),
+)
+
+
+def _unchanged(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _same(a: Stored, b: Stored) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return a is b or np.array_equal(*(np.ascontiguousarray(t.read()).view(np.uint8) for t in (a, b)))
+
+
+def _in_words(option: str, value: Any) -> str:
+    if option == "mlp_width":
+        return f"mlp_width {value or '4 n_embd'}"
+    return f"{option} {str(value).lower() if isinstance(value, bool) else value}"

@@ -1,0 +1,156 @@
+"""PyTorch's own files, opened without unpickling anything but tensors and plain containers, and without reading the
+tensors until they are asked for."""
+
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from gpt2_core.errors import UserError
+from gpt2_core.weights import DTYPES, Stored
+from gpt2_core.weights.safetensors import stored_at
+from gpt2_torch.weights import to_array
+
+_DTYPES = {
+    torch.float32: DTYPES["float32"],
+    torch.bfloat16: DTYPES["bfloat16"],
+    torch.float64: DTYPES["float64"],
+    torch.float16: np.dtype(np.float16),
+    torch.bool: np.dtype(np.bool_),
+    torch.uint8: np.dtype(np.uint8),
+    torch.int64: np.dtype(np.int64),
+}
+
+# What torch.save's files begin with: a zip archive's own mark, or the pickled number that older versions began with.
+_ZIP = b"PK\x03\x04"
+_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+# A class that a file may hold an object of, and the name by which the file calls it.
+Allowed = tuple[Callable, str]
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether a file begins as torch.save's do, in the format of today (zip) or that of before 2020."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    return head.startswith((_ZIP, _OLD))
+
+
+def open_torch_file(path: Path, allowed: Sequence[Allowed] = ()) -> Any:
+    """What torch.save wrote: containers and numbers as they are, a `Stored` in the place of each tensor.
+
+    Nothing is unpickled beyond tensors, plain containers and objects of the `allowed` classes. Raises UserError for a
+    file that holds anything else, or that isn't whole.
+    """
+    with path.open("rb") as file:
+        zipped = file.read(len(_ZIP)) == _ZIP
+    if zipped:
+        _check_entries(path)
+    # Fake tensors have a shape and a place in the file, and no memory: a damaged file can't make anyone allocate it.
+    fakes = _load(path, allowed, fake=True)
+    source = path if zipped else _OldFile(path, allowed)
+    try:
+        return _replace(fakes, (), {}, path, source)
+    except RecursionError as error:
+        raise UserError(f"{path}: holds containers within containers without end") from error
+
+
+class _OldFile:
+    """A file in the format of before 2020, whose tensors have no known place: it is read whole, and each tensor is let
+    go when it has been given away, so that memory holds the model once and no more."""
+
+    def __init__(self, path: Path, allowed: Sequence[Allowed]) -> None:
+        self.path, self.allowed = path, allowed
+        self._tensors: dict[tuple, Tensor] = {}
+
+    def read(self, place: tuple) -> np.ndarray:
+        if place not in self._tensors:
+            self._tensors = {}
+            self._collect(_load(self.path, self.allowed, fake=False), ())
+        return to_array(self._tensors.pop(place))
+
+    def _collect(self, value: Any, place: tuple) -> None:
+        if isinstance(value, Tensor):
+            self._tensors[place] = value
+        for key, inside in _items(value):
+            self._collect(inside, (*place, key))
+
+
+def _load(path: Path, allowed: Sequence[Allowed], *, fake: bool) -> Any:
+    try:
+        # An open file, since PyTorch takes a path that ends in .safetensors for another format.
+        with path.open("rb") as file, warnings.catch_warnings(), torch.serialization.safe_globals(list(allowed)):
+            warnings.simplefilter("ignore")  # of what a damaged pickle may be
+            if fake:
+                with FakeTensorMode():
+                    return torch.load(file, weights_only=True)
+            return torch.load(file, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        what = str(error).partition("GLOBAL ")[2].split(" ")[0]
+        holds = f"holds an object of {what}, and only tensors and plain containers are" if what else "holds what isn't"
+        raise UserError(f"{path}: {holds} read from such a file") from error
+    except Exception as error:
+        # Damaged pickles end in any kind of error.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a whole file of PyTorch ({reason:.200})") from error
+
+
+def _check_entries(path: Path) -> None:
+    """Refuse compressed entries, which could be of any size, and sizes that the file doesn't have."""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path}: not a whole file of PyTorch ({error})") from error
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size or entry.compress_size > size:
+            raise UserError(f"{path}: not a whole file of PyTorch (its entry {entry.filename} can't be in it)")
+
+
+def _replace(value: Any, place: tuple, seen: dict, path: Path, source: Path | _OldFile) -> Any:
+    """`value` with a Stored in the place of each tensor; tensors that share their memory share the Stored."""
+    if isinstance(value, Tensor):
+        key = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype)
+        if key not in seen:
+            seen[key] = _stored(value, place, path, source)
+        return seen[key]
+    if isinstance(value, dict):
+        return {key: _replace(inside, (*place, key), seen, path, source) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replace(inside, (*place, i), seen, path, source) for i, inside in enumerate(value)]
+    return value
+
+
+def _items(value: Any):
+    if isinstance(value, dict):
+        return value.items()
+    return enumerate(value) if isinstance(value, list | tuple) else ()
+
+
+def _stored(fake: FakeTensor, place: tuple, path: Path, source: Path | _OldFile) -> Stored:
+    name = ".".join(map(str, place))
+    if not isinstance(fake, FakeTensor) or fake.layout != torch.strided or fake.dtype not in _DTYPES:
+        raise UserError(f"{path}: {name} is {fake.dtype}, {fake.layout}; expected {', '.join(DTYPES)}")
+    storage, item, shape = fake.untyped_storage(), fake.dtype.itemsize, tuple(fake.shape)
+    begin = fake.storage_offset() * item
+    span = 0 if 0 in shape else item * (1 + sum((n - 1) * s for n, s in zip(shape, fake.stride(), strict=True)))
+    size = path.stat().st_size
+    offset = storage._checkpoint_offset if isinstance(source, Path) else 0
+    if begin + span > storage.nbytes() or offset + storage.nbytes() > size or fake.numel() * item > size:
+        raise UserError(f"{path}: {name} reaches beyond the end of the file")
+    dtype = _DTYPES[fake.dtype]
+    if isinstance(source, _OldFile):
+        return Stored(shape, dtype, lambda: source.read(place))
+    flat = stored_at(path, offset + begin, dtype, (span // item,))
+    if fake.is_contiguous():
+        return flat.map(shape, lambda a: a.reshape(shape))
+    strides = tuple(s * item for s in fake.stride())
+    return flat.map(shape, lambda a: np.lib.stride_tricks.as_strided(a, shape, strides))

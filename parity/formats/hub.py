@@ -1,0 +1,55 @@
+"""Models of the Hugging Face Hub by their name, fetched once and kept in huggingface_hub's own cache."""
+
+import re
+from pathlib import Path
+
+from gpt2_core.config import PRESETS
+from gpt2_core.errors import UserError
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DESCRIPTION = ("config.json", "generation_config.json", "merges.txt", "vocab.json", "tokenizer*.json")
+# A repository may have the weights in several formats, of which one is enough; the first that is there.
+_WEIGHTS = (("*.safetensors", "*.safetensors.index.json"), ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
+
+
+def is_name(source: str) -> bool:
+    """Whether `source` names a model of the hub: `gpt2` and its sisters, or OWNER/NAME where nothing here is called
+    OWNER. What is on this machine comes first."""
+    if Path(source).exists():
+        return False
+    return source in PRESETS or bool(_NAME.fullmatch(source) and not Path(source).parent.exists())
+
+
+def repository(name: str) -> str:
+    """The name with its owner; OpenAI's four models are known without."""
+    return f"openai-community/{name}" if name in PRESETS else name
+
+
+def fetch(name: str) -> Path:
+    """The folder with the model's files, from the cache or the network; raises UserError if neither has it."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    repo = repository(name)
+    try:
+        for weights in _WEIGHTS:
+            folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[*_DESCRIPTION, *weights]))
+            if any(folder.glob(weights[0])):
+                break
+        return folder
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{name}: no such file or folder here, and no model of that name on the Hub") from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{name}: not a file or folder here, nor in the Hub's cache, and the Hub can't be reached ({reason:.160}); "
+            f"on a machine that reaches it run `hf download {repo} --local-dir {repo.rpartition('/')[2]}`, put that "
+            "folder here and give its path"
+        ) from error
+
+
+def hint(source: str) -> str:
+    """What to add to the error for a path that isn't there."""
+    if source.count("/") <= 1:
+        return f"; a model of the Hub is called {', '.join(PRESETS)} or OWNER/NAME"
+    return ""

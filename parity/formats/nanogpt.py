@@ -1,0 +1,119 @@
+"""Checkpoints of nanoGPT (`model_args`) and build-nanogpt (a pickled GPTConfig), both by Andrej Karpathy.
+
+nanoGPT's model computes the exact GELU and build-nanogpt's GPT-2's tanh form; neither checkpoint says which. What is
+written here says it, under a key of its own that both programs ignore.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt2_core.config import model_from_dict
+from gpt2_core.errors import UserError
+from gpt2_core.weights import Stored, StoredArrays, Weights
+from gpt2_core.weights.layouts import NANOGPT
+
+_OURS = "gpt2_jax"
+_SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+_ARGUMENTS = (*_SIZES, "bias", "dropout")
+# torch.compile and DistributedDataParallel each put one before every name.
+_WRAPPERS = ("_orig_mod.", "module.")
+
+
+class GPTConfig:
+    """Takes the place of build-nanogpt's dataclass of this name when its checkpoint is opened."""
+
+
+def is_one(path: Path) -> bool:
+    """Whether a file of torch.save's is a checkpoint of either program."""
+    contents = _open(path)
+    return isinstance(contents, dict) and "model" in contents and ("model_args" in contents or "config" in contents)
+
+
+def read(path: Path, mlp: str | None = None) -> Weights:
+    """The weights of a checkpoint, read as they are asked for. `mlp` is gelu_exact or gelu_tanh; left out: what the
+    file says, or else what the program that wrote it computes, which `notes` then tells."""
+    contents = _open(path)
+    if not isinstance(contents, dict) or not isinstance(contents.get("model"), dict):
+        raise UserError(f"{path}: not a checkpoint of nanoGPT, which has the weights under «model»")
+    arguments, program = _arguments(contents, path)
+    ours = contents.get(_OURS)
+    ours = ours if isinstance(ours, dict) else {}
+    said = mlp or ours.get("mlp")
+    notes = ()
+    if said is None:
+        said = "gelu_exact" if program == "nanoGPT" else "gelu_tanh"
+        other = "gelu_tanh" if said == "gelu_exact" else "gelu_exact"
+        notes = (
+            f"{path}: read as a model with mlp {said}, which is what {program}'s model computes; the file doesn't say. "
+            f"If it was trained with the other GELU, convert it with --mlp {other}",
+        )
+    config = model_from_dict(arguments | {"mlp": said}, str(path))
+    found = _unwrapped(contents["model"], path)
+    tokenizer = ours.get("tokenizer")
+    return Weights(
+        config,
+        StoredArrays(NANOGPT.decode(found, config, str(path))),
+        str(path),
+        tokenizer if isinstance(tokenizer, str) else None,
+        notes,
+    )
+
+
+def write(weights: Weights, path: Path) -> None:
+    """A checkpoint that nanoGPT's sample.py loads; the weights pass through memory all together."""
+    import torch
+
+    from gpt2_core.files import writing
+    from gpt2_torch.weights import to_tensor
+
+    config = weights.config
+    tensors: dict[str, Any] = {}
+    stored = NANOGPT.encode(weights.stored, config)
+    for name, tensor in stored.items():
+        if name != "lm_head.weight":
+            tensors[name] = to_tensor(tensor.read())
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]  # one storage, as nanoGPT itself saves it
+    contents = {
+        "model": tensors,
+        "model_args": {name: getattr(config, name) for name in _ARGUMENTS},
+        "iter_num": 0,
+        _OURS: {"mlp": config.mlp, "tokenizer": weights.tokenizer},
+    }
+    with writing(path) as file:
+        torch.save(contents, file)
+
+
+def _open(path: Path) -> Any:
+    from gpt2_torch.files import open_torch_file
+
+    return open_torch_file(path, allowed=[(GPTConfig, "__main__.GPTConfig")])
+
+
+def _arguments(contents: dict, path: Path) -> tuple[dict[str, Any], str]:
+    """The architecture that a checkpoint states, and the program that states it so."""
+    if isinstance(contents.get("model_args"), dict):
+        given, program = contents["model_args"], "nanoGPT"
+    elif isinstance(contents.get("config"), GPTConfig):
+        given, program = vars(contents["config"]), "build-nanogpt"
+    else:
+        raise UserError(f"{path}: neither nanoGPT's «model_args» nor build-nanogpt's «config» is in it")
+    if unknown := [str(name) for name in given if name not in _ARGUMENTS]:
+        raise UserError(f"{path}: its model has {', '.join(unknown[:3])}, which nanoGPT's models don't")
+    if missing := [name for name in _SIZES if name not in given]:
+        raise UserError(f"{path}: doesn't say {', '.join(missing)} of its model")
+    return given, program
+
+
+def _unwrapped(model: Mapping[str, Any], path: Path) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    for name, tensor in model.items():
+        if not isinstance(tensor, Stored):
+            raise UserError(f"{path}: {name!s:.80} isn't a tensor")
+        bare = str(name)
+        while prefix := next((p for p in _WRAPPERS if bare.startswith(p)), None):
+            bare = bare.removeprefix(prefix)
+        if bare in found:
+            raise UserError(f"{path}: {bare} is there twice, once of them as {name}")
+        found[bare] = tensor
+    return found
