@@ -2,21 +2,21 @@
 
 import contextlib
 import functools
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
+import tensorstore
 
 from gpt2_core.config import model_from_dict
 from gpt2_core.errors import UserError
 from gpt2_core.run_folder import RunFolder, metadata_of_weights, read_metadata
 from gpt2_core.weights import Stored, StoredArrays, Weights
 from gpt2_core.weights.layouts import JAX
+from gpt2_core.weights.safetensors import json_object
 from gpt2_jax.train_step import TrainState
 
 
@@ -51,8 +51,8 @@ class CheckpointWriter:
 def restore(checkpoint: Path, abstract: TrainState) -> TrainState:
     """The state of a checkpoint, laid out as `abstract` says; bitwise what was saved, on any mesh."""
     target = _tree(abstract)
-    with _reader(checkpoint) as reader:
-        _check_stored(checkpoint, _stored_parameters(reader, checkpoint), target["params"])
+    _check_stored(checkpoint, _stored_parameters(checkpoint), target["params"])
+    with _sentence(checkpoint), ocp.Checkpointer(_handler()) as reader:
         restored = reader.restore(
             checkpoint.absolute(),
             args=ocp.args.Composite(
@@ -72,10 +72,7 @@ def write_weights(weights: Weights, checkpoint: Path) -> Path:
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):  # or float64 would become float32
         params = {name: jax.device_put(tensor.read()) for name, tensor in stored.items()}
     largest = max(tensor.nbytes for tensor in stored.values())
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1.1 * largest / 1e9 + 0.01)
-    with ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler(state=handler, metadata=ocp.JsonCheckpointHandler())
-    ) as writer:
+    with ocp.Checkpointer(_handler(save_concurrent_gb=1.1 * largest / 1e9 + 0.01)) as writer:
         writer.save(
             checkpoint.absolute(),
             args=ocp.args.Composite(
@@ -89,68 +86,69 @@ def write_weights(weights: Weights, checkpoint: Path) -> Path:
 def read_weights(checkpoint: Path) -> Weights:
     """The canonical weights of a checkpoint, read as they are asked for, in the dtype that is stored."""
     metadata = read_metadata(checkpoint)
-    with _reader(checkpoint) as reader:
-        found = {
-            name: Stored(tuple(there.shape), np.dtype(there.dtype), functools.partial(_read, checkpoint, name))
-            for name, there in _stored_parameters(reader, checkpoint).items()
-        }
     config = model_from_dict(metadata["model"], str(checkpoint))
+    found = {
+        name: Stored(tuple(array.shape), array.dtype.numpy_dtype, functools.partial(_read, checkpoint, array))
+        for name, array in _stored_parameters(checkpoint).items()
+    }
     arrays = JAX.decode(found, config, str(checkpoint))
     return Weights(config, StoredArrays(arrays), str(checkpoint), metadata["tokenizer"])
 
 
-def _read(checkpoint: Path, name: str) -> np.ndarray:
-    as_numpy = {"params": {name: ocp.RestoreArgs(restore_type=np.ndarray)}}
-    with _reader(checkpoint) as reader:
-        restored = reader.restore(
-            checkpoint.absolute(),
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(item={"params": {name: 0}}, restore_args=as_numpy, partial_restore=True)
-            ),
-        )
-    return restored.state["params"][name]
+def _stored_parameters(checkpoint: Path) -> dict[str, tensorstore.TensorStore]:
+    """The parameters as they lie on the disk, none of them read yet.
+
+    Opened with tensorstore, in which Orbax keeps them, and not by Orbax, whose metadata reader opens all at once: on a
+    damaged checkpoint the first error closes its event loop under the others, and the process may crash.
+    """
+    state = checkpoint.absolute() / "state"
+    context = tensorstore.Context()
+    with _sentence(checkpoint):
+        described = json_object((state / "_METADATA").read_bytes(), f"{checkpoint}: its state/_METADATA")
+        if not described["use_ocdbt"]:
+            raise ValueError("its arrays lie in a folder each, as no version of this project wrote them")
+        names = [[key["key"] for key in entry["key_metadata"]] for entry in described["tree_metadata"].values()]
+        opened = {}
+        for group, name, *_ in (keys for keys in names if len(keys) == 2):
+            if group == "params":
+                place = {"driver": "ocdbt", "base": state.as_uri() + "/", "path": f"params.{name}/"}
+                spec = {"driver": "zarr3" if described["use_zarr3"] else "zarr", "kvstore": place}
+                opened[name] = tensorstore.open(spec, open=True, read=True, context=context).result()
+    return opened
+
+
+def _read(checkpoint: Path, array: tensorstore.TensorStore) -> np.ndarray:
+    with _sentence(checkpoint):
+        return array.read().result()
 
 
 @contextlib.contextmanager
-def _reader(checkpoint: Path) -> Iterator[ocp.Checkpointer]:
-    """An Orbax reader; whatever it finds wrong becomes one sentence."""
-    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), metadata=ocp.JsonCheckpointHandler())
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)  # Orbax logs what it then raises too
-    hook = sys.unraisablehook
-    sys.unraisablehook = functools.partial(_unless_closed_loop, hook)
+def _sentence(checkpoint: Path) -> Iterator[None]:
+    """Whatever is wrong with a checkpoint becomes one sentence: a damaged one ends in any kind of error."""
     try:
-        with ocp.Checkpointer(handler) as reader:
-            yield reader
-        sys.unraisablehook = hook
+        yield
     except UserError:
         raise
     except Exception as error:
-        # A damaged checkpoint ends in any kind of error, and in reads still under way that find the event loop closed
-        # which waited for them: the hook stays, to keep them quiet.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{checkpoint}: can't be restored ({reason:.300})") from error
-    finally:
-        logging.set_verbosity(verbosity)
 
 
-def _unless_closed_loop(hook: Callable[[Any], None], unraisable: Any) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-        hook(unraisable)
+def _handler(**options: Any) -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(**options), metadata=ocp.JsonCheckpointHandler()
+    )
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "opt_state": state.opt_state, "step": state.step}
 
 
-def _stored_parameters(reader: ocp.Checkpointer, checkpoint: Path) -> dict[str, Any]:
-    return reader.metadata(checkpoint.absolute()).item_metadata["state"].tree["params"]
-
-
-def _check_stored(checkpoint: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_stored(checkpoint: Path, stored: dict[str, tensorstore.TensorStore], wanted: dict[str, Any]) -> None:
     """Orbax casts without a word to the dtype it is asked for, so what is stored is compared first."""
     for name, array in wanted.items():
         found = stored.get(name)
-        if found is None or tuple(found.shape) != array.shape or np.dtype(found.dtype) != array.dtype:
-            there = f"{found.dtype} {tuple(found.shape)}" if found is not None else "missing"
+        dtype = found and found.dtype.numpy_dtype
+        if found is None or tuple(found.shape) != array.shape or dtype != array.dtype:
+            there = f"{dtype} {tuple(found.shape)}" if found is not None else "missing"
             raise UserError(f"{checkpoint}: {name} is {there}; this run needs {array.dtype} {array.shape}")

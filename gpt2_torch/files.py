@@ -1,6 +1,8 @@
 """PyTorch's own files, opened without unpickling anything but tensors and plain containers, and without reading the
 tensors until they are asked for."""
 
+import io
+import os
 import pickle
 import warnings
 import zipfile
@@ -83,10 +85,22 @@ class _OldFile:
             self._collect(inside, (*place, key))
 
 
+class _Bounded(io.BufferedReader):
+    """A file that is asked for no more than it has: Python takes memory for all that a damaged pickle asks for."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def _load(path: Path, allowed: Sequence[Allowed], *, fake: bool) -> Any:
     try:
         # An open file, since PyTorch takes a path that ends in .safetensors for another format.
-        with path.open("rb") as file, warnings.catch_warnings(), torch.serialization.safe_globals(list(allowed)):
+        with (
+            _Bounded(io.FileIO(path)) as file,
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(list(allowed)),
+        ):
             warnings.simplefilter("ignore")  # of what a damaged pickle may be
             if fake:
                 with FakeTensorMode():

@@ -70,8 +70,8 @@ def _notes(weights: Weights, to: str) -> list[str]:
     """What another program will make of the result that its user ought to know."""
     if to == "nanogpt" and weights.config.mlp == "gelu_tanh":
         return [
-            "nanoGPT's model.py computes the exact GELU and these weights want the tanh form (build-nanogpt's model has "
-            "it): write nn.GELU(approximate='tanh') there, or its logits will differ by about 1e-3"
+            "nanoGPT's model.py computes the exact GELU and these weights want the tanh form, as build-nanogpt's does: "
+            "write nn.GELU(approximate='tanh') there, or its logits will differ by about a thousandth"
         ]
     if to == "llmc" and weights.stored["wte.weight"].dtype == DTYPES["bfloat16"]:
         return ["this is version 5, for llm.c's CUDA program; its CPU program reads version 3: --dtype float32"]

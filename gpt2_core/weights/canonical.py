@@ -97,7 +97,7 @@ class Weights:
 
 
 def check_tensors(found: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Raise UserError unless `found` has the tensors of `shapes`, all of them and no other, in a dtype that is known."""
+    """Raise UserError unless `found` has the tensors of `shapes`, all and no other, in a dtype that is known."""
     if missing := [name for name in shapes if name not in found]:
         raise UserError(f"{source}: {_some(missing)} missing; a GPT-2 of this size has {len(shapes)} tensors")
     if unknown := [name for name in found if name not in shapes]:

@@ -9,7 +9,7 @@ C is n_embd, V vocab_size; a linear layer maps `in` features to `out`.
 | `torch` | `h.0.attn.c_attn.weight` | (out, in) | side by side | not stored | as it is |
 | `hf` | `transformer.h.0.attn.c_attn.weight` | (in, out) | side by side | not stored, or a copy | as it is |
 | `nanogpt` | `transformer.h.0.attn.c_attn.weight` | (out, in) | side by side | a copy, `lm_head.weight` | as it is |
-| `llmc` | none: a fixed order, each tensor for all layers together | (out, in) | side by side | not stored | zero rows to a multiple of 128 |
+| `llmc` | none, but a fixed order | (out, in) | side by side | not stored | zero rows to a multiple of 128 |
 
 `jax` keeps q, k and v apart so that a mesh's tensor axis splits heads, and not the row of all three; the rows make the
 vocabulary divisible by that axis. Hugging Face's GPT-2 has (in, out) because its linear layer is OpenAI's Conv1D.
@@ -100,8 +100,8 @@ class Layout:
         if config.tie_embeddings and head is not None and embedding is not None:
             if not _same(head, embedding):
                 raise UserError(
-                    f"{source}: lm_head.weight differs from {self.prefix}wte.weight, though the head is said to be tied "
-                    "to the embedding"
+                    f"{source}: lm_head.weight differs from {self.prefix}wte.weight, though the head is said to be "
+                    "tied to the embedding"
                 )
             del kept["lm_head.weight"]
         check_tensors(kept, {place.name: place.shape for place in places.values()}, source)

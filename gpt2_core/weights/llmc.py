@@ -62,8 +62,8 @@ def read_llmc(path: Path) -> Weights:
     needed = HEADER_BYTES + dtype.itemsize * ((padded + T) * C + L * (12 * C * C + 13 * C) + 2 * C)
     if min(T, V, L, H, C) < 1 or padded != V + -V % LLMC.vocabulary_multiple or needed != size:
         raise UserError(
-            f"{path}: its header (block {T}, vocabulary {V} in {padded} rows, {L} layers, {H} heads, width {C}) asks for "
-            f"{needed:,} bytes, and the file has {size:,}"
+            f"{path}: its header (block {T}, vocabulary {V} in {padded} rows, {L} layers, {H} heads, width {C}) asks "
+            f"for {needed:,} bytes, and the file has {size:,}"
         )
     sizes = {"n_layer": L, "n_head": H, "n_embd": C, "block_size": T, "vocab_size": V}
     config = model_from_dict(sizes, str(path))

@@ -1,4 +1,4 @@
-"""Hugging Face's folders: config.json, and the weights as safetensors or as PyTorch's own files, in one or in shards."""
+"""Hugging Face's folders: config.json, and the weights as safetensors or as PyTorch's own files, whole or in shards."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def read(path: Path) -> Weights:
     folder = path if path.is_dir() else path.parent
     config_path = folder / CONFIG
     if not config_path.is_file():
-        raise UserError(f"{folder}: has no {CONFIG}; not a Hugging Face model folder")
+        raise UserError(f"{path}: not a Hugging Face model folder; {folder} has no {CONFIG}")
     config = _config(json_object(config_path.read_bytes(), str(config_path)), config_path)
     source = path if path.is_file() else _source(folder)
     opened = _open_shards(folder, source) if source.name.endswith(".index.json") else _open(source)
