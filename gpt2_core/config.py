@@ -261,8 +261,8 @@ class TrainConfig:
     """Go on from a checkpoint: alone, the newest of the run folder; or the path of a checkpoint of the same
     configuration, whose run goes on in run_dir."""
     init_from: str | None = None
-    """Start from these weights (a run folder, a checkpoint or a .safetensors file of either framework) in place of
-    random ones; a resumed run goes on from its checkpoint instead."""
+    """Start from these weights (a path in any format that convert.py reads, or a name of the Hugging Face Hub, like
+    gpt2) in place of random ones; a resumed run goes on from its checkpoint instead."""
     log_interval: int = 10
     """Steps between two logged steps."""
     eval_interval: int = 250

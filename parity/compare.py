@@ -157,7 +157,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--weights",
         type=str,
-        help="Run folder, checkpoint folder or .safetensors file to compare on. Left out: a small random model.",
+        help="Weights to compare on: a path in any format that convert.py reads, or a name of the Hugging Face Hub "
+        "(gpt2). Left out: a small random model.",
     )
     parser.add_argument(
         "--checkpoint", type=str, default="latest", help="Which checkpoint of a run folder: latest, best or a step."

@@ -92,7 +92,10 @@ def _parser() -> Parser:
         prog="generate.py", description="Generate text, streamed as it comes, from a GPT-2 of either framework."
     )
     parser.add_argument(
-        "--weights", type=str, required=True, help="Run folder, checkpoint folder or .safetensors file."
+        "--weights",
+        type=str,
+        required=True,
+        help="A path in any format that convert.py reads, or a name of the Hugging Face Hub (gpt2).",
     )
     parser.add_argument("--prompt", type=str, default="", help="Text to go on from. Left out: the start of a document.")
     parser.add_argument("--backend", type=Literal["jax", "torch"], default="jax", help="Framework that computes.")

@@ -1,0 +1,56 @@
+"""The memory that a conversion takes, measured on a model that is larger than everything else in the process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2_core.config import PRESETS, ModelConfig
+from gpt2_core.weights import Stored, StoredArrays, Weights, write_safetensors
+from parity.formats import FORMATS
+
+ROOT = Path(__file__).parents[2]
+# Beside the model and its largest tensor: the interpreter, the frameworks, what their allocators keep back.
+OVERHEAD = 0.6e9
+
+
+def synthetic(config: ModelConfig) -> Weights:
+    """Weights made as they are asked for, so that the test itself never holds them."""
+    generator = np.random.default_rng(0)
+
+    def make(shape):
+        return lambda: generator.standard_normal(shape, dtype=np.float32)
+
+    stored = {n: Stored(s, np.dtype(np.float32), make(s)) for n, s in config.parameter_shapes.items()}
+    return Weights(config, StoredArrays(stored), "synthetic weights")
+
+
+def peak_memory(folder: Path, *arguments: str) -> int:
+    """Largest resident set of a conversion, in bytes, mapped files included."""
+    command = [sys.executable, str(ROOT / "scripts/convert.py"), *arguments]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return usage.ru_maxrss * 1024
+
+
+@pytest.mark.slow
+def test_memory_holds_the_model_once_and_one_tensor_more(tmp_path):
+    config = ModelConfig(**PRESETS["gpt2-medium"], mlp="gelu_tanh")
+    model = 4 * config.parameter_count
+    largest = 4 * config.vocab_size * config.n_embd
+    write_safetensors(synthetic(config), tmp_path / "safetensors.safetensors")
+    peaks = {}
+    for to in FORMATS:
+        if to != "safetensors":
+            peaks["safetensors", to] = peak_memory(tmp_path, "safetensors.safetensors", f"{to}.safetensors", "--to", to)
+    for source in FORMATS:
+        peaks[source, "jax"] = peak_memory(tmp_path, f"{source}.safetensors", "again", "--to", "jax", "--force")
+        peaks[source, "hf"] = peak_memory(tmp_path, f"{source}.safetensors", "again", "--to", "hf", "--force")
+    for (source, to), peak in peaks.items():
+        assert peak <= model + largest + OVERHEAD, (source, to, peak)
+        if to in ("hf", "llmc", "torch"):  # written tensor by tensor
+            assert peak <= 2 * largest + OVERHEAD, (source, to, peak)
