@@ -164,8 +164,8 @@ class GPT2(nnx.Module):
 
     def loss(self, tokens_BT: jax.Array, targets_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """Summed cross-entropy of the targets that aren't IGNORED, in float32 at least."""
-        x_MD = self.hidden(tokens_BT, dropout_key=dropout_key).reshape(-1, self.config.n_embd)
-        return summed_cross_entropy(x_MD, self._head_VD(), targets_BT.reshape(-1), self.config.vocab_size)
+        x_BTD = self.hidden(tokens_BT, dropout_key=dropout_key)
+        return summed_cross_entropy(x_BTD, self._head_VD(), targets_BT, self.config.vocab_size)
 
     def hidden(self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """What the head sees: (B, T, D) after the last layer norm."""

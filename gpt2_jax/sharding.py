@@ -1,5 +1,7 @@
 """How arrays lie on the mesh: logical axis names, and the one table that maps them to mesh axes."""
 
+import math
+
 import jax
 import numpy as np
 from flax import nnx
@@ -51,6 +53,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def ways(axis: str) -> int:
+    """In how many parts the surrounding mesh splits a logical axis; without a mesh, one."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    names = RULES[axis]
+    return math.prod(sizes.get(name, 1) for name in ((names,) if isinstance(names, str) else names or ()))
 
 
 def gather(parameter: nnx.Param) -> jax.Array:

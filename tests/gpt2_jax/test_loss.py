@@ -1,0 +1,103 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gpt2_jax.loss
+from gpt2_core.batches import IGNORED
+from gpt2_core.config import parse_mesh
+from gpt2_jax.loss import summed_cross_entropy
+from gpt2_jax.sharding import make_mesh, sharding
+
+B, T, D, V, PADDED = 8, 13, 16, 100, 128
+
+
+def inputs(dtype=np.float64):
+    generator = np.random.default_rng(0)
+    x_BTD = generator.standard_normal((B, T, D)).astype(dtype)
+    head_VD = generator.standard_normal((PADDED, D)).astype(dtype)  # padding rows that aren't zero must not matter
+    targets_BT = generator.integers(0, V, (B, T))
+    targets_BT[0, 3:] = IGNORED
+    targets_BT[5] = IGNORED
+    return x_BTD, head_VD, targets_BT
+
+
+def by_torch(x_BTD, head_VD, targets_BT):
+    """The loss and both gradients, by PyTorch's own cross-entropy over the real vocabulary."""
+    x, head = (torch.from_numpy(a).requires_grad_() for a in (x_BTD, head_VD))
+    logits = (x @ head[:V].T).flatten(0, 1)
+    loss = F.cross_entropy(logits, torch.from_numpy(targets_BT).flatten(), ignore_index=IGNORED, reduction="sum")
+    (loss / 7).backward()
+    return loss.item() / 7, x.grad.numpy(), head.grad.numpy()
+
+
+@pytest.mark.parametrize("mesh", ["1", "8", "fsdp=8", "tensor=2", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("chunk_bytes", [1 << 30, 4 * 128 * 8 * 5, 1], ids=["one chunk", "a few", "one place each"])
+def test_loss_and_gradients_are_pytorchs_in_any_chunks_on_any_mesh(monkeypatch, mesh, chunk_bytes):
+    monkeypatch.setattr(gpt2_jax.loss, "CHUNK_BYTES", chunk_bytes)
+    x_BTD, head_VD, targets_BT = inputs()
+    with jax.enable_x64(True):
+        devices = make_mesh(parse_mesh(mesh))
+        places = [sharding(devices, axes) for axes in (("batch", None, None), ("vocab", "embed"), ("batch", None))]
+        with jax.set_mesh(devices):
+            x, head, targets = map(jax.device_put, (x_BTD, head_VD, targets_BT), places)
+            of_both = jax.jit(
+                jax.value_and_grad(lambda x, head: summed_cross_entropy(x, head, targets, V) / 7, argnums=(0, 1))
+            )
+            loss, (by_x, by_head) = jax.tree.map(np.asarray, of_both(x, head))
+            alone = float(jax.jit(lambda x, head: summed_cross_entropy(x, head, targets, V) / 7)(x, head))
+    expected_loss, expected_by_x, expected_by_head = by_torch(x_BTD, head_VD, targets_BT)
+    assert abs(loss - expected_loss) <= 1e-13 * expected_loss and abs(alone - expected_loss) <= 1e-13 * expected_loss
+    assert np.abs(by_x - expected_by_x).max() <= 1e-13 * np.abs(expected_by_x).max()
+    assert np.abs(by_head - expected_by_head).max() <= 1e-13 * np.abs(expected_by_head).max()
+
+
+def test_bfloat16_products_add_up_in_float32():
+    """The loss is float32, the head's gradient has the head's dtype, and neither is off by more than bfloat16 operands
+    make it."""
+    x_BTD, head_VD, targets_BT = inputs(np.float32)
+    x = jnp.asarray(x_BTD, jnp.bfloat16)
+    loss, (by_x, by_head) = jax.value_and_grad(
+        lambda x, head: summed_cross_entropy(x, head, targets_BT, V) / 7, argnums=(0, 1)
+    )(x, jnp.asarray(head_VD))
+    assert (loss.dtype, by_x.dtype, by_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    rounded = np.asarray(x, np.float32), np.asarray(jnp.asarray(head_VD, jnp.bfloat16), np.float32)
+    expected = by_torch(*rounded, targets_BT)
+    assert abs(loss - expected[0]) < 1e-5 * expected[0]
+    for ours, theirs in ((by_x, expected[1]), (by_head, expected[2])):
+        assert np.linalg.norm(np.asarray(ours, np.float32) - theirs) < 4e-3 * np.linalg.norm(theirs)
+
+
+def unfused(x_BTD, head_VD, targets_BT, vocab_size):
+    logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, head_VD)
+    logits_BTV = jnp.where(jnp.arange(head_VD.shape[0]) < vocab_size, logits_BTV, -jnp.inf)
+    losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.take_along_axis(
+        logits_BTV, targets_BT[..., None], axis=-1
+    ).squeeze(-1)
+    return jnp.sum(jnp.where(targets_BT == IGNORED, 0.0, losses_BT))
+
+
+def compiled(loss, batch=8, block=1024, width=768, rows=50304):
+    shapes = (
+        jax.ShapeDtypeStruct((batch, block, width), jnp.float32),
+        jax.ShapeDtypeStruct((rows, width), jnp.float32),
+        jax.ShapeDtypeStruct((batch, block), jnp.int32),
+    )
+    of_both = jax.value_and_grad(lambda x, head, targets: loss(x, head, targets, 50257), argnums=(0, 1))
+    return jax.jit(of_both).lower(*shapes).compile()
+
+
+def test_memory_is_a_third_of_the_unfused_losss_at_most():
+    """Nothing is run: the compiler says what the two would take, at GPT-2's own sizes."""
+    fused, plain = (compiled(loss).memory_analysis().temp_size_in_bytes for loss in (summed_cross_entropy, unfused))
+    assert fused <= plain / 3
+
+
+def test_no_array_holds_all_logits():
+    program = compiled(summed_cross_entropy).as_text()
+    sizes = [int(np.prod([int(n) for n in dims.split(",")])) for dims in re.findall(r"\w+\[([\d,]+)\]", program)]
+    assert max(sizes) < 8 * 1024 * 50304 / 3
