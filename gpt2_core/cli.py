@@ -111,6 +111,7 @@ def parse_train_config(arguments: list[str], *, command: str, framework: str, el
     for option in (a.split("=")[0] for a in arguments if a.startswith("--")):
         if option[2:] in elsewhere:
             raise UserError(f"{option}: not an option of {command}; {elsewhere[option[2:]]}")
+    arguments = [*arguments, *_overruled(arguments)]
     print_config = "--print_config" in arguments
     arguments = [a for a in arguments if a != "--print_config"]
 
@@ -130,6 +131,28 @@ def parse_train_config(arguments: list[str], *, command: str, framework: str, el
         print(to_yaml(config), end="")
         sys.exit(0)
     return config
+
+
+# Two ways to say one thing. A recipe may use the second; the first on the command line then overrules it.
+_ALTERNATIVES = {
+    "steps": "epochs",
+    "batch_size": "batch_tokens",
+    "accumulation": "device_batch_size",
+    "data.corpus": "data.tokens",
+    "data.tokens": "data.mixture",
+}
+
+
+def _overruled(arguments: list[str]) -> list[str]:
+    """Options that take back what the command line overrules in the recipe; raises UserError for both on the line."""
+    given = {a.split("=")[0][2:]: a for a in arguments if a.startswith("--")}
+    taken_back = []
+    for one, other in _ALTERNATIVES.items():
+        if one in given and other in given:
+            raise UserError(f"--{one} and --{other}: two ways to say one thing; give one of them")
+        if one in given:
+            taken_back.append(f"--{other}=null")
+    return taken_back
 
 
 def train_parser(command: str, framework: str) -> Parser:

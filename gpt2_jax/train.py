@@ -9,14 +9,14 @@ import jax
 import numpy as np
 
 from gpt2_core.batches import IGNORED, TrainingBatches, evaluation_batches
-from gpt2_core.config import TrainConfig, check_mesh, format_mesh, parse_mesh
+from gpt2_core.config import TrainConfig, accumulate, check_mesh, format_mesh, parse_mesh
 from gpt2_core.interrupt import interruptible
 from gpt2_core.run_folder import RunFolder, RunPlan, metadata_of, plan_run
 from gpt2_core.runlog import RunLog, peak_flops
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
 from gpt2_core.tokenizer import get_tokenizer
-from gpt2_core.tokens import TokenFolder, open_tokens
+from gpt2_core.tokens import TokenFolder, open_tokens, steps_of
 from gpt2_core.weights import Weights
 from gpt2_jax.attention import choose_kernel
 from gpt2_jax.checkpoints import CheckpointWriter, restore
@@ -40,6 +40,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what `auto` and left-out options mean on this machine; raises UserError for what it can't do."""
     precision = resolve_precision(config.precision)
     sizes = resolve_mesh(config)
+    config = accumulate(config, sizes["data"] * sizes["fsdp"])
     check_mesh(sizes, config)
     model = config.model
     kernel = choose_kernel(config.attention, precision=precision, dropout=model.dropout, head_size=model.head_size)
@@ -60,6 +61,7 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
     """
     config = resolve(config)
     tokens = open_tokens(config)
+    config = steps_of(config, tokens)
     plan = plan_run(config, framework="jax", data_digest=tokens.digest)
     config, folder = plan.config, plan.folder
     weights = None if plan.checkpoint else initial(config)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_core.batches import IGNORED, Batch, TrainingBatches, evaluation_batches
-from gpt2_core.config import OptimizerConfig, TrainConfig
+from gpt2_core.config import OptimizerConfig, TrainConfig, accumulate
 from gpt2_core.errors import UserError
 from gpt2_core.interrupt import interruptible
 from gpt2_core.run_folder import RunFolder, RunPlan, metadata_of, plan_run
@@ -22,7 +22,7 @@ from gpt2_core.runlog import RunLog, peak_flops
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
 from gpt2_core.tokenizer import get_tokenizer
-from gpt2_core.tokens import open_tokens
+from gpt2_core.tokens import open_tokens, steps_of
 from gpt2_core.weights import Weights
 from gpt2_torch import checkpoints
 from gpt2_torch.generate import generate
@@ -251,6 +251,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 def resolve(config: TrainConfig, device: torch.device, processes: int) -> TrainConfig:
     """Fill in what `auto` and left-out options mean on this device; raises UserError for what it can't do."""
     precision = resolve_precision(config.precision, device)
+    config = accumulate(config, processes)
     if config.microbatch_size % processes:
         raise UserError(
             f"--batch_size {config.batch_size}: not divisible by accumulation {config.accumulation} x "
@@ -265,7 +266,8 @@ def _plan(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None],
     outcome: list = [None]
     if rank == 0:
         try:
-            plan = plan_run(config, framework="torch", data_digest=open_tokens(config).digest)
+            tokens = open_tokens(config)
+            plan = plan_run(steps_of(config, tokens), framework="torch", data_digest=tokens.digest)
             if plan.checkpoint is None:
                 initial(plan.config)
             plan.begin()
