@@ -134,25 +134,23 @@ def parse_train_config(arguments: list[str], *, command: str, framework: str, el
 
 
 # Two ways to say one thing. A recipe may use the second; the first on the command line then overrules it.
-_ALTERNATIVES = {
-    "steps": "epochs",
-    "batch_size": "batch_tokens",
-    "accumulation": "device_batch_size",
-    "data.corpus": "data.tokens",
-    "data.tokens": "data.mixture",
-}
+_ALTERNATIVES = (
+    ("steps", "epochs"),
+    ("batch_size", "batch_tokens"),
+    ("accumulation", "device_batch_size"),
+    ("data.corpus", "data.tokens"),
+    ("data.corpus", "data.mixture"),
+    ("data.tokens", "data.mixture"),
+)
 
 
 def _overruled(arguments: list[str]) -> list[str]:
     """Options that take back what the command line overrules in the recipe; raises UserError for both on the line."""
-    given = {a.split("=")[0][2:]: a for a in arguments if a.startswith("--")}
-    taken_back = []
-    for one, other in _ALTERNATIVES.items():
+    given = {a.split("=")[0][2:] for a in arguments if a.startswith("--")}
+    for one, other in _ALTERNATIVES:
         if one in given and other in given:
             raise UserError(f"--{one} and --{other}: two ways to say one thing; give one of them")
-        if one in given:
-            taken_back.append(f"--{other}=null")
-    return taken_back
+    return sorted({f"--{other}=null" for one, other in _ALTERNATIVES if one in given})
 
 
 def train_parser(command: str, framework: str) -> Parser:

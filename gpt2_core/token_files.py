@@ -10,6 +10,7 @@ All are little-endian. A file is validation if its name has `val` in it.
 """  # noqa: E501
 
 import hashlib
+import mmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +43,11 @@ def map_tokens(path: Path, dtype: np.dtype, offset: int, count: int) -> np.ndarr
     if count == 0:
         return np.zeros(0, dtype)
     try:
-        return np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        # Windows are read in random order: reading ahead would fetch many times what is asked for.
+        mapped.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(mapped, dtype, count, offset)
     except OSError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"warning: {path} can't be memory-mapped here ({error.strerror}); reading its "

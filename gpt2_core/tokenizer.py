@@ -67,10 +67,10 @@ class TiktokenTokenizer(Tokenizer):
 
     def __init__(self, name: str) -> None:
         self.name, self.vocab_size, self.end_of_text = name, _BPE[name].vocab_size, _BPE[name].end_of_text
-        self._encoding = _load_encoding(name)
+        self.encoding = _load_encoding(name)
 
     def encode(self, text: str) -> np.ndarray:
-        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return b"".join(map(self._bytes_of, ids))
@@ -78,7 +78,7 @@ class TiktokenTokenizer(Tokenizer):
     def _bytes_of(self, i: int) -> bytes:
         # Models with a padded vocabulary can produce ids that tiktoken doesn't know, and cl100k_base has gaps.
         try:
-            return self._encoding.decode_single_token_bytes(i)
+            return self.encoding.decode_single_token_bytes(i)
         except KeyError:
             return "\ufffd".encode()
 

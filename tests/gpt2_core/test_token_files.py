@@ -100,7 +100,7 @@ def test_where_files_cannot_be_mapped_they_are_read_with_a_warning(tmp_path, mon
         raise OSError(19, "No such device")
 
     llm_c(tmp_path / "train.bin", IDS)
-    monkeypatch.setattr(token_files.np, "memmap", refuse)
+    monkeypatch.setattr(token_files.mmap, "mmap", refuse)
     tokens = opened(tmp_path, validation_fraction=0.0)
     assert shards(tokens.train) == [IDS.tolist()]
     assert "can't be memory-mapped here (No such device)" in capsys.readouterr().err
