@@ -26,6 +26,7 @@ from gpt2_core.config import (
 )
 from gpt2_core.errors import RunError, UserError
 from gpt2_core.tokenizer import vocab_size
+from gpt2_core.trackers import require as require_tracker
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -127,6 +128,7 @@ def parse_train_config(arguments: list[str], *, command: str, framework: str, el
         config = dataclasses.replace(config, model=model)
     if config.run_dir is None:
         config = dataclasses.replace(config, run_dir=f"runs/{recipe.stem}-{framework.lower()}")
+    require_tracker(config.track)
     if print_config:
         print(to_yaml(config), end="")
         sys.exit(0)

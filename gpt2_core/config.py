@@ -297,11 +297,16 @@ class TrainConfig:
     checkpoint_interval: int = 250
     """Steps between two checkpoints; there is one at the end too."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept; the one with the best validation loss is kept besides."""
+    """How many of the newest checkpoints are kept; the one with the best validation loss (without validation, the best
+    mean of the last ten logged training losses) is kept besides."""
     sample_interval: int = 0
     """Steps between two generated samples in the run folder's samples/; 0: none."""
     sample_tokens: int = 128
     """Length of such a sample, in tokens."""
+    track: Literal["wandb", "tensorboard", "mlflow"] | None = None
+    """Where metrics go besides the run folder; each needs its package: pip install 'gpt2-jax[wandb]'."""
+    reference_curve: dict[int, float] | None = None
+    """A published run's training losses by step, drawn beside this run's in curves.png."""
 
     def __post_init__(self) -> None:
         _require_positive("", self, "batch_size", "accumulation", "log_interval", "eval_interval", "eval_sequences")

@@ -79,7 +79,7 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
     peak = peak_flops(device, config.precision)
     log = RunLog(folder, config, start_step=plan.step, peak_flops=peak and peak * mesh.size)
     with jax.set_mesh(mesh), log:
-        log.say(
+        log.introduce(
             f"jax {jax.__version__} on {mesh.size} x {device} ({config.mesh}), {config.precision}, {config.attention} "
             f"attention; {config.model.parameter_count:,} parameters; {tokens.source}; run {folder.path}"
             + (f", from step {plan.step}" if plan.checkpoint else "")
@@ -129,7 +129,7 @@ class _Loop:
                 batch = self.put(start)
                 train_step = self.compile(state, batch)
             waiting = None
-            for step in interruptible(range(start, config.steps)):
+            for step in interruptible(range(start, start if self.log.reached_target else config.steps)):
                 rate = learning_rate(step, config.steps, config.optimizer)
                 state, metrics = train_step(state, *batch, self.scalar(rate))
                 if step + 1 < config.steps:
@@ -137,8 +137,11 @@ class _Loop:
                 waiting = self.log_step(waiting)
                 if step % config.log_interval == 0 or step + 1 == config.steps:
                     waiting = (step, rate, metrics)
+                    if config.target_loss is not None:
+                        waiting = self.log_step(waiting)  # whether to go on hangs on it
                 done = step + 1
-                saves = done == config.steps or done % config.checkpoint_interval == 0
+                ends = done == config.steps or self.log.reached_target
+                saves = ends or done % config.checkpoint_interval == 0
                 evaluates = saves or done % config.eval_interval == 0
                 samples = config.sample_interval and done % config.sample_interval == 0
                 if evaluates or samples:
@@ -150,6 +153,9 @@ class _Loop:
                     self.write_sample(state, done)
                 if saves:
                     self.save(state, done)
+                if ends:
+                    break
+            self.log.end()
             if config.steps == 0 and plan.checkpoint is None:
                 self.save(state, 0)
         finally:

@@ -179,14 +179,14 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
                 model.train()
 
     with log:
-        log.say(
+        log.introduce(
             f"torch {torch.__version__} on {processes} x {name}, {config.precision}, "
             f"{'compiled' if config.compile else 'eager'}; {config.model.parameter_count:,} parameters; "
             f"{tokens.source}; run {folder.path}" + (f", from step {plan.step}" if plan.checkpoint else "")
         )
         if plan.checkpoint is None:
             evaluate_and_log(0)
-        for step in interruptible(range(plan.step, config.steps)):
+        for step in interruptible(range(plan.step, plan.step if log.reached_target else config.steps)):
             # Seeded anew each step: dropout is then a function of (seed, step), and nothing random need be saved.
             torch.manual_seed(config.seed * 1_000_003 + step * processes + rank)
             rate = learning_rate(step, config.steps, config.optimizer)
@@ -202,13 +202,17 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
             if step % config.log_interval == 0 or step + 1 == config.steps:
                 log.train(step, loss=loss.item(), learning_rate=rate, grad_norm=grad_norm.item())
             done = step + 1
-            due = done == config.steps or done % config.checkpoint_interval == 0
+            ends = done == config.steps or log.reached_target
+            due = ends or done % config.checkpoint_interval == 0
             if due or done % config.eval_interval == 0:
                 evaluate_and_log(done)
             if config.sample_interval and done % config.sample_interval == 0:
                 write_text(done)
             if due:
                 save(done)
+            if ends:
+                break
+        log.end()
         if config.steps == 0 and plan.checkpoint is None:
             save(0)
     if processes > 1:
