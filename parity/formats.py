@@ -43,6 +43,11 @@ def read_initial_weights(config: TrainConfig) -> Weights | None:
             f"--init_from {config.init_from}: those weights have {name} {their}, this run {ours}; "
             f"add --model.{name} {their}"
         )
+    if weights.tokenizer not in (None, config.data.tokenizer):
+        raise UserError(
+            f"--init_from {config.init_from}: those weights were trained with the tokenizer {weights.tokenizer}, this run "
+            f"has {config.data.tokenizer}; use --data.tokenizer {weights.tokenizer}"
+        )
     return weights
 
 

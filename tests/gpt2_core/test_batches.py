@@ -73,6 +73,12 @@ def test_a_mixture_deals_by_weight_and_each_source_comes_once_an_epoch_of_its_ow
     assert stream == [s for step in range(31 * 4) for s in starts(batches((small, large), batch_size=4)[step])]
 
 
+def test_sources_of_one_size_come_in_orders_of_their_own():
+    mixture = (Source((TOKENS,), ("",)), Source((TOKENS + 5000,), ("",)))
+    stream = [start for step in range(31) for start in starts(batches(mixture, batch_size=2)[step])]
+    assert [s for s in stream if s < 5000] != [s - 5000 for s in stream if s >= 5000]
+
+
 def test_an_id_beyond_the_vocabulary_is_named_with_its_place():
     tokens = TOKENS.copy()
     tokens[50] = 999

@@ -89,14 +89,14 @@ def test_folders_and_patterns_name_the_files_of_a_kind_in_order(tmp_path):
         named("text", tmp_path / "*.rst")
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.37])
+@pytest.mark.parametrize("fraction", [0.1, 0.1234, 0.3333, 0.5002])  # most of them cut a character in two
 def test_a_single_text_is_cut_between_characters_plain_or_compressed(tmp_path, fraction):
     text = "aé中🦜" * 1000
     for path in compressed(tmp_path / "a.txt", text.encode()):
         corpus = get_corpus(DataConfig("text", str(path), validation_fraction=fraction))
         parts = {document.split: "".join(document.pieces) for document in corpus.documents()}
         assert parts["train"] + parts["val"] == text
-        assert len(parts["val"]) == pytest.approx(fraction * len(text), abs=1)
+        assert len(parts["val"]) == pytest.approx(fraction * len(text), abs=3)
 
 
 def test_pieces_depend_on_the_text_alone_and_leave_the_tokens_as_they_are(monkeypatch):

@@ -1,16 +1,20 @@
 import errno
 import hashlib
+import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from gpt2_core import prepare as module
 from gpt2_core.config import DataConfig
@@ -228,3 +232,27 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path):
     path.write_text('{"text": "a\\ud83eb"}\n')
     write(tmp_path / "out", corpus_of(path), fraction=0.0)
     assert documents(tmp_path / "out", "train") == ["a\ufffdb"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_documents_tokens_rate_and_time_left(lines, tmp_path, monkeypatch, terminal):
+    monkeypatch.setattr(module, "_BATCH", 20_000)
+    monkeypatch.setattr(module, "_LINE_SECONDS", 0.0)
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=terminal, width=120)
+    settings = Settings(0.1, 1)
+    prepare(tmp_path / "out", corpus_of(lines), get_tokenizer("bytes"), settings, workers=1, console=console)
+    assert re.search(r"[1-9][\d,]* documents  [\d,]+ tokens  [1-9][\d,]* tokens/s  \d:\d\d:\d\d left", shown.getvalue())
+    assert ("\x1b" in shown.getvalue()) == terminal
+
+
+def test_two_processes_that_want_the_same_tokens_write_them_once(lines, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_BATCH", 20_000)
+    written, tokenise = [], module._tokenise
+    monkeypatch.setattr(module, "_tokenise", lambda *a: (written.append(1), time.sleep(0.002), tokenise(*a))[2])
+    write(tmp_path / "alone", corpus_of(lines))
+    alone = len(written)
+    with ThreadPoolExecutor(2) as pool:  # a lock on a folder is between open files, so threads will do
+        both = [pool.submit(write, tmp_path / "out", corpus_of(lines)) for _ in range(2)]
+    assert both[0].result() == both[1].result()
+    assert len(written) == 2 * alone and contents(tmp_path / "out") == contents(tmp_path / "alone")

@@ -1,8 +1,10 @@
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from gpt2_core.config import ModelConfig, TrainConfig
+from gpt2_core.config import DataConfig, ModelConfig, TrainConfig
 from gpt2_core.errors import UserError
 from parity.formats import read_initial_weights, read_weights, write_weights
 from parity.subjects import random_weights
@@ -38,8 +40,13 @@ def test_what_holds_no_weights_is_refused(tmp_path):
 
 def test_starting_from_another_models_weights_is_refused_with_the_option_to_give(tmp_path):
     write_weights(random_weights(CONFIG), tmp_path / "w.safetensors", "safetensors")
-    same = TrainConfig(model=ModelConfig(1, 2, 16, 16, 300, dropout=0.1), init_from=str(tmp_path / "w.safetensors"))
+    data, where = DataConfig(tokenizer="bytes"), str(tmp_path / "w.safetensors")
+    same = TrainConfig(model=ModelConfig(1, 2, 16, 16, 300, dropout=0.1), data=data, init_from=where)
     assert read_initial_weights(same) is not None  # dropout is a way of training
+    with pytest.raises(
+        UserError, match="trained with the tokenizer bytes, this run has gpt2; use --data.tokenizer bytes"
+    ):
+        read_initial_weights(dataclasses.replace(same, data=DataConfig()))
     other = TrainConfig(model=ModelConfig(1, 2, 16, 32, 300), init_from=str(tmp_path / "w.safetensors"))
     with pytest.raises(UserError, match="those weights have block_size 16, this run 32; add --model.block_size 16"):
         read_initial_weights(other)
