@@ -94,7 +94,7 @@ class Parser(ArgumentParser):
 
 
 def _type_in_words(expected: str) -> str:
-    if choices := re.match(r"typing\.Literal\[(.*)\]", expected):
+    if choices := re.match(r"typing\.Literal\[([^\]]*)", expected):
         return "one of " + choices[1].replace("'", "")
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
     names = re.findall(r"\b(int|float|bool|str)\b", expected)

@@ -45,8 +45,8 @@ def read_initial_weights(config: TrainConfig) -> Weights | None:
         )
     if weights.tokenizer not in (None, config.data.tokenizer):
         raise UserError(
-            f"--init_from {config.init_from}: those weights were trained with the tokenizer {weights.tokenizer}, this run "
-            f"has {config.data.tokenizer}; use --data.tokenizer {weights.tokenizer}"
+            f"--init_from {config.init_from}: those weights were trained with the tokenizer {weights.tokenizer}, this "
+            f"run has {config.data.tokenizer}; use --data.tokenizer {weights.tokenizer}"
         )
     return weights
 
