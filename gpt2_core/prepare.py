@@ -103,9 +103,10 @@ def prepare(
         "shard_tokens": settings.shard_tokens,
     }
     console = console or Console(highlight=False, soft_wrap=True)
-    with _alone_in(path, console):
-        for leftover in path.glob(".*.tmp"):  # of a killed process
-            leftover.unlink()
+    with _alone_in(path, console), _writing(path):
+        for name in ("progress", "index"):
+            for leftover in path.glob(f".{name}.json.*.tmp"):  # of a killed process
+                leftover.unlink()
         if (path / "index.json").is_file():
             (path / "progress.json").unlink(missing_ok=True)
             _refuse_another(path, _read_json(path / "index.json"), identity)
@@ -115,20 +116,10 @@ def prepare(
         try:
             _write(path, corpus, tokenizer, settings, dtype, state, writers, workers or os.cpu_count() or 1, console)
             _finish(path, corpus, state, writers)
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = "the disk is full" if full else f"can't write there ({error.strerror})"
-            raise UserError(
-                f"{path}: {reason}; what has been written is kept: make room and give the same command again, and it "
-                "goes on where it was"
-            ) from error
-        except UnreachableError:
-            if state["place"] == [0, 0]:
+        except UserError as error:
+            # Where the corpus itself is at fault there is nothing to go on with: mended it is another corpus.
+            if not isinstance(error, UnreachableError) or state["place"] == [0, 0]:
                 shutil.rmtree(path, ignore_errors=True)
-            raise
-        except UserError:
-            # The corpus itself is at fault: once it is mended it is another corpus, and this has no continuation.
-            shutil.rmtree(path, ignore_errors=True)
             raise
         finally:
             for writer in writers.values():
@@ -342,6 +333,20 @@ class _ShardWriter:
         self._file.close()
         self._whole.append(shard)
         self._file, self._count, self._digest = None, 0, hashlib.sha256()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What goes wrong with the disk, in words."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else f"can't write there ({error.strerror})"
+        raise UserError(
+            f"{path}: {reason}; what has been written is kept: make room and give the same command again, and it goes "
+            "on where it was"
+        ) from error
 
 
 @contextlib.contextmanager

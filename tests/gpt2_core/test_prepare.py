@@ -195,9 +195,12 @@ def test_a_broken_corpus_leaves_nothing_behind(tmp_path):
 
 def test_nothing_else_is_overwritten_and_another_corpus_is_refused(lines, tmp_path):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "diary.txt").write_text("dear diary")
+    for name in ("diary.txt", ".diary.tmp"):
+        (tmp_path / "mine" / name).write_text("dear diary")
+    mine = contents(tmp_path / "mine")
     with pytest.raises(UserError, match="mine: exists and is not a token folder"):
         write(tmp_path / "mine", corpus_of(lines))
+    assert contents(tmp_path / "mine") == mine
     write(tmp_path / "out", corpus_of(lines))
     before = contents(tmp_path / "out")
     with pytest.raises(UserError, match="out: these tokens were written with seed 1, not 2"):
