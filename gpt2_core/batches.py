@@ -76,7 +76,7 @@ class TrainingBatches:
         sources = _sources(tokens)
         streams = [
             # Each source has a seed of its own: two of one size would come in one order otherwise.
-            grain.MapDataset.source(Windows(source, block_size)).seed(seed + number).shuffle().repeat()
+            grain.MapDataset.source(Windows(source, block_size)).seed((seed + number) % (1 << 32)).shuffle().repeat()
             for number, source in enumerate(sources)
         ]
         stream = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, [s.weight for s in sources])
@@ -88,9 +88,10 @@ class TrainingBatches:
         numbers = list(range(step * self._batch_size, (step + 1) * self._batch_size))
         # What Grain's own batch() would do with its batched reads switched on, which this version has no switch for:
         # asked for one by one, windows cost three times as much.
-        windows = np.stack(self._windows._getitems(numbers)).astype(np.int32)
+        windows = np.stack(self._windows._getitems(numbers))
         if self._vocab_size is not None and windows.max() >= self._vocab_size:
             _ = [self._windows[i] for i in numbers]  # finds the one, and says where it lies
+        windows = windows.astype(np.int32)
         return Batch(windows[:, :-1], windows[:, 1:])
 
 

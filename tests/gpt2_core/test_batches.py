@@ -76,14 +76,16 @@ def test_a_mixture_deals_by_weight_and_each_source_comes_once_an_epoch_of_its_ow
 def test_sources_of_one_size_come_in_orders_of_their_own():
     mixture = (Source((TOKENS,), ("",)), Source((TOKENS + 5000,), ("",)))
     stream = [start for step in range(31) for start in starts(batches(mixture, batch_size=2)[step])]
+    assert len(starts(batches(mixture, seed=(1 << 32) - 1)[0])) == B  # the largest seed has a next one too
     assert [s for s in stream if s < 5000] != [s - 5000 for s in stream if s >= 5000]
 
 
-def test_an_id_beyond_the_vocabulary_is_named_with_its_place():
-    tokens = TOKENS.copy()
-    tokens[50] = 999
+@pytest.mark.parametrize(("dtype", "id"), [(np.uint16, 999), (np.uint32, 4_000_000_000)])
+def test_an_id_beyond_the_vocabulary_is_named_with_its_place(dtype, id):
+    tokens = TOKENS.astype(dtype)
+    tokens[50] = id
     source = Source((TOKENS, tokens), ("a.bin", "b.bin"), vocab_size=200)
-    with pytest.raises(UserError, match=r"--model.vocab_size 200: token 50 of b\.bin is id 999"):
+    with pytest.raises(UserError, match=rf"--model.vocab_size 200: token 50 of b\.bin is id {id}"):
         _ = [batches((source,))[step] for step in range(12)]
 
 
