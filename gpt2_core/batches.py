@@ -98,10 +98,11 @@ class TrainingBatches:
 def evaluation_batches(
     tokens: Split | np.ndarray, *, block_size: int, batch_size: int, sequences: int
 ) -> Iterator[Batch]:
-    """The first `sequences` windows of a split (all, if it has fewer) in order, in batches of one shape.
+    """`sequences` windows spread evenly over a split (all, if it has fewer), in order, in batches of one shape.
 
-    Of a mixture each source gives its share of them by weight, and one at least. The last batch is filled up with
-    sequences whose targets are all IGNORED.
+    Evenly, because neighbours are alike: the first documents of a split may be nothing like the rest. Of a mixture each
+    source gives its share of them by weight, and one at least. The last batch is filled up with sequences whose targets
+    are all IGNORED.
     """
     sources = _sources(tokens)
     total = sum(source.weight for source in sources)
@@ -109,7 +110,7 @@ def evaluation_batches(
     windows = [
         window
         for source, share in zip([Windows(s, block_size) for s in sources], shares, strict=True)
-        for window in map(source.__getitem__, range(min(share, len(source))))
+        for window in map(source.__getitem__, _spread(share, len(source)))
     ]
     for start in range(0, len(windows), batch_size):
         batch = np.zeros((batch_size, block_size + 1), np.int32)
@@ -118,6 +119,12 @@ def evaluation_batches(
             batch[row] = window
             targets[row] = batch[row, 1:]
         yield Batch(batch[:, :-1], targets)
+
+
+def _spread(count: int, of: int) -> list[int]:
+    """`count` numbers from 0 to below `of`, as evenly as they go; all of them, if there are fewer."""
+    count = min(count, of)
+    return [number * of // count for number in range(count)]
 
 
 def _sources(tokens: Split | np.ndarray) -> Split:

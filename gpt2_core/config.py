@@ -293,7 +293,7 @@ class TrainConfig:
     """Steps between two evaluations on the validation split; there is one at step 0, at the end, and at every
     checkpoint too."""
     eval_sequences: int = 256
-    """Sequences of the validation split that an evaluation reads, from its start; fewer if the split has fewer."""
+    """Sequences of the validation split that an evaluation reads, spread evenly over it; fewer if it has fewer."""
     checkpoint_interval: int = 250
     """Steps between two checkpoints; there is one at the end too."""
     keep_checkpoints: int = 2

@@ -89,21 +89,22 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place(dtype, id):
         _ = [batches((source,))[step] for step in range(12)]
 
 
-def test_evaluation_reads_the_first_windows_in_order_and_ignores_the_filling():
+def test_evaluation_reads_windows_from_all_over_in_order_and_ignores_the_filling():
     found = list(evaluation_batches(TOKENS, block_size=T, batch_size=4, sequences=10))
     assert [b.inputs.shape for b in found] == [(4, T)] * 3
-    targets = np.concatenate([b.targets for b in found])
-    assert (targets[:10].ravel() == np.arange(1, 10 * T + 1)).all()
+    inputs, targets = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    windows = [start // T for start in inputs[:10, 0].tolist()]
+    assert windows == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]
+    assert (targets[:10] == inputs[:10] + 1).all()
     assert (targets[10:] == IGNORED).all()
-    assert (
-        sum((b.targets != IGNORED).sum() for b in evaluation_batches(TOKENS, block_size=T, batch_size=4, sequences=99))
-        == 31 * T
-    )
+    everything = list(evaluation_batches(TOKENS, block_size=T, batch_size=4, sequences=99))
+    targets = np.concatenate([b.targets for b in everything])
+    assert targets[targets != IGNORED].tolist() == list(range(1, 31 * T + 1))
 
 
 def test_evaluation_takes_each_sources_share_of_a_mixture():
     mixture = (two_shards(), Source((TOKENS + 5000,), ("",), weight=3.0))
     found = list(evaluation_batches(mixture, block_size=T, batch_size=4, sequences=20))
     first = np.concatenate([b.inputs[:, 0] for b in found])
-    assert [i for i in first if i < 5000] == [i * T for i in range(5)]
-    assert [i for i in first if i >= 5000] == [5000 + i * T for i in range(15)]
+    assert [len([i for i in first if (i < 5000) == small]) for small in (True, False)] == [5, 15]
+    assert max(i for i in first if i < 5000) > 1000 and max(first) > 5000 + 25 * T
