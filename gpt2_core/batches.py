@@ -1,14 +1,19 @@
 """Batches as a function of (seed, step): nothing else decides the order of the data.
 
-Shapes: B sequences of T tokens. A split is cut into windows of T+1 tokens that overlap by one (the last target
-of a window is the first input of the next); every window comes once an epoch, in an order drawn anew each epoch.
+Shapes: B sequences of T tokens. A shard is cut into windows of T+1 tokens that overlap by one (the last target of a
+window is the first input of the next) and never leave it; every window comes once an epoch, in an order drawn anew each
+epoch. In a mixture every source is shuffled and repeated by itself, and windows are dealt from them by weight.
 """
 
-from collections.abc import Iterator
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
 import numpy as np
+
+from gpt2_core.tokens import Source, Split, check_ids
 
 # A target of this id counts neither in the loss nor in its mean (PyTorch's ignore_index, with nanoGPT's value).
 IGNORED = -1
@@ -22,49 +27,105 @@ class Batch(NamedTuple):
 
 
 class Windows:
-    """The windows of a split as a Grain source: item i is tokens iT .. iT+T, int32 of shape (T+1,)."""
+    """The windows of a source for Grain: item i is T+1 tokens of one shard, shape (T+1,), in the shard's dtype."""
 
-    def __init__(self, tokens: np.ndarray, block_size: int) -> None:
-        self._tokens = tokens
-        self._block_size = block_size
+    def __init__(self, source: Source, block_size: int) -> None:
+        self._source, self._block_size = source, block_size
+        counts = [max(0, len(shard) - 1) // block_size for shard in source.shards]
+        self._ends = list(itertools.accumulate(counts))
 
     def __len__(self) -> int:
-        return (len(self._tokens) - 1) // self._block_size
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, i: int) -> np.ndarray:
-        start = int(i) * self._block_size
-        return self._tokens[start : start + self._block_size + 1].astype(np.int32)
+        """Raises UserError for an id beyond the vocabulary."""
+        number, start = self._place(i)
+        window = self._source.shards[number][start : start + self._block_size + 1]
+        if self._source.vocab_size is not None:
+            check_ids(window, self._source.names[number], start, self._source.vocab_size)
+        return window
+
+    def _getitems(self, numbers: Sequence[int]) -> list[np.ndarray]:
+        """Several at once and unchecked: Grain's protocol of a source that reads in batches."""
+        places = map(self._place, numbers)
+        return [self._source.shards[number][start : start + self._block_size + 1] for number, start in places]
+
+    def _place(self, i: int) -> tuple[int, int]:
+        number = bisect.bisect_right(self._ends, i)
+        return number, (i - (self._ends[number - 1] if number else 0)) * self._block_size
 
 
 class TrainingBatches:
     """`batches[step]` is this process's part of the batch of `step`, the same in any process at any time.
 
     `batch_size` counts all processes' sequences. The stream is shuffled and repeated first and dealt out to
-    the processes after, so that together they see the very sequences that one process would.
+    the processes after, so that together they see the very sequences that one process would. `tokens` may be a plain
+    array of ids too, which is then the only shard.
     """
 
     def __init__(
-        self, tokens: np.ndarray, *, block_size: int, batch_size: int, seed: int, process: int = 0, processes: int = 1
+        self,
+        tokens: Split | np.ndarray,
+        *,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        process: int = 0,
+        processes: int = 1,
     ) -> None:
-        windows = grain.MapDataset.source(Windows(tokens, block_size)).seed(seed).shuffle().repeat()
-        self._batches = windows[process::processes].batch(batch_size // processes)
+        sources = _sources(tokens)
+        streams = [
+            # Each source has a seed of its own: two of one size would come in one order otherwise.
+            grain.MapDataset.source(Windows(source, block_size)).seed((seed + number) % (1 << 32)).shuffle().repeat()
+            for number, source in enumerate(sources)
+        ]
+        stream = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, [s.weight for s in sources])
+        self._windows = stream[process::processes]
+        self._batch_size = batch_size // processes
+        self._vocab_size = sources[0].vocab_size
 
     def __getitem__(self, step: int) -> Batch:
-        windows = self._batches[step]
+        numbers = list(range(step * self._batch_size, (step + 1) * self._batch_size))
+        # What Grain's own batch() would do with its batched reads switched on, which this version has no switch for:
+        # asked for one by one, windows cost three times as much.
+        windows = np.stack(self._windows._getitems(numbers))
+        if self._vocab_size is not None and windows.max() >= self._vocab_size:
+            _ = [self._windows[i] for i in numbers]  # finds the one, and says where it lies
+        windows = windows.astype(np.int32)
         return Batch(windows[:, :-1], windows[:, 1:])
 
 
-def evaluation_batches(tokens: np.ndarray, *, block_size: int, batch_size: int, sequences: int) -> Iterator[Batch]:
-    """The first `sequences` windows of a split (all, if it has fewer) in order, in batches of one shape.
+def evaluation_batches(
+    tokens: Split | np.ndarray, *, block_size: int, batch_size: int, sequences: int
+) -> Iterator[Batch]:
+    """`sequences` windows spread evenly over a split (all, if it has fewer), in order, in batches of one shape.
 
-    The last batch is filled up with sequences whose targets are all IGNORED.
+    Evenly, because neighbours are alike: the first documents of a split may be nothing like the rest. Of a mixture each
+    source gives its share of them by weight, and one at least. The last batch is filled up with sequences whose targets
+    are all IGNORED.
     """
-    windows = Windows(tokens, block_size)
-    count = min(sequences, len(windows))
-    for start in range(0, count, batch_size):
+    sources = _sources(tokens)
+    total = sum(source.weight for source in sources)
+    shares = [max(1, round(sequences * source.weight / total)) for source in sources]
+    windows = [
+        window
+        for source, share in zip([Windows(s, block_size) for s in sources], shares, strict=True)
+        for window in map(source.__getitem__, _spread(share, len(source)))
+    ]
+    for start in range(0, len(windows), batch_size):
         batch = np.zeros((batch_size, block_size + 1), np.int32)
         targets = np.full((batch_size, block_size), IGNORED, np.int32)
-        for row, i in enumerate(range(start, min(start + batch_size, count))):
-            batch[row] = windows[i]
+        for row, window in enumerate(windows[start : start + batch_size]):
+            batch[row] = window
             targets[row] = batch[row, 1:]
         yield Batch(batch[:, :-1], targets)
+
+
+def _spread(count: int, of: int) -> list[int]:
+    """`count` numbers from 0 to below `of`, as evenly as they go; all of them, if there are fewer."""
+    count = min(count, of)
+    return [number * of // count for number in range(count)]
+
+
+def _sources(tokens: Split | np.ndarray) -> Split:
+    return (Source((tokens,), ("",)),) if isinstance(tokens, np.ndarray) else tokens

@@ -26,6 +26,7 @@ from gpt2_core.config import (
 )
 from gpt2_core.errors import RunError, UserError
 from gpt2_core.tokenizer import vocab_size
+from gpt2_core.trackers import require as require_tracker
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -93,7 +94,7 @@ class Parser(ArgumentParser):
 
 
 def _type_in_words(expected: str) -> str:
-    if choices := re.match(r"typing\.Literal\[(.*)\]", expected):
+    if choices := re.match(r"typing\.Literal\[([^\]]*)", expected):
         return "one of " + choices[1].replace("'", "")
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
     names = re.findall(r"\b(int|float|bool|str)\b", expected)
@@ -111,6 +112,7 @@ def parse_train_config(arguments: list[str], *, command: str, framework: str, el
     for option in (a.split("=")[0] for a in arguments if a.startswith("--")):
         if option[2:] in elsewhere:
             raise UserError(f"{option}: not an option of {command}; {elsewhere[option[2:]]}")
+    arguments = [*arguments, *_overruled(arguments)]
     print_config = "--print_config" in arguments
     arguments = [a for a in arguments if a != "--print_config"]
 
@@ -126,10 +128,31 @@ def parse_train_config(arguments: list[str], *, command: str, framework: str, el
         config = dataclasses.replace(config, model=model)
     if config.run_dir is None:
         config = dataclasses.replace(config, run_dir=f"runs/{recipe.stem}-{framework.lower()}")
+    require_tracker(config.track)
     if print_config:
         print(to_yaml(config), end="")
         sys.exit(0)
     return config
+
+
+# Two ways to say one thing. A recipe may use the second; the first on the command line then overrules it.
+_ALTERNATIVES = (
+    ("steps", "epochs"),
+    ("batch_size", "batch_tokens"),
+    ("accumulation", "device_batch_size"),
+    ("data.corpus", "data.tokens"),
+    ("data.corpus", "data.mixture"),
+    ("data.tokens", "data.mixture"),
+)
+
+
+def _overruled(arguments: list[str]) -> list[str]:
+    """Options that take back what the command line overrules in the recipe; raises UserError for both on the line."""
+    given = {a.split("=")[0][2:] for a in arguments if a.startswith("--")}
+    for one, other in _ALTERNATIVES:
+        if one in given and other in given:
+            raise UserError(f"--{one} and --{other}: two ways to say one thing; give one of them")
+    return sorted({f"--{other}=null" for one, other in _ALTERNATIVES if one in given})
 
 
 def train_parser(command: str, framework: str) -> Parser:

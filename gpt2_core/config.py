@@ -175,21 +175,37 @@ class DataConfig:
     """The text and how it becomes tokens."""
 
     corpus: str = "stdlib"
-    """Which text: stdlib (the running Python's own library sources) or text (a file of yours, see data.path)."""
+    """Which text: stdlib (the running Python's own library sources), shakespeare, openwebtext, tinystories, wikitext2,
+    wikitext103 or fineweb-edu-10b; or files of yours (data.path), of the kind text, jsonl or parquet."""
     path: str | None = None
-    """The text file to train on, for data.corpus text (UTF-8)."""
+    """Your file, folder or pattern ("*.txt"), for data.corpus text, jsonl or parquet; UTF-8, .gz and .zst too."""
     tokenizer: str = "gpt2"
-    """How text becomes token ids: gpt2 (its byte-pair encoding) or bytes (256 values and end-of-text)."""
+    """How text becomes token ids: gpt2 (its byte-pair encoding), cl100k_base, o200k_base, or bytes (256 values and
+    end-of-text)."""
     validation_fraction: float = 0.1
-    """Share of the text held back for validation, 0 to below 1; 0 trains on everything and evaluates nothing."""
+    """Share of the documents held back for validation (of a single text: its end), 0 to below 1; 0 trains on everything
+    and evaluates nothing. A corpus with a validation split of its own keeps that one."""
     cache_dir: str = "data"
     """Folder that keeps the token files, one subfolder a corpus, tokenizer and split."""
+    field: str = "text"
+    """Where the text is in a line of JSONL or a row of Parquet."""
+    tokens: str | None = None
+    """Token files in place of a text: a folder that prepare_data.py wrote, or one (a file, a pattern) of nanoGPT's,
+    llm.c's or datatrove's, read as they are."""
+    mixture: dict[str, float] | str | None = None
+    """Several such in place of one, with weights: FOLDER=0.7,OTHER=0.3, or a mapping in a recipe."""
 
     def __post_init__(self) -> None:
         _refuse_unless(
             0.0 <= self.validation_fraction < 1.0,
             f"--data.validation_fraction {self.validation_fraction}: must be at least 0 and below 1",
         )
+        _refuse_unless(
+            self.tokens is None or self.mixture is None,
+            f"--data.tokens {self.tokens} and --data.mixture {self.mixture}: give one of them",
+        )
+        if self.mixture is not None:
+            parse_mixture(self.mixture)
 
 
 @dataclass(frozen=True)
@@ -232,10 +248,18 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     steps: int = 1000
     """Updates to make."""
+    epochs: float | None = None
+    """Passes over the training split, in place of steps."""
+    target_loss: float | None = None
+    """End the run early, once the mean of the last ten logged training losses is this or less."""
     batch_size: int = 8
     """Sequences a step, over all devices and accumulation together."""
+    batch_tokens: int | None = None
+    """Tokens a step, in place of batch_size; a multiple of model.block_size."""
     accumulation: int = 1
     """Parts a step's batch is computed in, one after the other, to save memory; must divide batch_size."""
+    device_batch_size: int | None = None
+    """Sequences that fit on a device at once, in place of accumulation, which then is as small as they allow."""
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Dtype of the matrix products; auto is bfloat16 on an accelerator and float32 on CPU. Parameters and
     optimizer state are float32 (float64 for float64)."""
@@ -269,27 +293,43 @@ class TrainConfig:
     """Steps between two evaluations on the validation split; there is one at step 0, at the end, and at every
     checkpoint too."""
     eval_sequences: int = 256
-    """Sequences of the validation split that an evaluation reads, from its start; fewer if the split has fewer."""
+    """Sequences of the validation split that an evaluation reads, spread evenly over it; fewer if it has fewer."""
     checkpoint_interval: int = 250
     """Steps between two checkpoints; there is one at the end too."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept; the one with the best validation loss is kept besides."""
+    """How many of the newest checkpoints are kept; the one with the best validation loss (without validation, the best
+    mean of the last ten logged training losses) is kept besides."""
     sample_interval: int = 0
     """Steps between two generated samples in the run folder's samples/; 0: none."""
     sample_tokens: int = 128
     """Length of such a sample, in tokens."""
+    track: Literal["wandb", "tensorboard", "mlflow"] | None = None
+    """Where metrics go besides the run folder; each needs its package: pip install 'gpt2-jax[wandb]'."""
+    reference_curve: dict[int, float] | None = None
+    """A published run's training losses by step, drawn beside this run's in curves.png."""
 
     def __post_init__(self) -> None:
         _require_positive("", self, "batch_size", "accumulation", "log_interval", "eval_interval", "eval_sequences")
         _require_positive("", self, "checkpoint_interval", "keep_checkpoints", "sample_tokens")
         _require_nonnegative("", self, "steps", "sample_interval")
         check_seed(self.seed)
+        for name in ("epochs", "target_loss", "batch_tokens", "device_batch_size"):
+            value = getattr(self, name)
+            _refuse_unless(value is None or value > 0, f"--{name} {value}: must be above 0")
+        if self.batch_tokens is not None:
+            block = self.model.block_size
+            _refuse_unless(
+                self.batch_tokens % block == 0,
+                f"--batch_tokens {self.batch_tokens}: not a multiple of model.block_size {block}; use "
+                f"{block * max(1, round(self.batch_tokens / block))}",
+            )
+            object.__setattr__(self, "batch_size", self.batch_tokens // block)
         _refuse_unless(
-            self.batch_size % self.accumulation == 0,
+            self.device_batch_size is not None or self.batch_size % self.accumulation == 0,
             f"--accumulation {self.accumulation}: batch_size {self.batch_size} is not divisible by it; "
             f"use {_choices(divisors(self.batch_size))}",
         )
-        if self.mesh is not None:
+        if self.mesh is not None and self.device_batch_size is None:
             check_mesh(parse_mesh(self.mesh), self)
 
     @property
@@ -300,6 +340,23 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.model.block_size
+
+
+def accumulate(config: TrainConfig, devices: int) -> TrainConfig:
+    """The configuration with its accumulation, where that is to be computed, for a batch spread over `devices`.
+
+    Raises UserError if the batch can't be spread so.
+    """
+    if config.device_batch_size is None:
+        return config
+    if config.batch_size % devices:
+        raise UserError(
+            f"--batch_size {config.batch_size}: not divisible by the {devices} devices that share it; "
+            f"use {config.batch_size // devices * devices or devices}"
+        )
+    share = config.batch_size // devices
+    parts = next(n for n in divisors(share) if share // n <= config.device_batch_size)
+    return dataclasses.replace(config, accumulation=parts)
 
 
 # The groups of settings within a TrainConfig, by name.
@@ -334,6 +391,23 @@ def parse_mesh(mesh: int | str) -> dict[str, int]:
         given.add(axis)
         sizes[axis] = int(size)
     return sizes
+
+
+def parse_mixture(mixture: dict[str, float] | str) -> dict[str, float]:
+    """Weights by folder from what `--data.mixture` takes."""
+    if isinstance(mixture, dict):
+        weights = {folder: float(weight) for folder, weight in mixture.items()}
+    else:
+        weights = {}
+        for part in mixture.split(","):
+            folder, _, weight = part.strip().rpartition("=")
+            try:
+                weights[folder] = float(weight)
+            except ValueError:
+                weights[folder] = math.nan
+    good = all(folder and 0 < weight < math.inf for folder, weight in weights.items())
+    _refuse_unless(bool(weights) and good, f"--data.mixture {mixture}: expected FOLDER=WEIGHT,... with weights above 0")
+    return weights
 
 
 def format_mesh(sizes: dict[str, int]) -> str:

@@ -15,12 +15,16 @@ from gpt2_core.files import write_atomically
 from gpt2_core.weights import Weights
 from gpt2_core.weights.safetensors import json_object
 
+# Logged training losses whose mean judges a checkpoint, or whether a target is reached: one batch alone is noise.
+RECENT = 10
+
 # What may differ between a run and its continuation: where and how it computes, what it shows and keeps, how long it
 # is. Everything else decides the numbers.
 _DECIDES_THE_NUMBERS = {"model", "data", "optimizer", "batch_size", "accumulation", "precision", "seed"}
-# Where the text lies decides nothing either: the digest of its tokens is compared.
+# Where the text lies decides nothing either: the digest of its tokens is compared. Nor do batch_tokens and
+# device_batch_size, which have become batch_size and accumulation.
 _FREE_ON_RESUME = frozenset(f.name for f in dataclasses.fields(TrainConfig)) - _DECIDES_THE_NUMBERS
-_FREE_ON_RESUME |= {"data.path", "data.cache_dir"}
+_FREE_ON_RESUME |= {"data.path", "data.tokens", "data.cache_dir"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +60,14 @@ class RunFolder:
         return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and p.name.isdigit())
 
     def best_step(self) -> int | None:
-        """The checkpoint whose evaluation has the lowest loss; the newest of all where nothing was evaluated."""
-        steps = self.steps()
-        evaluated = {r["step"]: r["loss"] for r in read_metrics(self.metrics) if r["split"] == "val"}
-        candidates = [step for step in steps if math.isfinite(evaluated.get(step, math.nan))]
-        return min(candidates, key=evaluated.__getitem__) if candidates else (steps[-1] if steps else None)
+        """The checkpoint whose evaluation has the lowest loss; where nothing was evaluated, the one with the lowest
+        training loss (`recent_training_loss`); the newest of all where nothing was logged either."""
+        steps, rows = self.steps(), read_metrics(self.metrics)
+        losses = {row["step"]: row["loss"] for row in rows if row["split"] == "val"}
+        if not losses:
+            losses = {step: recent_training_loss(rows, step) for step in steps}
+        candidates = [step for step in steps if math.isfinite(losses.get(step, math.nan))]
+        return min(candidates, key=losses.__getitem__) if candidates else (steps[-1] if steps else None)
 
     def checkpoint(self, choice: str) -> Path:
         """The checkpoint folder that `--checkpoint latest|best|STEP` names."""
@@ -189,7 +196,10 @@ def _named_checkpoint(name: str) -> Path:
 
 
 def _refuse_other_settings(config: TrainConfig, source: RunFolder) -> None:
-    changed = list(differences(config, from_yaml(source.config), _FREE_ON_RESUME))
+    free = _FREE_ON_RESUME
+    if config.device_batch_size is not None:
+        free |= {"accumulation"}  # follows from the number of devices, which may change
+    changed = list(differences(config, from_yaml(source.config), free))
     if changed:
         name, now, before = changed[0]
         more = f" (and {len(changed) - 1} more settings)" if len(changed) > 1 else ""
@@ -293,6 +303,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def recent_training_loss(rows: list[dict[str, Any]], step: int) -> float:
+    """Mean of the last RECENT logged training losses before `step`, or of as many as there are; NaN for none."""
+    losses = [row["loss"] for row in rows if row["split"] == "train" and row["step"] < step][-RECENT:]
+    return sum(losses) / len(losses) if losses else math.nan
 
 
 def _cut_metrics(path: Path, step: int, *, evaluated: bool) -> None:

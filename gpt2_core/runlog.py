@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gpt2_core.config import TrainConfig
 from gpt2_core.errors import RunError
 from gpt2_core.files import write_atomically
-from gpt2_core.run_folder import RunFolder, read_metrics
+from gpt2_core.run_folder import RECENT, RunFolder, read_metrics
+from gpt2_core.summary import model_table
+from gpt2_core.trackers import Tracker, open_tracker
 
 # Dense bfloat16 matrix rates from NVIDIA's datasheets, in FLOP/s, by what the driver calls the device.
 _PEAK_BFLOAT16_FLOPS = {
@@ -51,6 +54,8 @@ class RunLog:
         self._console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
         self._last_step, self._last_time = start_step - 1, time.perf_counter()
         self._val_loss: float | None = None
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._tracker: Tracker | None = None
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -63,7 +68,10 @@ class RunLog:
         self._task = self._progress.add_task("", total=config.steps, completed=start_step, status="")
 
     def __enter__(self) -> "RunLog":
+        # Every process reads them: all must agree on whether the target is reached.
+        self._recent.extend(row["loss"] for row in read_metrics(self._folder.metrics) if row["split"] == "train")
         if self._enabled:
+            self._tracker = open_tracker(self._folder.path, self._config)
             self._file = self._folder.metrics.open("a", encoding="utf-8")
         self._progress.start()
         self._last_time = time.perf_counter()
@@ -74,9 +82,16 @@ class RunLog:
         if self._enabled:
             self._file.close()
             self.draw_curves()
+            if self._tracker is not None:
+                self._tracker.close()
 
     def say(self, message: str) -> None:
         self._console.print(message, markup=False)
+
+    def introduce(self, message: str) -> None:
+        """Open the run: where and how it computes, and the model at a glance."""
+        self.say(message)
+        self._console.print(model_table(self._config))
 
     def train(self, step: int, *, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Log the batch of `step`: its loss and gradient norm before clipping, and the rate of the update it led to.
@@ -91,6 +106,7 @@ class RunLog:
         flops = tokens_per_second * self._config.model.training_flops_per_token
         mfu = flops / self._peak_flops if self._peak_flops else None
         self._refuse_unless_finite(step, loss)
+        self._recent.append(loss)
         self._write(
             {
                 "step": step,
@@ -110,6 +126,14 @@ class RunLog:
         else:
             val = "" if self._val_loss is None else f"  val {self._val_loss:.4f}"
             self._progress.update(self._task, completed=step + 1, status=words + val)
+
+    @property
+    def reached_target(self) -> bool:
+        """Whether the mean of the last ten logged training losses is down to the configuration's target."""
+        target = self._config.target_loss
+        if target is None or len(self._recent) < RECENT:
+            return False
+        return sum(self._recent) / RECENT <= target
 
     def evaluation(self, step: int, loss: float) -> None:
         """Log the validation loss of the weights after `step` updates; raises RunError if it isn't finite."""
@@ -133,18 +157,38 @@ class RunLog:
         yield
         self._last_time += time.perf_counter() - start
 
+    def end(self) -> None:
+        """Say why a run is over before its last step."""
+        if self.reached_target:
+            self.say(
+                f"the mean of the last {RECENT} logged training losses is {sum(self._recent) / RECENT:.4f}, at most "
+                f"--target_loss {self._config.target_loss}: the run ends here"
+            )
+
     def draw_curves(self) -> None:
         if self._enabled:
-            draw_curves(read_metrics(self._folder.metrics), self._folder.curves)
+            rows = read_metrics(self._folder.metrics)
+            draw_curves(rows, self._folder.curves, self._config.reference_curve)
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._enabled:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
+            self._track(row)
+
+    def _track(self, row: dict[str, Any]) -> None:
+        if self._tracker is None:
+            return
+        values = {f"{row['split']}/{name}": value for name, value in row.items() if isinstance(value, float)}
+        try:
+            self._tracker.log(row["step"], values)
+        except Exception as error:  # a tracker's server that is down is no reason to lose a run
+            self.say(f"warning: --track {self._config.track} has failed ({error}); going on without it")
+            self._tracker = None
 
 
-def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss, learning rate, gradient norm and throughput over the steps, as a PNG."""
+def draw_curves(rows: list[dict[str, Any]], path: Path, reference: dict[int, float] | None = None) -> None:
+    """Loss, learning rate, gradient norm and throughput over the steps, as a PNG; `reference` is another run's loss."""
     import io
 
     from matplotlib.figure import Figure
@@ -165,6 +209,8 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
             marker="o",
             label="validation",
         )
+    if reference:
+        axes[0].plot(*zip(*sorted(reference.items()), strict=True), "k--", marker="x", linewidth=1, label="published")
     axes[0].legend(frameon=False)
     panels = [("learning rate", "lr"), ("gradient norm", "grad_norm"), ("tokens per second", "tokens_per_second")]
     for axis, (title, key) in zip(axes[1:], panels, strict=True):

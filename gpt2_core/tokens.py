@@ -1,35 +1,59 @@
-"""Token files on disk: written once for a corpus, tokenizer and split, then memory-mapped.
+"""The tokens that a run trains on: opened, checked, and written first where a corpus isn't on disk yet.
 
-A token folder holds `train.bin` and `val.bin` (raw little-endian ids, nanoGPT's layout) and `index.json`.
+A token folder holds `train-00000.bin`, `val-00000.bin`, ... (raw little-endian ids) and `index.json`
+(`gpt2_core.prepare` writes it); `verified.json` notes which of its files have been checked against their sha256.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
+import math
 from pathlib import Path
 
 import numpy as np
 
-from gpt2_core.config import DataConfig, TrainConfig
-from gpt2_core.corpora import Corpus, get_corpus
+from gpt2_core import token_files
+from gpt2_core.config import TrainConfig, parse_mixture
+from gpt2_core.corpora import get_corpus
 from gpt2_core.errors import UserError
-from gpt2_core.tokenizer import Tokenizer, get_tokenizer
+from gpt2_core.files import write_atomically
+from gpt2_core.prepare import SPLITS, VERSION, Settings, is_unfinished, prepare
+from gpt2_core.tokenizer import get_tokenizer, vocab_size
 
-_VERSION = 1
-_SPLITS = ("train", "val")
+_SAMPLE = 1 << 20  # tokens looked at, in each shard of unknown origin, for ids beyond the vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Shards of one origin: ids of shape (tokens,), memory-mapped, and the name of each."""
+
+    shards: tuple[np.ndarray, ...]
+    names: tuple[str, ...]
+    weight: float = 1.0
+    """Share of the windows in a mixture, in proportion to the others' weights."""
+    vocab_size: int | None = None
+    """Ids from here on are an error; None: any goes."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.shards))
+
+    def windows(self, block_size: int) -> int:
+        """Number of windows of block_size + 1 tokens that overlap by one and cross no shard."""
+        return sum(max(0, len(shard) - 1) // block_size for shard in self.shards)
+
+
+# One source; several in a mixture; none where there is no validation.
+Split = tuple[Source, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenFolder:
-    """Open token files. `train` and `val` are ids of shape (T,), memory-mapped; `val` may be empty."""
+    """Open tokens; `val` may be empty."""
 
     path: Path
-    train: np.ndarray
-    val: np.ndarray
-    tokenizer: str
+    train: Split
+    val: Split
     source: str
     digest: str
     """Identifies the tokens themselves: two folders with the same digest train the same."""
@@ -38,109 +62,167 @@ class TokenFolder:
 def open_tokens(config: TrainConfig) -> TokenFolder:
     """The tokens this configuration trains on, written first if they aren't on disk yet.
 
-    Raises UserError if the text is too short for the model's block size or has ids beyond its vocabulary.
+    Raises UserError if the text is too short for the model's block size, has ids beyond its vocabulary, or was written
+    with another tokenizer; if a file is cut short or damaged; if there is nothing to validate on.
     """
-    tokenizer = get_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
+    data, needed = config.data, vocab_size(config.data.tokenizer)
+    if needed > config.model.vocab_size:
         raise UserError(
-            f"--model.vocab_size {config.model.vocab_size}: the tokenizer {tokenizer.name} has "
-            f"{tokenizer.vocab_size} ids; use {tokenizer.vocab_size} or more"
+            f"--model.vocab_size {config.model.vocab_size}: the tokenizer {data.tokenizer} has "
+            f"{needed} ids; use {needed} or more"
         )
-    folder = _read(_prepare(config.data, config.seed, tokenizer))
-    needed = config.model.block_size + 1
-    for split in _SPLITS if config.data.validation_fraction > 0 else ("train",):
-        found = len(getattr(folder, split))
-        if found < needed:
-            raise UserError(
-                f"--model.block_size {config.model.block_size}: the {split} split of {folder.source} has only "
-                f"{found} tokens and a sequence needs {needed}; use a smaller block_size, a longer text, or another "
-                "--data.validation_fraction"
-            )
+    if data.mixture is not None:
+        folder = _mixed([(_named(name, config), weight) for name, weight in parse_mixture(data.mixture).items()])
+    elif data.tokens is not None:
+        folder = _named(data.tokens, config)
+    else:
+        folder = _of_corpus(config)
+    if data.validation_fraction == 0:
+        folder = dataclasses.replace(folder, val=())
+    elif not folder.val:
+        raise UserError(
+            f"--data.validation_fraction {data.validation_fraction}: {folder.source} has no validation split; add "
+            "--data.validation_fraction 0 to train without one"
+        )
+    for split in SPLITS:
+        for source in getattr(folder, split):
+            _refuse_too_short(source, split, config, folder.source)
     return folder
 
 
-def _prepare(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Path:
-    corpus = get_corpus(config)
-    identity = f"{_VERSION} {corpus.fingerprint()} {tokenizer.name} {config.validation_fraction} {seed}"
+def steps_of(config: TrainConfig, tokens: TokenFolder) -> TrainConfig:
+    """The configuration with its number of steps, where that was given in epochs (rounded up to a whole step)."""
+    if config.epochs is None:
+        return config
+    if len(tokens.train) > 1:
+        raise UserError(f"--epochs {config.epochs}: a mixture has no epochs of its own; give --steps")
+    windows = tokens.train[0].windows(config.model.block_size)
+    return dataclasses.replace(config, steps=math.ceil(config.epochs * windows / config.batch_size))
+
+
+def _of_corpus(config: TrainConfig) -> TokenFolder:
+    data = config.data
+    corpus, tokenizer = get_corpus(data), get_tokenizer(data.tokenizer)
+    identity = f"{VERSION} {corpus.fingerprint()} {tokenizer.name} {data.validation_fraction} {config.seed}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    path = Path(config.cache_dir) / f"{corpus.name}-{tokenizer.name}-{key}"
-    if not path.is_dir():
-        _write(path, corpus, tokenizer, config.validation_fraction, seed)
-    return path
+    path = Path(data.cache_dir) / f"{corpus.name}-{tokenizer.name}-{key}"
+    if not (path / "index.json").is_file():
+        prepare(path, corpus, tokenizer, Settings(data.validation_fraction, config.seed))
+    return _open(path, config)
 
 
-def _write(path: Path, corpus: Corpus, tokenizer: Tokenizer, fraction: float, seed: int) -> None:
-    """Into a temporary folder first, so that a folder with this name is always whole."""
-    dtype = np.dtype("<u2") if tokenizer.vocab_size <= 1 << 16 else np.dtype("<u4")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _named(name: str, config: TrainConfig) -> TokenFolder:
+    path = Path(name)
+    if (path / "index.json").is_file():
+        return _open(path, config)
+    if is_unfinished(path):
+        raise UserError(f"--data.tokens {path}: prepare_data.py hasn't finished it; give its command again first")
+    return _foreign(name, config)
+
+
+def _open(path: Path, config: TrainConfig) -> TokenFolder:
+    file = path / "index.json"
     try:
-        temporary.mkdir(parents=True)
-        counts = dict.fromkeys(_SPLITS, 0)
-        with (temporary / "train.bin").open("wb") as train, (temporary / "val.bin").open("wb") as val:
-            files = {"train": train, "val": val}
-            for split, text in _split(corpus, fraction, seed):
-                ids = np.append(tokenizer.encode(text), tokenizer.end_of_text).astype(dtype)
-                files[split].write(ids.tobytes())
-                counts[split] += len(ids)
-        index = {
-            "version": _VERSION,
-            "tokenizer": tokenizer.name,
-            "source": corpus.source,
-            "dtype": dtype.name,
-            "validation_fraction": fraction,
-            "tokens": counts,
-            "sha256": {split: _sha256(temporary / f"{split}.bin") for split in _SPLITS},
-        }
-        (temporary / "index.json").write_text(json.dumps(index, indent=2) + "\n")
-        try:
-            temporary.rename(path)
-        except OSError:
-            # Another process wrote the same tokens meanwhile; any other reason is an error.
-            if not path.is_dir():
-                raise
-    except OSError as error:
-        raise UserError(f"--data.cache_dir {path.parent}: can't write there ({error.strerror})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _split(corpus: Corpus, fraction: float, seed: int) -> Iterator[tuple[str, str]]:
-    """(split, text) pairs. Whole documents go to one split, drawn from the seed; a single document is cut instead,
-    its end being validation."""
-    if len(corpus.files) == 1:
-        (text,) = corpus.documents()
-        cut = int(len(text) * (1.0 - fraction))
-        yield from ((split, part) for split, part in (("train", text[:cut]), ("val", text[cut:])) if part)
-        return
-    generator = np.random.default_rng(seed)
-    sizes = np.array([path.stat().st_size for path in corpus.files])
-    order = generator.permutation(len(sizes))
-    wanted = np.searchsorted(np.cumsum(sizes[order]), fraction * sizes.sum())
-    validation = set(order[: max(1, wanted) if fraction > 0 else 0].tolist())
-    for number, text in enumerate(corpus.documents()):
-        yield ("val" if number in validation else "train"), text
-
-
-def _read(path: Path) -> TokenFolder:
-    try:
-        index = json.loads((path / "index.json").read_text())
+        index = json.loads(file.read_text())
+        if index["version"] != VERSION:
+            raise UserError(f"{path}: written by another version; delete it to have it written anew")
         dtype = np.dtype(index["dtype"]).newbyteorder("<")
-        arrays = {}
-        for split in _SPLITS:
-            file = path / f"{split}.bin"
-            if file.stat().st_size != index["tokens"][split] * dtype.itemsize:
-                raise UserError(
-                    f"{file}: {file.stat().st_size} bytes where index.json says "
-                    f"{index['tokens'][split] * dtype.itemsize}; delete {path} to have it written anew"
-                )
-            empty = index["tokens"][split] == 0
-            arrays[split] = np.zeros(0, dtype) if empty else np.memmap(file, dtype, mode="r")
-        digest = hashlib.sha256(json.dumps(index["sha256"], sort_keys=True).encode()).hexdigest()
-        return TokenFolder(path, arrays["train"], arrays["val"], index["tokenizer"], index["source"], digest)
-    except (OSError, KeyError, ValueError) as error:
+        shards = {split: [(s["file"], s["tokens"], s["sha256"]) for s in index["shards"][split]] for split in SPLITS}
+        tokenizer, source = index["tokenizer"], index["source"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a whole token folder ({error}); delete it to have it written anew") from error
+    if tokenizer != config.data.tokenizer:
+        raise UserError(
+            f"--data.tokenizer {config.data.tokenizer}: {path} was written with {tokenizer}; "
+            f"use --data.tokenizer {tokenizer}"
+        )
+    every = [shard for split in SPLITS for shard in shards[split]]
+    for name, tokens, _ in every:
+        _refuse_other_size(path / name, tokens * dtype.itemsize)
+    _verify(path, {name: sha256 for name, _, sha256 in every})
+    splits = {
+        split: Source(
+            tuple(token_files.map_tokens(path / name, dtype, 0, tokens) for name, tokens, _ in shards[split]),
+            tuple(str(path / name) for name, _, _ in shards[split]),
+            vocab_size=config.model.vocab_size,
+        )
+        for split in SPLITS
+    }
+    digest = hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+    val = (splits["val"],) if shards["val"] else ()
+    return TokenFolder(path, (splits["train"],), val, source, digest)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _foreign(name: str, config: TrainConfig) -> TokenFolder:
+    found = token_files.find(name, config.data.tokenizer)
+    splits: dict[str, Split] = {}
+    for split, files in found.items():
+        shards = tuple(file.open() for file in files)
+        names = tuple(str(file.path) for file in files)
+        splits[split] = (Source(shards, names, vocab_size=config.model.vocab_size),) if files else ()
+        for shard, path in zip(shards, names, strict=True):
+            check_ids(shard[:_SAMPLE], path, 0, config.model.vocab_size)
+    if not splits["train"]:
+        raise UserError(f"--data.tokens {name}: only validation files there (their names have val in them)")
+    digest = hashlib.sha256(" ".join(token_files.sampled_digest(f) for s in SPLITS for f in found[s]).encode())
+    return TokenFolder(Path(name), splits["train"], splits["val"], name, digest.hexdigest())
+
+
+def _mixed(parts: list[tuple[TokenFolder, float]]) -> TokenFolder:
+    def weighed(split: str) -> Split:
+        return tuple(dataclasses.replace(s, weight=weight) for folder, weight in parts for s in getattr(folder, split))
+
+    digest = hashlib.sha256(" ".join(f"{folder.digest} {weight}" for folder, weight in parts).encode()).hexdigest()
+    source = " + ".join(f"{weight:g} x {folder.source}" for folder, weight in parts)
+    return TokenFolder(parts[0][0].path, weighed("train"), weighed("val"), source, digest)
+
+
+def check_ids(ids: np.ndarray, name: str, first: int, vocab_size: int) -> None:
+    """Raises UserError if one of `ids`, tokens `first` and following of the file `name`, is beyond the vocabulary."""
+    if len(ids) and (largest := int(ids.max())) >= vocab_size:
+        raise UserError(
+            f"--model.vocab_size {vocab_size}: token {first + int(ids.argmax())} of {name} is id {largest}; these "
+            "tokens are another tokenizer's, or the file is damaged"
+        )
+
+
+def _refuse_other_size(file: Path, expected: int) -> None:
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; delete {file.parent} to have it written anew") from error
+    if size != expected:
+        raise UserError(
+            f"{file}: {size} bytes where index.json says {expected}; delete {file.parent} to have it written anew"
+        )
+
+
+def _verify(path: Path, expected: dict[str, str]) -> None:
+    """Compare sha256 of the files that are new or have changed since they were last compared."""
+    stamps = {name: [(stat := (path / name).stat()).st_size, stat.st_mtime_ns] for name in expected}
+    note = path / "verified.json"
+    try:
+        before = json.loads(note.read_text())
+    except (OSError, ValueError):
+        before = {}
+    for name in expected:
+        if before.get(name) == stamps[name]:
+            continue
+        with (path / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected[name]:
+                raise UserError(
+                    f"{path / name}: its sha256 isn't the one in index.json, so the file is damaged or has been "
+                    f"changed; delete {path} to have it written anew"
+                )
+    if before != stamps:
+        with contextlib.suppress(OSError):  # a folder that can only be read is compared at every start
+            write_atomically(note, json.dumps(stamps) + "\n")
+
+
+def _refuse_too_short(source: Source, split: str, config: TrainConfig, described: str) -> None:
+    if not source.windows(config.model.block_size):
+        raise UserError(
+            f"--model.block_size {config.model.block_size}: the {split} split of {described} has only "
+            f"{max(map(len, source.shards), default=0)} tokens and a sequence needs {config.model.block_size + 1}; use "
+            "a smaller block_size, a longer text, or another --data.validation_fraction"
+        )

@@ -42,9 +42,7 @@ def _forward(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, vocab_
         loss, by_logits = _chunk_loss(x_SbCD, targets_SbC, head_VD, vocab_size)
         by_logits_SbCV = by_logits().astype(x_SbCD.dtype)
         by_x_SbCD = jnp.einsum("sbcv,vd->sbcd", by_logits_SbCV, head_VD.astype(x_SbCD.dtype))
-        by_head_SVD = jnp.einsum(
-            "sbcv,sbcd->svd", by_logits_SbCV, x_SbCD, preferred_element_type=totals[1].dtype
-        )
+        by_head_SVD = jnp.einsum("sbcv,sbcd->svd", by_logits_SbCV, x_SbCD, preferred_element_type=totals[1].dtype)
         return (totals[0] + loss, totals[1] + _split(by_head_SVD)), by_x_SbCD
 
     # Each way of the batch adds up its own, and all are added once, at the end: no chunk waits for another device.

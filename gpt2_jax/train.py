@@ -9,14 +9,14 @@ import jax
 import numpy as np
 
 from gpt2_core.batches import IGNORED, TrainingBatches, evaluation_batches
-from gpt2_core.config import TrainConfig, check_mesh, format_mesh, parse_mesh
+from gpt2_core.config import TrainConfig, accumulate, check_mesh, format_mesh, parse_mesh
 from gpt2_core.interrupt import interruptible
 from gpt2_core.run_folder import RunFolder, RunPlan, metadata_of, plan_run
 from gpt2_core.runlog import RunLog, peak_flops
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
 from gpt2_core.tokenizer import get_tokenizer
-from gpt2_core.tokens import TokenFolder, open_tokens
+from gpt2_core.tokens import TokenFolder, open_tokens, steps_of
 from gpt2_core.weights import Weights
 from gpt2_jax.attention import choose_kernel
 from gpt2_jax.checkpoints import CheckpointWriter, restore
@@ -40,6 +40,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what `auto` and left-out options mean on this machine; raises UserError for what it can't do."""
     precision = resolve_precision(config.precision)
     sizes = resolve_mesh(config)
+    config = accumulate(config, sizes["data"] * sizes["fsdp"])
     check_mesh(sizes, config)
     model = config.model
     kernel = choose_kernel(config.attention, precision=precision, dropout=model.dropout, head_size=model.head_size)
@@ -60,6 +61,7 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
     """
     config = resolve(config)
     tokens = open_tokens(config)
+    config = steps_of(config, tokens)
     plan = plan_run(config, framework="jax", data_digest=tokens.digest)
     config, folder = plan.config, plan.folder
     weights = None if plan.checkpoint else initial(config)
@@ -77,7 +79,7 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
     peak = peak_flops(device, config.precision)
     log = RunLog(folder, config, start_step=plan.step, peak_flops=peak and peak * mesh.size)
     with jax.set_mesh(mesh), log:
-        log.say(
+        log.introduce(
             f"jax {jax.__version__} on {mesh.size} x {device} ({config.mesh}), {config.precision}, {config.attention} "
             f"attention; {config.model.parameter_count:,} parameters; {tokens.source}; run {folder.path}"
             + (f", from step {plan.step}" if plan.checkpoint else "")
@@ -127,7 +129,7 @@ class _Loop:
                 batch = self.put(start)
                 train_step = self.compile(state, batch)
             waiting = None
-            for step in interruptible(range(start, config.steps)):
+            for step in interruptible(range(start, start if self.log.reached_target else config.steps)):
                 rate = learning_rate(step, config.steps, config.optimizer)
                 state, metrics = train_step(state, *batch, self.scalar(rate))
                 if step + 1 < config.steps:
@@ -135,8 +137,11 @@ class _Loop:
                 waiting = self.log_step(waiting)
                 if step % config.log_interval == 0 or step + 1 == config.steps:
                     waiting = (step, rate, metrics)
+                    if config.target_loss is not None:
+                        waiting = self.log_step(waiting)  # whether to go on hangs on it
                 done = step + 1
-                saves = done == config.steps or done % config.checkpoint_interval == 0
+                ends = done == config.steps or self.log.reached_target
+                saves = ends or done % config.checkpoint_interval == 0
                 evaluates = saves or done % config.eval_interval == 0
                 samples = config.sample_interval and done % config.sample_interval == 0
                 if evaluates or samples:
@@ -148,6 +153,9 @@ class _Loop:
                     self.write_sample(state, done)
                 if saves:
                     self.save(state, done)
+                if ends:
+                    break
+            self.log.end()
             if config.steps == 0 and plan.checkpoint is None:
                 self.save(state, 0)
         finally:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_core.batches import IGNORED, Batch, TrainingBatches, evaluation_batches
-from gpt2_core.config import OptimizerConfig, TrainConfig
+from gpt2_core.config import OptimizerConfig, TrainConfig, accumulate
 from gpt2_core.errors import UserError
 from gpt2_core.interrupt import interruptible
 from gpt2_core.run_folder import RunFolder, RunPlan, metadata_of, plan_run
@@ -22,7 +22,7 @@ from gpt2_core.runlog import RunLog, peak_flops
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
 from gpt2_core.tokenizer import get_tokenizer
-from gpt2_core.tokens import open_tokens
+from gpt2_core.tokens import open_tokens, steps_of
 from gpt2_core.weights import Weights
 from gpt2_torch import checkpoints
 from gpt2_torch.generate import generate
@@ -179,14 +179,14 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
                 model.train()
 
     with log:
-        log.say(
+        log.introduce(
             f"torch {torch.__version__} on {processes} x {name}, {config.precision}, "
             f"{'compiled' if config.compile else 'eager'}; {config.model.parameter_count:,} parameters; "
             f"{tokens.source}; run {folder.path}" + (f", from step {plan.step}" if plan.checkpoint else "")
         )
         if plan.checkpoint is None:
             evaluate_and_log(0)
-        for step in interruptible(range(plan.step, config.steps)):
+        for step in interruptible(range(plan.step, plan.step if log.reached_target else config.steps)):
             # Seeded anew each step: dropout is then a function of (seed, step), and nothing random need be saved.
             torch.manual_seed(config.seed * 1_000_003 + step * processes + rank)
             rate = learning_rate(step, config.steps, config.optimizer)
@@ -202,13 +202,17 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
             if step % config.log_interval == 0 or step + 1 == config.steps:
                 log.train(step, loss=loss.item(), learning_rate=rate, grad_norm=grad_norm.item())
             done = step + 1
-            due = done == config.steps or done % config.checkpoint_interval == 0
+            ends = done == config.steps or log.reached_target
+            due = ends or done % config.checkpoint_interval == 0
             if due or done % config.eval_interval == 0:
                 evaluate_and_log(done)
             if config.sample_interval and done % config.sample_interval == 0:
                 write_text(done)
             if due:
                 save(done)
+            if ends:
+                break
+        log.end()
         if config.steps == 0 and plan.checkpoint is None:
             save(0)
     if processes > 1:
@@ -251,6 +255,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 def resolve(config: TrainConfig, device: torch.device, processes: int) -> TrainConfig:
     """Fill in what `auto` and left-out options mean on this device; raises UserError for what it can't do."""
     precision = resolve_precision(config.precision, device)
+    config = accumulate(config, processes)
     if config.microbatch_size % processes:
         raise UserError(
             f"--batch_size {config.batch_size}: not divisible by accumulation {config.accumulation} x "
@@ -265,7 +270,8 @@ def _plan(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None],
     outcome: list = [None]
     if rank == 0:
         try:
-            plan = plan_run(config, framework="torch", data_digest=open_tokens(config).digest)
+            tokens = open_tokens(config)
+            plan = plan_run(steps_of(config, tokens), framework="torch", data_digest=tokens.digest)
             if plan.checkpoint is None:
                 initial(plan.config)
             plan.begin()

@@ -47,8 +47,10 @@ def real_text(weights: Weights, tokens: int = 200_000) -> np.ndarray:
             f"({tokenizer.vocab_size} ids)"
         )
     needed = max(tokens, 4 * weights.config.block_size)
-    documents = map(tokenizer.encode, get_corpus(DataConfig(corpus="stdlib")).documents())
-    counted = itertools.accumulate(documents, lambda total, ids: (total[0] + len(ids), ids), initial=(0, None))
+    pieces = (piece for document in get_corpus(DataConfig(corpus="stdlib")).documents() for piece in document.pieces)
+    counted = itertools.accumulate(
+        map(tokenizer.encode, pieces), lambda total, ids: (total[0] + len(ids), ids), initial=(0, None)
+    )
     parts = []
     for count, ids in counted:
         if ids is not None:

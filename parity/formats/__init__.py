@@ -81,6 +81,11 @@ def read_initial_weights(config: TrainConfig) -> Weights | None:
         said = ", ".join(f"{name} {their} where this run has {ours}" for name, ours, their in changed)
         options = " ".join(f"--model.{name} {str(their).lower()}" for name, _, their in changed)
         raise UserError(f"--init_from {config.init_from}: those weights have {said}; add {options}")
+    if weights.tokenizer not in (None, config.data.tokenizer):
+        raise UserError(
+            f"--init_from {config.init_from}: those weights were trained with the tokenizer {weights.tokenizer}, this "
+            f"run has {config.data.tokenizer}; use --data.tokenizer {weights.tokenizer}"
+        )
     return weights
 
 

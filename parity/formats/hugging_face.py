@@ -1,13 +1,12 @@
 """Hugging Face's folders: config.json, and the weights as safetensors or as PyTorch's own files, whole or in shards."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from gpt2_core.config import ModelConfig, model_from_dict
 from gpt2_core.errors import UserError
-from gpt2_core.tokenizer import GPT2_FILES, get_tokenizer, local_gpt2_file
+from gpt2_core.tokenizer import get_tokenizer, is_genuine, local_file
 from gpt2_core.weights import Stored, StoredArrays, Weights
 from gpt2_core.weights.layouts import HUGGING_FACE
 from gpt2_core.weights.safetensors import json_object, open_tensors, write_tensors
@@ -74,7 +73,7 @@ def write(weights: Weights, folder: Path) -> None:
     _write_json(folder / CONFIG, described)
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **ends})
     if weights.tokenizer == "gpt2":
-        files = {theirs: local_gpt2_file(ours) for ours, theirs in _TOKENIZER_FILES.items()}
+        files = {theirs: local_file("gpt2", ours) for ours, theirs in _TOKENIZER_FILES.items()}
         if None not in files.values():
             for name, content in files.items():
                 (folder / name).write_bytes(content)
@@ -168,9 +167,9 @@ def _tokenizer(folder: Path, source: Path) -> str | None:
         return name
     merges = folder / _TOKENIZER_FILES["vocab.bpe"]
     if merges.is_file():
-        return "gpt2" if hashlib.sha256(merges.read_bytes()).hexdigest() == GPT2_FILES["vocab.bpe"] else None
+        return "gpt2" if is_genuine("gpt2", "vocab.bpe", merges.read_bytes()) else None
     tokenizer = folder / "tokenizer.json"
-    if tokenizer.is_file() and (ours := local_gpt2_file("vocab.bpe")):
+    if tokenizer.is_file() and (ours := local_file("gpt2", "vocab.bpe")):
         model = json_object(tokenizer.read_bytes(), str(tokenizer)).get("model")
         merges = model.get("merges") if isinstance(model, dict) else None
         pairs = [" ".join(pair) if isinstance(pair, list) else pair for pair in merges or []]

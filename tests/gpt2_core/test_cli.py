@@ -48,6 +48,19 @@ def test_the_value_of_an_option_is_not_an_option(recipe):
     assert parse("--run_dir", "device").run_dir == "device"
 
 
+def test_of_two_ways_to_say_one_thing_the_command_line_overrules_the_recipes(recipe, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text("epochs: 3\nbatch_tokens: 64\ndevice_batch_size: 2\nmodel: {block_size: 16}\ndata: {tokens: t}\n")
+    config = parse("--config", str(other))
+    assert (config.epochs, config.batch_size, config.device_batch_size) == (3.0, 4, 2)
+    line = ("--steps", "7", "--batch_size", "6", "--accumulation", "3", "--data.corpus", "stdlib")
+    config = parse("--config", str(other), *line)
+    assert (config.epochs, config.batch_tokens, config.device_batch_size, config.data.tokens) == (None,) * 4
+    assert (config.steps, config.batch_size, config.accumulation) == (7, 6, 3)
+    with pytest.raises(UserError, match="--steps and --epochs: two ways to say one thing"):
+        parse("--config", str(recipe), "--steps", "7", "--epochs", "1")
+
+
 def test_resume_may_stand_alone(recipe):
     assert parse("--resume", "--steps", "3").resume == "newest"
     assert parse("--steps", "3", "--resume").resume == "newest"
@@ -81,6 +94,9 @@ def test_every_setting_has_a_help_text():
         (("--steps", "three"), "--steps three: expected a whole number"),
         (("--compile", "maybe"), "--compile maybe: expected true or false"),
         (("--precision", "half"), "--precision half: expected one of auto, float32, bfloat16, float64"),
+        (("--track", "paper"), "--track paper: expected one of wandb, tensorboard, mlflow"),
+        (("--data.mixture", "web"), "--data.mixture web: expected FOLDER=WEIGHT,..."),
+        (("--epochs", "0"), "--epochs 0.0: must be above 0"),
         (("--preset", "gpt3"), "--preset gpt3: no such preset; use gpt2"),
         (("--config", "nowhere.yaml"), "--config nowhere.yaml: no such file"),
         (("--config",), "--config: expected a value"),

