@@ -57,7 +57,8 @@ def causal_attention(
         return out.transpose(0, 2, 1, 3)
     T = q_BHTK.shape[2]
     mask_TS = jnp.tril(jnp.ones((T, T), bool))
-    if T < SHORTEST_IN_BLOCKS or T % BLOCKS or rate > 0:  # the dropout of all weights is one mask
+    drops = key is not None and rate > 0  # by one mask for all the weights
+    if T < SHORTEST_IN_BLOCKS or T % BLOCKS or drops:
         return _attend(q_BHTK, k_BHTK, v_BHTK, mask_TS, rate, key)
     # A block of queries sees no key behind its own end, so that of the square of scores 5/8 are computed.
     C = T // BLOCKS

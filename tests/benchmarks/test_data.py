@@ -1,4 +1,4 @@
-from gpt2_core.data_speed import batches, tokenisation
+from benchmarks.data import batches, tokenisation
 
 
 def test_both_sides_of_the_comparison_do_the_same_work():

@@ -1,0 +1,181 @@
+"""Sides that take turns: child processes that hold a warm model and do so many units of work when they are told to."""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from gpt2_core.cli import run
+from gpt2_core.errors import RunError, UserError
+from gpt2_core.files import write_atomically
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "transformers", "numpy")
+_ROOT = Path(__file__).parent.parent
+
+
+@dataclasses.dataclass
+class Session:
+    """What a child process has made ready: facts about it, its work, and what is known only at the end."""
+
+    facts: dict[str, Any]
+    work: Callable[[int], Any]
+    """Does that many units; what is timed is this call, which returns when the work is done."""
+    end: Callable[[], dict[str, Any]] = dict
+
+
+class Side:
+    """A child process that holds a `Session`; `name` is for people."""
+
+    def __init__(self, name: str, function: str, spec: dict[str, Any]) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "benchmarks.measure", function, json.dumps(spec), str(time.time())]
+        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"PYTHONPATH": path}
+        )
+        self.facts: dict[str, Any] = self._read()
+
+    def work(self, units: int) -> float:
+        """Seconds that so many units took."""
+        self._process.stdin.write(f"{units}\n")
+        self._process.stdin.flush()
+        return self._read()["seconds"]
+
+    def end(self) -> dict[str, Any]:
+        """End the process; what it knows at its end."""
+        self._process.stdin.close()
+        found = self._read()
+        self._process.wait()
+        return found
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        # Libraries print too; what is said to us is marked.
+        for line in self._process.stdout:
+            if line.startswith(_MARK):
+                return json.loads(line.removeprefix(_MARK))
+        said = self._process.stderr.read().strip().splitlines()
+        errors = [line for line in said if line.startswith("error: ")]
+        reason = (errors or said or ["it said nothing"])[-1].removeprefix("error: ")
+        kind = UserError if self._process.wait() == 2 else RunError
+        raise kind(f"{self.name}: {reason}")
+
+
+_MARK = "\x1fbench "
+
+
+def serve(function: str, spec: dict[str, Any], started: float) -> None:
+    """The child's side: make the session, then do what the parent says until it has no more to say."""
+    module, _, name = function.partition(":")
+    session: Session = getattr(importlib.import_module(module), name)(spec)
+    session.work(1)
+    _say(session.facts | {"seconds_to_first_unit": time.time() - started})
+    for line in sys.stdin:
+        begin = time.perf_counter()
+        session.work(int(line))
+        _say({"seconds": time.perf_counter() - begin})
+    _say(session.end())
+
+
+def _say(values: dict[str, Any]) -> None:
+    print(_MARK + json.dumps(values), flush=True)
+
+
+@contextlib.contextmanager
+def sides(functions: dict[str, tuple[str, dict[str, Any]]], console: Console) -> Iterator[dict[str, Side]]:
+    """Start every side, one after the other; none survives the block."""
+    started: dict[str, Side] = {}
+    try:
+        for name, (function, spec) in functions.items():
+            with console.status(f"starting {name}"):
+                started[name] = Side(name, function, spec)
+        yield started
+    finally:
+        for side in started.values():
+            side.kill()
+
+
+def interleave(started: dict[str, Side], *, rounds: int, units: int, console: Console) -> dict[str, list[float]]:
+    """Seconds a unit, a list of one value a round for each side: A B A B, so that a slow minute slows both."""
+    seconds: dict[str, list[float]] = {name: [] for name in started}
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("rounds", total=rounds * len(started))
+        for side in started.values():
+            side.work(units)  # warm
+        for _ in range(rounds):
+            for name, side in started.items():
+                seconds[name].append(side.work(units) / units)
+                progress.advance(bar)
+    return seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """How many times as fast one side is as another: the median over rounds, and the range of the middle half."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Speed of `ours` over that of `theirs`, from seconds a unit that were measured in the same rounds."""
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    if len(ratios) < 2:
+        return Ratio(ratios[0], ratios[0], ratios[0])
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Ratio(median, low, high)
+
+
+def write_json(path: str | None, arguments: list[str], results: Any) -> None:
+    """The results with the command, machine, versions and date that they belong to."""
+    if path is None:
+        return
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    described = {
+        "command": shlex.join(["python", "scripts/bench.py", *arguments]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "versions": versions,
+        "results": results,
+    }
+    try:
+        write_atomically(Path(path), json.dumps(described, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {path}: can't be written ({error.strerror})") from error
+
+
+def positive(options: Any, *names: str) -> None:
+    """Raise UserError unless the options of these names are 1 or more."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: must be 1 or more")
+
+
+if __name__ == "__main__":
+    run(lambda arguments: serve(arguments[0], json.loads(arguments[1]), float(arguments[2])))
