@@ -1,6 +1,8 @@
-"""How fast text becomes tokens and tokens become batches, each beside a yardstick in the same run."""
+"""bench.py data: how fast text becomes tokens, and tokens batches, each beside a yardstick in the same run."""
 
+import os
 import statistics
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -9,15 +11,64 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
+from benchmarks.measure import positive, write_json
 from gpt2_core.batches import TrainingBatches
+from gpt2_core.cli import Parser
 from gpt2_core.corpora import Corpus, Document, in_pieces
+from gpt2_core.errors import UserError
 from gpt2_core.prepare import Settings, prepare
 from gpt2_core.token_files import map_tokens
 from gpt2_core.tokenizer import get_tokenizer
 from gpt2_core.tokens import Source
 
 _BATCH_TOKENS = 1 << 16
+_SIZES = (10**6, 10**7, 10**9, 10**10)
+_BLOCK_SIZES = (1024, 256)
+
+
+def main(arguments: list[str]) -> None:
+    parser = Parser(prog="bench.py data", description="Measure how fast text becomes tokens, and tokens batches.")
+    parser.add_argument("--path", type=str, help="UTF-8 text to tokenise. Left out: sources of Python's library.")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="Threads.")
+    parser.add_argument("--rounds", type=int, default=5, help="Rounds, whose medians are shown.")
+    parser.add_argument("--json", type=str, help="File to write the results to, with command, machine and versions.")
+    options = parser.parse(arguments)
+    if options.path is not None and not Path(options.path).is_file():
+        raise UserError(f"--path {options.path}: no such file")
+    positive(options, "cores", "rounds")
+
+    texts = _texts(Path(options.path) if options.path else None)
+    found = tokenisation(texts, workers=options.cores, rounds=options.rounds)
+    table = Table("tokenisation", "tokens/s", title=f"{found['tokens']:,} tokens, {options.cores} threads")
+    table.add_row("prepare_data.py", f"{found['prepare']:,.0f}")
+    table.add_row("tiktoken's encode_ordinary_batch", f"{found['encode_ordinary_batch']:,.0f}")
+    table.add_row("ratio", f"{found['ratio']:.2f}")
+    console = Console()
+    console.print(table)
+    table = Table("block size", "tokens on disk", "tokens/s", "microseconds a sequence", title="batches")
+    rows = []
+    for block_size in _BLOCK_SIZES:
+        rows += batches(block_size, sizes=_SIZES, cores=options.cores, rounds=options.rounds)
+    for row in rows:
+        rate = row["tokens_per_second"]
+        each = f"{1e6 * row['block_size'] / rate:.1f}"
+        table.add_row(str(row["block_size"]), f"{row['bytes'] / 1e6:,.0f} MB", f"{rate:,.0f}", each)
+    console.print(table)
+    write_json(options.json, ["data", *arguments], {"tokenisation": found, "batches": rows})
+
+
+def _texts(path: Path | None) -> list[str]:
+    """Documents of about 20 MB at least."""
+    if path is not None:
+        texts = [path.read_text(encoding="utf-8", errors="replace")]
+    else:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = sorted(p for p in root.rglob("*.py") if "site-packages" not in p.parts)
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    return texts * max(1, round(20_000_000 / sum(map(len, texts))))
 
 
 class _InMemory(Corpus):

@@ -251,8 +251,8 @@ def _ratios(seconds: dict[str, list[float]]) -> dict[str, Any]:
 def _show(console: Console, rows: list[dict[str, Any]], config: TrainConfig) -> None:
     model = config.model
     console.print(
-        f"{model.parameter_count:,} parameters, {model.n_layer} layers x {model.n_embd}, vocabulary {model.vocab_size}, "
-        f"batch {config.batch_size} x {model.block_size}; "
+        f"{model.parameter_count:,} parameters, {model.n_layer} layers x {model.n_embd}, vocabulary "
+        f"{model.vocab_size}, batch {config.batch_size} x {model.block_size}; "
         f"{model.training_flops_per_token / 1e6:,.0f} MFLOP a token (6 N + 12 L T D)"
     )
     table = Table("", *(row["side"] for row in rows))

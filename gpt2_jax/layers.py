@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpt2_jax.sharding import gather
+from gpt2_jax.sharding import gather, ways
 
 # Which axis of a bias goes with which output axis of a weight.
 _BIAS_AXIS = {"embed": "embed", "heads": "heads_bias", "mlp": "mlp_bias", None: None}
@@ -26,10 +26,16 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         # Leading axes are flattened: XLA's CPU matrix products are three times slower on three axes than on two.
         flat = x.reshape(-1, x.shape[-1])
-        out = jax.lax.dot_general(flat, gather(self.weight).astype(x.dtype), (((1,), (0,)), ((), ())))
+        weight = gather(self.weight).astype(x.dtype)
+        # So are those of the weight, or its gradient comes out transposed, at twice the price; but not where the mesh
+        # splits the last of them, which flattening would have to undo.
+        shape = weight.shape[1:]
+        if ways(self.weight.get_metadata()["logical_axes"][-1]) == 1:
+            weight = weight.reshape(weight.shape[0], -1)
+        out = jax.lax.dot_general(flat, weight, (((1,), (0,)), ((), ()))).reshape(-1, *shape)
         if self.bias is not None:
             out = out + gather(self.bias).astype(x.dtype)
-        return out.reshape(*x.shape[:-1], *out.shape[1:])
+        return out.reshape(*x.shape[:-1], *shape)
 
 
 class LayerNorm(nnx.Module):

@@ -76,8 +76,10 @@ class CausalSelfAttention(nnx.Module):
         config = self.config
         B, T, D = x_BTD.shape
         qkv_BT3HK = self.c_attn(x_BTD).reshape(B, T, 3, config.n_head, config.head_size)
+        # Split, and not indexed: the gradients are then put side by side, and not each padded and all added.
         q_BHTK, k_BHTK, v_BHTK = (
-            constrain(qkv_BT3HK[:, :, i].transpose(0, 2, 1, 3), "batch", "heads", None, None) for i in range(3)
+            constrain(x_BT1HK.squeeze(2).transpose(0, 2, 1, 3), "batch", "heads", None, None)
+            for x_BT1HK in jnp.split(qkv_BT3HK, 3, axis=2)
         )
         if config.qk_norm:
             q_BHTK, k_BHTK = self.q_norm(q_BHTK), self.k_norm(k_BHTK)
