@@ -1,5 +1,6 @@
 """Every recipe begins to train in both frameworks, shrunk by overrides on a local text."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import yaml
 
 from gpt2_core.cli import parse_train_config
 from gpt2_core.run_folder import read_metrics
+from parity.formats import read_initial_weights, write_weights
+from parity.subjects import random_weights
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"), key=lambda path: path.stem)
 NAMES = [path.stem for path in RECIPES]
@@ -58,8 +61,11 @@ def test_a_recipe_begins_to_train_when_it_is_shrunk(recipe, framework, text_file
         from gpt2_torch.train import train
     if parse(recipe, framework, {}).data.validation_fraction:
         shrunk["data.validation_fraction"] = 0.1  # some hold back less than a block of so short a text
-    config = parse(recipe, framework, shrunk | {"init_from": "null"})
-    folder = train(config)
+    config = parse(recipe, framework, shrunk)
+    if config.init_from is not None:  # pretrained weights of the shrunk model, in the Hub's own format
+        write_weights(random_weights(config.model), tmp_path / "pretrained", "hf")
+        config = dataclasses.replace(config, init_from=str(tmp_path / "pretrained"))
+    folder = train(config, read_initial_weights)
     rows = read_metrics(folder.metrics)
     losses = {split: [row["loss"] for row in rows if row["split"] == split] for split in ("train", "val")}
     assert len(losses["train"]) == 2 and all(5.0 < loss < 6.5 for loss in losses["train"])
