@@ -1,4 +1,4 @@
-"""Measure speed: python scripts/bench.py train|data --help"""
+"""Measure speed: python scripts/bench.py train|generate|data --help"""
 
 import importlib
 
@@ -8,6 +8,7 @@ from gpt2_core.errors import UserError
 # Each is a module of the package benchmarks.
 COMMANDS = {
     "train": "a train step of both frameworks, side by side",
+    "generate": "prefill and decoding, with and without KV cache, against the reference and transformers",
     "data": "tokenisation against tiktoken's own, and batches",
 }
 

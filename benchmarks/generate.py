@@ -1,0 +1,212 @@
+"""bench.py generate: prefill and decoding, with and without a KV cache, against the reference and transformers.
+
+All sides compute the same random weights in the same dtype, greedily, so that sampling costs none of them anything.
+Shapes: B prompts of P tokens, each continued by N.
+"""
+
+import dataclasses
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import Session, interleave, positive, ratio, sides, write_json
+from gpt2_core.cli import Parser
+from gpt2_core.config import ModelConfig, model_from_dict
+from gpt2_core.errors import UserError
+from gpt2_core.sampling import Sampling
+
+SIDES = {
+    "jax": ("benchmarks.generate:jax_session", {}),
+    "jax, no cache": ("benchmarks.generate:jax_uncached_session", {}),
+    "torch reference, no cache": ("benchmarks.generate:torch_session", {}),
+    "transformers": ("benchmarks.generate:transformers_session", {"cache": True}),
+    "transformers, no cache": ("benchmarks.generate:transformers_session", {"cache": False}),
+}
+
+
+def main(arguments: list[str]) -> None:
+    options = _parser().parse(arguments)
+    positive(options, "prompt", "rounds")
+    if options.tokens < 2:
+        raise UserError(f"--tokens {options.tokens}: must be 2 or more, of which the first is the prefill's")
+    model = ModelConfig(**{f.name: options.model[f.name] for f in dataclasses.fields(ModelConfig)})
+    batches = [_number(text) for text in options.batch.split(",")]
+    if options.prompt + options.tokens > model.block_size:
+        raise UserError(
+            f"--prompt {options.prompt} and --tokens {options.tokens}: more than model.block_size {model.block_size}"
+        )
+    chosen = options.sides.split(";") if options.sides else list(SIDES)
+    for name in chosen:
+        if name not in SIDES:
+            raise UserError(f"--sides {name}: there is none; use {'; '.join(SIDES)}")
+    console = Console(soft_wrap=True, highlight=False)
+    found = []
+    for batch in batches:
+        spec = {"model": dataclasses.asdict(model), "batch": batch, "prompt": options.prompt}
+        functions = {name: (SIDES[name][0], spec | SIDES[name][1]) for name in chosen}
+        with sides(functions, console) as started:
+            # A unit is a generated token, and each piece of work a prefill too: prefill alone is the work of one unit.
+            first = interleave(started, rounds=options.rounds, units=1, console=console)
+            both = interleave(started, rounds=options.rounds, units=options.tokens, console=console)
+        seconds = {
+            name: {
+                "prefill": first[name],
+                "decode": [
+                    (whole * options.tokens - prefill) / (options.tokens - 1)
+                    for whole, prefill in zip(both[name], first[name], strict=True)
+                ],
+            }
+            for name in chosen
+        }
+        found += [_row(name, batch, seconds, options.prompt) for name in chosen]
+    table = Table(
+        "side", "batch", "prefill, tokens/s", "decode, tokens/s", "prefill over transformers", "decode over it"
+    )
+    for row in found:
+        compared = (str(row[f"{what}_ratio"] or "") for what in ("prefill", "decode"))
+        table.add_row(row["side"], str(row["batch"]), f"{row['prefill']:,.0f}", f"{row['decode']:,.1f}", *compared)
+    console.print(f"{model.parameter_count:,} parameters, prompts of {options.prompt} tokens, {options.tokens} more")
+    console.print(table)
+    results = [
+        {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in row.items()} for row in found
+    ]
+    write_json(options.json, ["generate", *arguments], {"model": dataclasses.asdict(model), "sides": results})
+
+
+def jax_session(spec: dict[str, Any]) -> Session:
+    """JAX with its KV cache, as generate.py computes."""
+    params, definition, prompts = _jax(spec)
+    from gpt2_jax.generate import Generator
+
+    generator = Generator(definition)
+
+    def work(tokens: int) -> None:
+        uniforms = np.zeros((spec["batch"], tokens))
+        for _ in generator(params, prompts, uniforms, Sampling(greedy=True)):
+            pass
+
+    work(2)  # both compiled functions
+    return Session({}, work)
+
+
+def jax_uncached_session(spec: dict[str, Any]) -> Session:
+    """JAX recomputing the whole block for every token."""
+    params, definition, prompts = _jax(spec)
+    import jax
+    import jax.numpy as jnp
+
+    block = definition.config.block_size
+
+    @jax.jit
+    def following(params, tokens_BT, length):
+        model = definition.merge(params)
+        x_B1D = jax.lax.dynamic_slice_in_dim(model.hidden(tokens_BT), length - 1, 1, axis=1)
+        return jnp.argmax(model.logits(x_B1D)[:, 0], axis=-1)
+
+    def work(tokens: int) -> None:
+        ids = np.zeros((spec["batch"], block), np.int32)
+        ids[:, : spec["prompt"]] = prompts
+        for length in range(spec["prompt"], spec["prompt"] + tokens):
+            ids[:, length] = np.asarray(following(params, ids, length))
+
+    return Session({}, work)
+
+
+def torch_session(spec: dict[str, Any]) -> Session:
+    """The reference, which has no cache: a token recomputes its whole context."""
+    from gpt2_torch.generate import generate
+    from gpt2_torch.weights import build
+
+    model = build(_weights(spec))
+
+    def work(tokens: int) -> None:
+        uniforms = np.zeros((spec["batch"], tokens))
+        for _ in generate(model, _prompts(spec), uniforms, Sampling(greedy=True)):
+            pass
+
+    return Session({}, work)
+
+
+def transformers_session(spec: dict[str, Any]) -> Session:
+    """transformers' GPT2LMHeadModel, called as its own generate() calls it, without what that adds to each token."""
+    import torch
+
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("transformers isn't installed: pip install transformers, or choose other --sides") from error
+    from parity.formats import write_weights
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_weights(_weights(spec), Path(folder) / "m", "hf")
+        model = transformers.GPT2LMHeadModel.from_pretrained(Path(folder) / "m", dtype=torch.float32).eval()
+    prompts = torch.tensor(_prompts(spec))
+
+    @torch.inference_mode()
+    def work(tokens: int) -> None:
+        ids, past = prompts, None
+        for _ in range(tokens):
+            given = ids if past is None else ids[:, -1:]
+            out = model(given, past_key_values=past, use_cache=spec["cache"], logits_to_keep=1)
+            past = out.past_key_values if spec["cache"] else None
+            ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], dim=1)
+
+    return Session({}, work)
+
+
+def _jax(spec: dict[str, Any]):
+    from gpt2_jax.runtime import configure
+
+    configure("float32", 1)
+    import jax
+
+    from gpt2_jax.model import Execution, define
+    from gpt2_jax.weights import from_canonical
+
+    definition = define(model_from_dict(spec["model"], "--model"), Execution("float32"))
+    return jax.device_put(from_canonical(_weights(spec), "float32")), definition, _prompts(spec)
+
+
+def _weights(spec: dict[str, Any]):
+    from parity.subjects import random_weights
+
+    return random_weights(model_from_dict(spec["model"], "--model"))
+
+
+def _prompts(spec: dict[str, Any]) -> list[list[int]]:
+    shape = (spec["batch"], spec["prompt"])
+    return np.random.default_rng(0).integers(0, spec["model"]["vocab_size"], shape).tolist()
+
+
+def _row(name: str, batch: int, seconds: dict[str, dict[str, list[float]]], prompt: int) -> dict[str, Any]:
+    """Rates of one side, and how many times as fast as transformers with its cache it is."""
+    tokens = {"prefill": batch * prompt, "decode": batch}
+    row: dict[str, Any] = {"side": name, "batch": batch}
+    for what, count in tokens.items():
+        row[what] = count / statistics.median(seconds[name][what])
+        yardstick = seconds.get("transformers")
+        row[f"{what}_ratio"] = ratio(seconds[name][what], yardstick[what]) if yardstick else None
+    return row
+
+
+def _number(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"--batch {text}: expected numbers of 1 or more, comma between")
+    return int(text)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="bench.py generate", description=__doc__.splitlines()[0].partition(": ")[2])
+    parser.add_class_arguments(ModelConfig, "model")
+    parser.add_argument("--batch", type=str, default="1,32", help="Prompts at once, comma between.")
+    parser.add_argument("--prompt", type=int, default=128, help="Tokens of a prompt.")
+    parser.add_argument("--tokens", type=int, default=65, help="Tokens to generate; the first is the prefill's.")
+    parser.add_argument("--sides", type=str, help=f"Some of {'; '.join(SIDES)}; semicolon between. Left out: all.")
+    parser.add_argument("--rounds", type=int, default=5, help="Turns that each side takes.")
+    parser.add_argument("--json", type=str, help="File to write the results to, with command, machine and versions.")
+    return parser

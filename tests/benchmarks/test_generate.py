@@ -1,0 +1,62 @@
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import generate
+from gpt2_core.errors import UserError
+
+SMALL = [
+    *("--model.n_layer", "1", "--model.n_head", "2", "--model.n_embd", "16", "--model.block_size", "16"),
+    *("--model.vocab_size", "64", "--prompt", "4", "--tokens", "3", "--rounds", "2"),
+]
+
+
+def test_each_side_is_measured_beside_transformers(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    generate.main([*SMALL, "--batch", "2", "--sides", "jax;transformers", "--json", str(tmp_path / "o.json")])
+    jax, transformers = json.loads((tmp_path / "o.json").read_text())["results"]["sides"]
+    assert (jax["side"], jax["batch"], transformers["side"]) == ("jax", 2, "transformers")
+    assert jax["prefill"] > 0 and jax["prefill_ratio"]["median"] > 0
+    assert transformers["prefill_ratio"]["median"] == 1.0
+    assert "decode" in capsys.readouterr().out
+
+
+def test_a_token_of_the_prefill_is_not_one_of_the_decode():
+    """A prefill of 3 seconds and 4 tokens at a second each: 7 seconds for five tokens, 1.4 a token."""
+    seconds = {name: {"prefill": [3.0], "decode": [(1.4 * 5 - 3.0) / 4]} for name in ("jax", "transformers")}
+    row = generate._row("jax", 2, seconds, prompt=6)
+    assert row["prefill"] == pytest.approx(2 * 6 / 3.0) and row["decode"] == pytest.approx(2 / 1.0)
+
+
+def test_all_sides_compute_the_same_tokens():
+    """What is raced is the same work: every session's model continues the prompt alike."""
+    import torch
+
+    from benchmarks.generate import _jax, _prompts, _weights
+    from gpt2_core.sampling import Sampling
+    from gpt2_jax.generate import Generator
+    from gpt2_torch.generate import generate as by_reference
+    from gpt2_torch.weights import build
+
+    model = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64}
+    spec = {"model": model, "batch": 2, "prompt": 4}
+    params, definition, prompts = _jax(spec)
+    uniforms = np.zeros((2, 5))
+    ours = list(Generator(definition)(params, prompts, uniforms, Sampling(greedy=True)))
+    assert ours == list(by_reference(build(_weights(spec)), _prompts(spec), uniforms, Sampling(greedy=True)))
+    assert torch.tensor(prompts).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch", "1,x"], "--batch x: expected numbers of 1 or more"),
+        (["--sides", "vllm"], "--sides vllm: there is none; use jax; jax, no cache"),
+        (["--prompt", "1000", "--tokens", "100"], "more than model.block_size 1024"),
+        (["--tokens", "1"], "--tokens 1: must be 2 or more"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, words):
+    with pytest.raises(UserError, match=words):
+        generate.main(arguments)
