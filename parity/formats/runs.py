@@ -13,9 +13,11 @@ from gpt2_core.weights.safetensors import open_tensors
 
 
 def chosen_checkpoint(path: Path, choice: str) -> Path:
-    """The checkpoint of a run folder that `choice` names; any other path as it is."""
+    """The checkpoint of a run folder that `choice` names; any other path as it is, which leaves nothing to choose."""
     if path.is_dir() and (path / "config.yaml").is_file() and not metadata_path(path).is_file():
         return RunFolder(path).checkpoint(choice)
+    if choice != "latest":
+        raise UserError(f"--checkpoint {choice}: {path} is no run folder with checkpoints to choose from; leave it out")
     return path
 
 

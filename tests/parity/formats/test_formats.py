@@ -215,6 +215,11 @@ def test_the_wrong_format_named_is_refused(samples, form):
                 open_weights(samples[form], form=other)
 
 
+def test_a_checkpoint_is_chosen_of_a_run_folder_only(samples):
+    with pytest.raises(UserError, match="--checkpoint best: .* is no run folder with checkpoints to choose from"):
+        open_weights(samples["llmc"], "best")
+
+
 def test_a_bare_state_dict_is_read_with_its_runs_configuration_beside_it(tmp_path):
     weights = random_weights(CONFIG)
     torch.save(to_state_dict(weights), tmp_path / "model.pt")
