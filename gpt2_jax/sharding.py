@@ -55,10 +55,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
-def ways(axis: str) -> int:
+def ways(axis: str | None) -> int:
     """In how many parts the surrounding mesh splits a logical axis; without a mesh, one."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    names = RULES[axis]
+    names = None if axis is None else RULES[axis]
     return math.prod(sizes.get(name, 1) for name in ((names,) if isinstance(names, str) else names or ()))
 
 

@@ -51,7 +51,7 @@ def identical(a: Weights, b: Weights) -> bool:
 
 
 @given(MODELS, st.sampled_from([np.float32, np.float32, ml_dtypes.bfloat16]), st.integers(0, 2**31))
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_model_goes_through_any_two_formats_bit_for_bit(config, dtype, seed):
     """Sizes, biases, tying, padding and options are drawn; a format that can't hold the model says which setting."""
     weights = random_weights(config, seed).astype(dtype)
@@ -158,7 +158,7 @@ def test_damaged_files_end_in_one_sentence(samples, form, tmp_path, capfd):
     read_weights(samples[form])  # whatever is imported for it, isn't counted below
 
     @given(st.randoms(use_true_random=False))
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=60, deadline=None)
     def damage(generator: random.Random):
         copy = tmp_path / "copy"
         whole = samples[form]
