@@ -119,7 +119,9 @@ def parse_train_config(arguments: list[str], *, command: str, framework: str, el
     recipe = recipe or DEFAULT_RECIPE
     in_recipe = read_recipe(recipe)
     sizes = [f"--model.{name}={value}" for name, value in PRESETS[preset].items()] if preset else []
-    namespace = parser.parse([f"--config={recipe}", *sizes, *arguments])
+    # A recipe's mesh is JAX's: it says nothing of the batches that PyTorch can compute.
+    unmeshed = ["--mesh=null"] if "mesh" in elsewhere else []
+    namespace = parser.parse([f"--config={recipe}", *unmeshed, *sizes, *arguments])
     del namespace["config"], namespace["preset"]
     config = parser.instantiate(namespace)
     config = TrainConfig(**{f.name: config[f.name] for f in dataclasses.fields(TrainConfig)})

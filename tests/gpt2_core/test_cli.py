@@ -137,3 +137,12 @@ def test_a_users_error_is_one_sentence_and_exit_code_2():
     for kind, exit_code in (("UserError", 2), ("RunError", 1)):
         done = subprocess.run([sys.executable, "-c", code.format(kind)], capture_output=True, text=True)
         assert (done.returncode, done.stderr, done.stdout) == (exit_code, "error: a sentence\n", "")
+
+
+def test_a_recipes_mesh_binds_jax_alone(tmp_path):
+    (tmp_path / "r.yaml").write_text("mesh: 8\nbatch_size: 8\n")
+    line = ["--config", str(tmp_path / "r.yaml"), "--batch_size", "4"]
+    with pytest.raises(UserError, match="--mesh data=8: batch_size 4 is not divisible"):
+        parse_train_config(line, command="train_jax.py", framework="JAX", elsewhere={"device": "use --mesh"})
+    config = parse_train_config(line, command="train_torch.py", framework="Torch", elsewhere={"mesh": "use torchrun"})
+    assert (config.batch_size, config.mesh) == (4, None)
