@@ -5,8 +5,9 @@ Reads as a document: the optimizer, one step, an evaluation, and the loop around
 
 import contextlib
 import dataclasses
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -117,8 +118,17 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)
     config = resolve(config, device, processes)
-    if processes > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with _group_of(processes, device):
+        return _train(config, initial, device, rank, processes)
+
+
+def _train(
+    config: TrainConfig,
+    initial: Callable[[TrainConfig], Weights | None],
+    device: torch.device,
+    rank: int,
+    processes: int,
+) -> RunFolder:
     plan = _plan(config, initial, rank, processes)
     config, folder, tokens = plan.config, plan.folder, open_tokens(config)
 
@@ -215,9 +225,28 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
         log.end()
         if config.steps == 0 and plan.checkpoint is None:
             save(0)
-    if processes > 1:
-        dist.destroy_process_group()
     return folder
+
+
+@contextlib.contextmanager
+def _group_of(processes: int, device: torch.device) -> Iterator[None]:
+    """The process group of a run by several processes, which leave it together."""
+    if processes == 1:
+        yield
+        return
+    # Imported once there is a group, as DDP would, its functions' defaults refer to the group for ever.
+    import torch.distributed.nn.functional  # noqa: F401
+
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    except UserError:  # which all of them raise
+        dist.destroy_process_group()
+        raise
+    # Gloo's threads may still hold tensors, and let go of them whenever they get to it: fatal in a Python that is
+    # ending. The group waits for its threads when nothing refers to it any more, DDP's cycles included.
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def pick_device(choice: str) -> torch.device:
@@ -281,8 +310,6 @@ def _plan(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None],
     if processes > 1:
         dist.broadcast_object_list(outcome)
     if isinstance(outcome[0], UserError):
-        if processes > 1:
-            dist.destroy_process_group()
         raise outcome[0]
     return plan if rank == 0 else outcome[0]
 
