@@ -91,6 +91,7 @@ def jax_session(spec: dict[str, Any]) -> Session:
     from gpt2_jax.runtime import configure, has_accelerator
 
     configure(config.precision, config.mesh)
+    jax.config.update("jax_enable_compilation_cache", False)  # or the time to compile would be the time to load
     if config.device == "cuda" and not has_accelerator():
         raise UserError("--device cuda: JAX finds no GPU here; use --device cpu")
     from gpt2_core.config import parse_mesh

@@ -1,6 +1,11 @@
 """JAX's process-wide settings, made before its first use of a device, and the devices that a run gets."""
 
+import contextlib
+import hashlib
 import math
+import os
+import platform
+from pathlib import Path
 
 import jax
 
@@ -12,13 +17,40 @@ def configure(precision: str, mesh: int | str | None = None) -> None:
     """Prepare JAX for a process that computes in `precision` on `mesh`. Call it before anything touches a device.
 
     Makes as many virtual CPU devices as the mesh needs (they stay unused where there are accelerators), switches
-    float64 on for float64 alone (with it on, stray numpy scalars turn float32 arrays into float64), and keeps
-    float32 matrix products from being done in TF32, as PyTorch does.
+    float64 on for float64 alone (with it on, stray numpy scalars turn float32 arrays into float64), keeps
+    float32 matrix products from being done in TF32, as PyTorch does, and has compiled programs kept on disk.
     """
     jax.config.update("jax_num_cpu_devices", 1 if mesh is None else math.prod(parse_mesh(mesh).values()))
     jax.config.update("jax_enable_x64", precision == "float64")
     narrow = resolve_precision(precision) == "bfloat16"
     jax.config.update("jax_default_matmul_precision", None if narrow else "highest")
+    _keep_compiled_programs()
+
+
+def compilation_cache() -> Path:
+    """Where compiled programs are kept, unless JAX_COMPILATION_CACHE_DIR says where."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return caches / "gpt2-jax" / f"compiled-{platform.machine()}-{_processor()}"
+
+
+def _keep_compiled_programs() -> None:
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = compilation_cache()
+    with contextlib.suppress(OSError):  # a home that can't be written to: every process compiles for itself
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        # A run's many small programs take as long to compile as its step does.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _processor() -> str:
+    """What tells this kind of CPU from others: JAX keys its cache by the program alone, and homes are shared."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        kind = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+        return hashlib.sha256("".join(kind).encode()).hexdigest()[:8]
+    return platform.processor() or "cpu"
 
 
 def has_accelerator() -> bool:

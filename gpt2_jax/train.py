@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -28,6 +29,7 @@ from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train_step import (
     TrainState,
     abstract_state,
+    batch_sharding,
     initial_state,
     make_eval_step,
     make_train_step,
@@ -69,23 +71,43 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
 
     mesh = make_mesh(parse_mesh(config.mesh))
     definition = define_model(config)
-    if plan.checkpoint is not None:
-        optimizer = make_optimizer(config.optimizer, config.model)
-        state = restore(plan.checkpoint, abstract_state(definition, optimizer, mesh))
-    else:
-        state = new_state(config, definition, mesh, weights)
-
     device = jax.devices()[0].device_kind
     peak = peak_flops(device, config.precision)
     log = RunLog(folder, config, start_step=plan.step, peak_flops=peak and peak * mesh.size)
-    with jax.set_mesh(mesh), log:
-        log.introduce(
-            f"jax {jax.__version__} on {mesh.size} x {device} ({config.mesh}), {config.precision}, {config.attention} "
-            f"attention; {config.model.parameter_count:,} parameters; {tokens.source}; run {folder.path}"
-            + (f", from step {plan.step}" if plan.checkpoint else "")
-        )
-        _Loop(config, definition, mesh, tokens, folder, log).run(state, plan)
+    with jax.set_mesh(mesh), ThreadPoolExecutor(1) as compiler:
+        compiling = compiler.submit(compile_train_step, config, definition, mesh) if plan.step < config.steps else None
+        if plan.checkpoint is not None:
+            optimizer = make_optimizer(config.optimizer, config.model)
+            state = restore(plan.checkpoint, abstract_state(definition, optimizer, mesh))
+        else:
+            state = new_state(config, definition, mesh, weights)
+        with log:
+            log.introduce(
+                f"jax {jax.__version__} on {mesh.size} x {device} ({config.mesh}), {config.precision}, "
+                f"{config.attention} attention; {config.model.parameter_count:,} parameters; {tokens.source}; run "
+                f"{folder.path}" + (f", from step {plan.step}" if plan.checkpoint else "")
+            )
+            _Loop(config, definition, mesh, tokens, folder, log, compiling).run(state, plan)
     return folder
+
+
+def compile_train_step(
+    config: TrainConfig, definition: Definition, mesh: jax.sharding.Mesh
+) -> tuple[jax.stages.Compiled, float]:
+    """The train step of a resolved configuration, compiled from shapes alone, and the seconds that took.
+
+    Ahead of the first step, so that no step's time has it in it and no step can ever compile again. May be called in
+    any thread.
+    """
+    begin = time.perf_counter()
+    # What `with` set in another thread isn't set in this one.
+    with jax.enable_x64(definition.execution.param_dtype == "float64"), jax.set_mesh(mesh):
+        state = abstract_state(definition, make_optimizer(config.optimizer, config.model), mesh)
+        shape = (config.accumulation, config.microbatch_size, config.model.block_size)
+        tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
+        rate = jax.ShapeDtypeStruct((), definition.execution.param_dtype)
+        compiled = make_train_step(definition, config, mesh).lower(state, tokens, tokens, rate).compile()
+    return compiled, time.perf_counter() - begin
 
 
 def new_state(
@@ -109,10 +131,10 @@ class _Loop:
         tokens: TokenFolder,
         folder: RunFolder,
         log: RunLog,
+        compiling: Future[tuple[jax.stages.Compiled, float]] | None,
     ) -> None:
         self.config, self.definition, self.mesh, self.tokens = config, definition, mesh, tokens
-        self.folder, self.log = folder, log
-        self.train_step = make_train_step(definition, config, mesh)
+        self.folder, self.log, self.compiling = folder, log, compiling
         self.eval_step = make_eval_step(definition, mesh)
         self.generator = Generator(definition)
         self.writer = CheckpointWriter(folder, config.keep_checkpoints)
@@ -127,7 +149,7 @@ class _Loop:
                 self.evaluate(state, 0)
             if start < config.steps:
                 batch = self.put(start)
-                train_step = self.compile(state, batch)
+                train_step = self.compiled_step()
             waiting = None
             for step in interruptible(range(start, start if self.log.reached_target else config.steps)):
                 rate = learning_rate(step, config.steps, config.optimizer)
@@ -161,12 +183,10 @@ class _Loop:
         finally:
             self.writer.close()
 
-    def compile(self, state: TrainState, batch: tuple[jax.Array, jax.Array]):
-        """Ahead of the first step, so that no step's time has it in it and no step can ever compile again."""
+    def compiled_step(self) -> jax.stages.Compiled:
         with self.log.untimed():
-            begin = time.perf_counter()
-            compiled = self.train_step.lower(state, *batch, self.scalar(0.0)).compile()
-            self.log.say(f"compiled the train step in {time.perf_counter() - begin:.1f} s")
+            compiled, seconds = self.compiling.result()
+            self.log.say(f"compiled the train step in {seconds:.1f} s")
             return compiled
 
     def scalar(self, value: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Measure speed: python scripts/bench.py train|generate|data --help"""
+"""Measure speed: python scripts/bench.py train|generate|data|start --help"""
 
 import importlib
 
@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "a train step of both frameworks, side by side",
     "generate": "prefill and decoding, with and without KV cache, against the reference and transformers",
     "data": "tokenisation against tiktoken's own, and batches",
+    "start": "from the command to the first step, beside a bare import of the libraries",
 }
 
 

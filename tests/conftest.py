@@ -14,7 +14,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="gpt2-jax-test-cache-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
-os.environ.setdefault("JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 from gpt2_core.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig  # noqa: E402
 
