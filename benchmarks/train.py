@@ -139,7 +139,8 @@ def torch_session(spec: dict[str, Any]) -> Session:
     import torch
 
     from gpt2_torch.model import GPT2
-    from gpt2_torch.train import make_optimizer, pick_device, resolve, train_step
+    from gpt2_torch.optimizer import make_optimizer
+    from gpt2_torch.train import pick_device, resolve, train_step
 
     device = pick_device(config.device)
     config = dataclasses.replace(resolve(config, device, 1), compile=spec["compile"])

@@ -210,8 +210,19 @@ def _refuse_other_settings(config: TrainConfig, source: RunFolder) -> None:
 
 
 def _refuse_unless_free(folder: RunFolder, config: TrainConfig) -> None:
-    if folder.path.exists() and (not folder.path.is_dir() or not all(map(_is_ours, folder.path.iterdir()))):
-        raise UserError(_taken(folder, config))
+    if not folder.path.exists():
+        return
+    if folder.path.is_dir() and (_came_to_nothing(folder) or all(map(_is_ours, folder.path.iterdir()))):
+        return
+    raise UserError(_taken(folder, config))
+
+
+def _came_to_nothing(folder: RunFolder) -> bool:
+    """A run that ended before its first result, for want of memory, say."""
+    if not folder.metrics.is_file() or folder.metrics.stat().st_size or folder.steps():
+        return False
+    known = {folder.config.name, folder.metrics.name, folder.checkpoints.name}
+    return all(path.name in known or _is_ours(path) for path in folder.path.iterdir())
 
 
 def _is_ours(path: Path) -> bool:

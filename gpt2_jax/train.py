@@ -22,6 +22,7 @@ from gpt2_core.weights import Weights
 from gpt2_jax.attention import choose_kernel
 from gpt2_jax.checkpoints import CheckpointWriter, restore
 from gpt2_jax.generate import Generator
+from gpt2_jax.memory import check_memory, memory_errors
 from gpt2_jax.model import Definition, Execution, define
 from gpt2_jax.optimizer import make_optimizer
 from gpt2_jax.runtime import resolve_mesh, resolve_precision
@@ -29,10 +30,9 @@ from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train_step import (
     TrainState,
     abstract_state,
-    batch_sharding,
+    compile_eval_step,
+    compile_train_step,
     initial_state,
-    make_eval_step,
-    make_train_step,
     put_batch,
 )
 from gpt2_jax.weights import from_canonical
@@ -74,8 +74,9 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
     device = jax.devices()[0].device_kind
     peak = peak_flops(device, config.precision)
     log = RunLog(folder, config, start_step=plan.step, peak_flops=peak and peak * mesh.size)
-    with jax.set_mesh(mesh), ThreadPoolExecutor(1) as compiler:
-        compiling = compiler.submit(compile_train_step, config, definition, mesh) if plan.step < config.steps else None
+    with memory_errors(config, definition, mesh), jax.set_mesh(mesh), ThreadPoolExecutor(2) as compiler:
+        training = compiler.submit(_compile, config, definition, mesh) if plan.step < config.steps else None
+        evaluating = compiler.submit(compile_eval_step, config, definition, mesh)
         if plan.checkpoint is not None:
             optimizer = make_optimizer(config.optimizer, config.model)
             state = restore(plan.checkpoint, abstract_state(definition, optimizer, mesh))
@@ -87,27 +88,14 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
                 f"{config.attention} attention; {config.model.parameter_count:,} parameters; {tokens.source}; run "
                 f"{folder.path}" + (f", from step {plan.step}" if plan.checkpoint else "")
             )
-            _Loop(config, definition, mesh, tokens, folder, log, compiling).run(state, plan)
+            _Loop(config, definition, mesh, tokens, folder, log, training, evaluating).run(state, plan)
     return folder
 
 
-def compile_train_step(
-    config: TrainConfig, definition: Definition, mesh: jax.sharding.Mesh
-) -> tuple[jax.stages.Compiled, float]:
-    """The train step of a resolved configuration, compiled from shapes alone, and the seconds that took.
-
-    Ahead of the first step, so that no step's time has it in it and no step can ever compile again. May be called in
-    any thread.
-    """
+def _compile(config: TrainConfig, definition: Definition, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compiled, float]:
+    """The compiled step, and the seconds that took."""
     begin = time.perf_counter()
-    # What `with` set in another thread isn't set in this one.
-    with jax.enable_x64(definition.execution.param_dtype == "float64"), jax.set_mesh(mesh):
-        state = abstract_state(definition, make_optimizer(config.optimizer, config.model), mesh)
-        shape = (config.accumulation, config.microbatch_size, config.model.block_size)
-        tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
-        rate = jax.ShapeDtypeStruct((), definition.execution.param_dtype)
-        compiled = make_train_step(definition, config, mesh).lower(state, tokens, tokens, rate).compile()
-    return compiled, time.perf_counter() - begin
+    return compile_train_step(config, definition, mesh), time.perf_counter() - begin
 
 
 def new_state(
@@ -131,11 +119,11 @@ class _Loop:
         tokens: TokenFolder,
         folder: RunFolder,
         log: RunLog,
-        compiling: Future[tuple[jax.stages.Compiled, float]] | None,
+        training: Future[tuple[jax.stages.Compiled, float]] | None,
+        evaluating: Future[jax.stages.Compiled],
     ) -> None:
         self.config, self.definition, self.mesh, self.tokens = config, definition, mesh, tokens
-        self.folder, self.log, self.compiling = folder, log, compiling
-        self.eval_step = make_eval_step(definition, mesh)
+        self.folder, self.log, self.training, self.evaluating = folder, log, training, evaluating
         self.generator = Generator(definition)
         self.writer = CheckpointWriter(folder, config.keep_checkpoints)
         self.batches = TrainingBatches(
@@ -145,11 +133,12 @@ class _Loop:
     def run(self, state: TrainState, plan: RunPlan) -> None:
         config, start = self.config, plan.step
         try:
+            if start < config.steps:
+                train_step = self.compiled_step()
             if plan.checkpoint is None:
                 self.evaluate(state, 0)
             if start < config.steps:
                 batch = self.put(start)
-                train_step = self.compiled_step()
             waiting = None
             for step in interruptible(range(start, start if self.log.reached_target else config.steps)):
                 rate = learning_rate(step, config.steps, config.optimizer)
@@ -185,7 +174,8 @@ class _Loop:
 
     def compiled_step(self) -> jax.stages.Compiled:
         with self.log.untimed():
-            compiled, seconds = self.compiling.result()
+            compiled, seconds = self.training.result()
+            check_memory(compiled, self.config, self.definition, self.mesh)
             self.log.say(f"compiled the train step in {seconds:.1f} s")
             return compiled
 
@@ -205,6 +195,7 @@ class _Loop:
         if not len(self.tokens.val):
             return
         with self.log.untimed():
+            eval_step = self.evaluating.result()
             losses, count = [], 0
             for batch in evaluation_batches(
                 self.tokens.val,
@@ -212,7 +203,7 @@ class _Loop:
                 batch_size=self.config.microbatch_size,
                 sequences=self.config.eval_sequences,
             ):
-                losses.append(self.eval_step(state.params, *batch))
+                losses.append(eval_step(state.params, *batch))
                 count += int((batch.targets != IGNORED).sum())
             self.log.evaluation(step, math.fsum(map(float, losses)) / count)
 

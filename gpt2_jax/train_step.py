@@ -121,6 +121,24 @@ def make_train_step(
     )
 
 
+def compile_train_step(config: TrainConfig, definition: Definition, mesh: Mesh) -> jax.stages.Compiled:
+    """The train step of a resolved configuration, compiled from shapes alone, in any thread."""
+    # What `with` set in another thread isn't set in this one.
+    with jax.enable_x64(definition.execution.param_dtype == "float64"), jax.set_mesh(mesh):
+        state = abstract_state(definition, make_optimizer(config.optimizer, config.model), mesh)
+        shape = (config.accumulation, config.microbatch_size, config.model.block_size)
+        tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
+        rate = jax.ShapeDtypeStruct((), definition.execution.param_dtype)
+        return make_train_step(definition, config, mesh).lower(state, tokens, tokens, rate).compile()
+
+
+def compile_eval_step(config: TrainConfig, definition: Definition, mesh: Mesh) -> jax.stages.Compiled:
+    """The evaluation of as many sequences as a train step computes at once, compiled likewise."""
+    with jax.enable_x64(definition.execution.param_dtype == "float64"), jax.set_mesh(mesh):
+        tokens = jax.ShapeDtypeStruct((config.microbatch_size, config.model.block_size), np.int32)
+        return make_eval_step(definition, mesh).lower(dict(definition.abstract), tokens, tokens).compile()
+
+
 def step_key(seed: int, step: int | jax.Array) -> jax.Array:
     """The key of all that is random in a step."""
     return jax.random.fold_in(jax.random.key(seed), step)

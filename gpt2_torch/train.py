@@ -1,6 +1,6 @@
 """The reference trainer, on one device or, under torchrun, on one device a process (DistributedDataParallel).
 
-Reads as a document: the optimizer, one step, an evaluation, and the loop around them.
+Reads as a document: one step, an evaluation, and the loop around them.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_core.batches import IGNORED, Batch, TrainingBatches, evaluation_batches
-from gpt2_core.config import OptimizerConfig, TrainConfig, accumulate
+from gpt2_core.config import TrainConfig, accumulate
 from gpt2_core.errors import UserError
 from gpt2_core.interrupt import interruptible
 from gpt2_core.run_folder import RunFolder, RunPlan, metadata_of, plan_run
@@ -27,21 +27,10 @@ from gpt2_core.tokens import open_tokens, steps_of
 from gpt2_core.weights import Weights
 from gpt2_torch import checkpoints
 from gpt2_torch.generate import generate
+from gpt2_torch.memory import memory_errors
 from gpt2_torch.model import GPT2
+from gpt2_torch.optimizer import make_optimizer
 from gpt2_torch.weights import to_state_dict
-
-
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW whose decay leaves biases and layer norms (everything of one dimension) alone."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    spared = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=decayed[0].device.type in ("cpu", "cuda"),
-    )
 
 
 def accumulate_gradients(
@@ -118,7 +107,7 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)
     config = resolve(config, device, processes)
-    with _group_of(processes, device):
+    with memory_errors(config, device, processes), _group_of(processes, device):
         return _train(config, initial, device, rank, processes)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 import gpt2_jax.train_step
-import gpt2_torch.train
+import gpt2_torch.optimizer
 from gpt2_core.config import OptimizerConfig, TrainConfig
 from gpt2_jax.weights import canonical_arrays as jax_arrays
 from gpt2_torch.weights import build
@@ -73,7 +73,7 @@ def _jax_decay(subject: Subject) -> dict[str, float]:
 def _torch_decay(subject: Subject) -> dict[str, float]:
     model = build(subject.weights.astype(np.float64))
     before = torch_arrays({n: p.detach().clone() for n, p in model.named_parameters()}, model.config)
-    optimizer = gpt2_torch.train.make_optimizer(model, OptimizerConfig(weight_decay=0.1, learning_rate=0.5))
+    optimizer = gpt2_torch.optimizer.make_optimizer(model, OptimizerConfig(weight_decay=0.1, learning_rate=0.5))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()

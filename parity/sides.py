@@ -18,6 +18,7 @@ import gpt2_jax.train
 import gpt2_jax.train_step
 import gpt2_jax.weights
 import gpt2_torch.generate
+import gpt2_torch.optimizer
 import gpt2_torch.train
 import gpt2_torch.weights
 from gpt2_core.batches import Batch
@@ -245,7 +246,7 @@ class TorchSide:
             with_dropout.load_state_dict(model.state_dict())
             model = with_dropout
         model.train()
-        optimizer = gpt2_torch.train.make_optimizer(model, config.optimizer)
+        optimizer = gpt2_torch.optimizer.make_optimizer(model, config.optimizer)
         rows, watched = [], []
         for number, batch in enumerate(batches):
             with _GivenMasks(masks[number] if masks is not None else []):

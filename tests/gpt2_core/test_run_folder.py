@@ -90,6 +90,16 @@ def test_what_a_process_killed_at_its_start_left_is_no_hindrance(make_config, tm
     assert {p.name for p in begin(make_config()).folder.path.iterdir()} == {".lock", "config.yaml"}
 
 
+def test_a_run_that_came_to_nothing_is_no_hindrance_to_another(make_config):
+    folder = begin(make_config()).folder
+    folder.checkpoints.mkdir()
+    folder.metrics.touch()
+    assert reopen(make_config(), seed=5).checkpoint is None
+    folder.metrics.write_text(json.dumps(row(0)) + "\n")
+    with pytest.raises(UserError, match="another configuration"):
+        reopen(make_config(), seed=6)
+
+
 def test_a_run_may_go_on_elsewhere_from_a_checkpoint_of_another(make_config, tmp_path):
     source = fake_run(make_config(), [1, 3], [row(0)])
     fork = reopen(make_config(), resume=str(source.checkpoints / "1"), run_dir=str(tmp_path / "fork"), mesh="fsdp=4")

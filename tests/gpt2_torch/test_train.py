@@ -12,7 +12,8 @@ from gpt2_core.config import ModelConfig, OptimizerConfig, from_yaml, to_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.run_folder import read_metrics
 from gpt2_torch.model import GPT2
-from gpt2_torch.train import accumulate_gradients, make_optimizer, pick_device, train, train_step
+from gpt2_torch.optimizer import make_optimizer
+from gpt2_torch.train import accumulate_gradients, pick_device, train, train_step
 
 
 def losses(folder, split="train"):

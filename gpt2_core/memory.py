@@ -1,0 +1,93 @@
+"""The sentence that ends a run for which there is too little memory, and what would fit in its place.
+
+A planner is a function of (sequences at once on a device, accumulation) that gives the bytes a step needs there; each
+framework has its own, which asks its compiler or runs the step on tensors without values.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from gpt2_core.config import TrainConfig
+from gpt2_core.errors import UserError
+
+Planner = Callable[[int, int], int]
+
+# Where Linux says what a container may have, in its two generations of control groups.
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def out_of_memory(config: TrainConfig, planner: Planner, *, ways: int, available: int, device: str) -> UserError:
+    """What to raise when the step of `config`, its batch spread over `ways` devices, is too large for one of them."""
+    asked = config.microbatch_size // ways
+    tokens = f"{asked} sequences of {config.model.block_size} tokens at once"
+    needed = planner(asked, config.accumulation)
+    given = f"--batch_size {config.batch_size} with --accumulation {config.accumulation}: " + (
+        f"{tokens} on each of {ways} devices" if ways > 1 else tokens
+    )
+    words = f"out of memory: {given} need about {_gigabytes(needed)}, and there are {_gigabytes(available)} on {device}"
+    fits = largest_fit(lambda n: planner(n, config.accumulation), available, below=asked, needed_below=needed)
+    if fits:
+        choices = [f"--batch_size {fits * ways * config.accumulation}"]
+        accumulation = _smallest_accumulation(config, planner, ways, available, fits)
+        choices += [] if accumulation is None else [f"--accumulation {accumulation}"]
+        return UserError(f"{words}; expected to fit: {' or '.join(choices)}")
+    return UserError(
+        f"{words}; not even one sequence fits: use a smaller model or block_size, or with train_jax.py --remat true "
+        "or a --mesh with fsdp"
+    )
+
+
+def largest_fit(needed: Callable[[int], int], available: int, *, below: int, needed_below: int) -> int:
+    """The largest n under `below` whose `needed(n)` is at most `available`, or 0; `needed` grows with n.
+
+    A call costs a compilation: n is interpolated, and tried before it is believed. Where `needed` isn't quite linear,
+    the n found fits, and a slightly larger one might.
+    """
+    low, needed_low, high, needed_high = 1, needed(1), below, needed_below
+    if needed_low > available or below <= 1:
+        return 0
+    while high - low > 1:
+        slope = max(1, (needed_high - needed_low) // (high - low))
+        guess = min(low + (available - needed_low) // slope, high - 1)
+        if guess == low:
+            return low
+        needed_guess = needed(guess)
+        if needed_guess <= available:
+            return guess
+        high, needed_high = guess, needed_guess
+    return low
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may have: the machine's, or the container's limit."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = [path.read_text(encoding="ascii").strip() for path in LIMITS if path.is_file()]
+    return min([physical, *(int(text) for text in found if text.isdigit())])
+
+
+def _smallest_accumulation(config: TrainConfig, planner: Planner, ways: int, available: int, fits: int) -> int | None:
+    """The fewest parts, more than asked for, that the batch can be computed in and that fit."""
+    sequences = config.batch_size // ways
+    for accumulation in range(config.accumulation + 1, sequences + 1):
+        # More than one part needs a buffer for the sum of their gradients, so what fits may be less than `fits`.
+        at_once = sequences // accumulation
+        if sequences % accumulation == 0 and at_once <= fits and planner(at_once, accumulation) <= available:
+            return accumulation
+    return None
+
+
+def of_batch(config: TrainConfig, sequences: int, accumulation: int) -> TrainConfig:
+    """The configuration with another batch, of so many sequences at once."""
+    return dataclasses.replace(
+        config,
+        batch_size=sequences * accumulation,
+        accumulation=accumulation,
+        batch_tokens=None,
+        device_batch_size=None,
+    )
+
+
+def _gigabytes(number: int) -> str:
+    return f"{number / 1e9:,.1f} GB"

@@ -1,0 +1,64 @@
+"""What a train step needs, found by taking it with tensors that have shapes and no values."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from gpt2_core.config import TrainConfig
+from gpt2_core.memory import host_memory, out_of_memory
+from gpt2_torch.model import GPT2
+from gpt2_torch.optimizer import make_optimizer
+
+
+@contextlib.contextmanager
+def memory_errors(config: TrainConfig, device: torch.device, processes: int) -> Iterator[None]:
+    """Turn PyTorch's running out of memory into a sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Each device's allocator has words of its own.
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        available = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
+
+        def planner(sequences: int, accumulation: int) -> int:
+            return bytes_needed(config, device.type, sequences, accumulation, processes)
+
+        raise out_of_memory(config, planner, ways=processes, available=available, device=device.type) from error
+
+
+def bytes_needed(config: TrainConfig, device: str, sequences: int, accumulation: int, processes: int = 1) -> int:
+    """Largest number of bytes in tensors during a step of so many sequences at once, uncompiled; compiled, a model
+    keeps less for its backward pass."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if config.precision == "float64" else torch.float32)
+    try:
+        with FakeTensorMode(), torch.device(device):
+            model = GPT2(config.model)
+            optimizer = make_optimizer(model, config.optimizer)
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()  # makes the moments
+            optimizer.zero_grad(set_to_none=True)
+            tokens_BT = torch.zeros((sequences, config.model.block_size), dtype=torch.long)
+            tracker = MemTracker()
+            tracker.track_external(model, optimizer, tokens_BT)
+            with tracker:
+                for part in range(min(accumulation, 2)):  # from the second on, gradients are there from the start
+                    if part:
+                        tracker.reset_mod_stats()
+                    with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                        loss = model(tokens_BT, tokens_BT)
+                    loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+            parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    finally:
+        torch.set_default_dtype(default)
+    peak = max(found["Total"] for found in tracker.get_tracker_snapshot("peak").values())
+    # DistributedDataParallel has a second copy of the gradients, to send.
+    return peak + (parameters if processes > 1 else 0)

@@ -1,0 +1,19 @@
+"""AdamW, by which parameters decay."""
+
+import torch
+from torch import nn
+
+from gpt2_core.config import OptimizerConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW whose decay leaves biases and layer norms (everything of one dimension) alone."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    spared = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=decayed[0].device.type in ("cpu", "cuda"),
+    )

@@ -1,0 +1,60 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gpt2_core.errors import UserError
+from gpt2_torch.memory import bytes_needed, memory_errors
+
+# Beside the planner's word, how much a real process grows; a small step first has the libraries' own memory in it.
+PROGRAM = """
+import resource, torch
+from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_torch.memory import bytes_needed
+from gpt2_torch.model import GPT2
+from gpt2_torch.optimizer import make_optimizer
+from gpt2_torch.train import train_step
+
+def after(model, sequences):
+    model = GPT2(model)
+    optimizer = make_optimizer(model, OptimizerConfig())
+    tokens = torch.zeros((sequences, 256), dtype=torch.long)
+    train_step(model, optimizer, tokens, tokens, learning_rate=1e-3, clip_norm=1.0)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+config = TrainConfig(ModelConfig(4, 4, 256, 256, 8192), precision="float32")
+few, many = after(config.model, 2), after(config.model, 14)
+print((many - few) / (bytes_needed(config, "cpu", 14, 1) - bytes_needed(config, "cpu", 2, 1)))
+"""
+
+
+def test_a_process_grows_as_planned():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(1.0, abs=0.15)
+
+
+def test_parts_cost_a_buffer_of_gradients_and_processes_another(make_config):
+    config = make_config()
+    parameters = 4 * config.model.parameter_count
+    one, two, three = (bytes_needed(config, "cpu", 1, parts) for parts in (1, 2, 3))
+    assert two == three and one < two <= one + parameters
+    assert bytes_needed(config, "cpu", 1, 1, processes=2) == one + parameters
+
+
+def test_running_out_of_memory_ends_with_a_sentence(make_config, monkeypatch):
+    config = make_config(batch_size=64)
+    monkeypatch.setattr("gpt2_torch.memory.host_memory", lambda: bytes_needed(config, "cpu", 20, 1))
+    with (
+        pytest.raises(UserError, match=r"out of memory: --batch_size 64 .*: --batch_size 20 or --accumulation 4$"),
+        memory_errors(config, torch.device("cpu"), 1),
+    ):
+        torch.empty(1 << 60, dtype=torch.int8)
+
+
+def test_other_errors_pass(make_config):
+    with (
+        pytest.raises(RuntimeError, match="something else"),
+        memory_errors(make_config(), torch.device("cpu"), 1),
+    ):
+        raise RuntimeError("something else")
