@@ -1,10 +1,11 @@
 """Causal attention: cuDNN's flash kernel where there is one, and a form that runs everywhere in every dtype.
 
-Shapes: B batch, T queries, S keys, H heads, K head size. The XLA form works on (B, H, T, K), which on CPU is three
-times faster than jax.nn.dot_product_attention on (B, T, H, K), and takes its softmax in float64 for float64 inputs,
-which that function doesn't.
+Shapes: B batch, T queries, S keys, H heads, K head size, C queries of a block. The XLA form works on (B, H, T, K),
+on CPU three times faster than jax.nn.dot_product_attention on (B, T, H, K), and takes its softmax in float64 for
+float64 inputs, which that function doesn't.
 """
 
+import functools
 import math
 from typing import Literal
 
@@ -55,18 +56,65 @@ def causal_attention(
         q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHTK, k_BHTK, v_BHTK))
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
         return out.transpose(0, 2, 1, 3)
-    T = q_BHTK.shape[2]
-    mask_TS = jnp.tril(jnp.ones((T, T), bool))
-    drops = key is not None and rate > 0  # by one mask for all the weights
-    if T < SHORTEST_IN_BLOCKS or T % BLOCKS or drops:
-        return _attend(q_BHTK, k_BHTK, v_BHTK, mask_TS, rate, key)
-    # A block of queries sees no key behind its own end, so that of the square of scores 5/8 are computed.
-    C = T // BLOCKS
-    blocks = []
-    for begin, end in zip(range(0, T, C), range(C, T + 1, C), strict=True):
-        keys, values, mask = k_BHTK[:, :, :end], v_BHTK[:, :, :end], mask_TS[begin:end, :end]
-        blocks.append(_attend(q_BHTK[:, :, begin:end], keys, values, mask, 0.0, None))
-    return jnp.concatenate(blocks, axis=2)
+    if key is not None and rate > 0:
+        return _attend(q_BHTK, k_BHTK, v_BHTK, _causal_mask(q_BHTK.shape[2]), rate, key)
+    return _causal(q_BHTK, k_BHTK, v_BHTK)
+
+
+@jax.custom_vjp
+def _causal(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array) -> jax.Array:
+    """In blocks of queries: one sees no key behind its own end, so that of the square of scores 5/8 are computed."""
+    return _causal_forward(q_BHTK, k_BHTK, v_BHTK)[0]
+
+
+def _causal_forward(q_BHTK, k_BHTK, v_BHTK):
+    mask_TS = _causal_mask(q_BHTK.shape[2])
+    outs, weights = [], []
+    for begin, end in _blocks(q_BHTK.shape[2]):
+        w_BHCS = _weights(q_BHTK[:, :, begin:end], k_BHTK[:, :, :end], mask_TS[begin:end, :end]).astype(v_BHTK.dtype)
+        outs.append(jnp.einsum("bhcs,bhsk->bhck", w_BHCS, v_BHTK[:, :, :end]))
+        weights.append(w_BHCS)
+    out_BHTK = jnp.concatenate(outs, axis=2)
+    return out_BHTK, (q_BHTK, k_BHTK, v_BHTK, out_BHTK, weights)
+
+
+def _causal_backward(saved, g_BHTK):
+    """What autodiff would do, with the softmax's sum over the keys taken over the head size in its place: the weights
+    times their gradients add up to the output times its own (Dao et al. 2022, "FlashAttention", appendix B)."""
+    q_BHTK, k_BHTK, v_BHTK, out_BHTK, weights = saved
+    dtype, wide = q_BHTK.dtype, jnp.promote_types(q_BHTK.dtype, jnp.float32)
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
+    sums_BHT1 = jnp.sum(g_BHTK.astype(wide) * out_BHTK, axis=-1, keepdims=True)
+    blocks = _blocks(q_BHTK.shape[2])
+    by_q, by_k, by_v = [], [[] for _ in blocks], [[] for _ in blocks]
+    for (begin, end), w_BHCS in zip(blocks, weights, strict=True):
+        q_BHCK, g_BHCK = q_BHTK[:, :, begin:end], g_BHTK[:, :, begin:end]
+        by_w_BHCS = product("bhck,bhsk->bhcs", g_BHCK, v_BHTK[:, :, :end])
+        by_scores_BHCS = w_BHCS * (by_w_BHCS - sums_BHT1[:, :, begin:end]) / math.sqrt(q_BHTK.shape[-1])
+        by_scores_BHCS = by_scores_BHCS.astype(dtype)
+        by_q.append(jnp.einsum("bhcs,bhsk->bhck", by_scores_BHCS, k_BHTK[:, :, :end]))
+        of_k_BHSK = product("bhcs,bhck->bhsk", by_scores_BHCS, q_BHCK)
+        of_v_BHSK = product("bhcs,bhck->bhsk", w_BHCS, g_BHCK)
+        # A block of keys gets its gradient from every block of queries that sees it.
+        for number, (first, last) in enumerate(blocks):
+            if last <= end:
+                by_k[number].append(of_k_BHSK[:, :, first:last])
+                by_v[number].append(of_v_BHSK[:, :, first:last])
+    by_k_BHTK, by_v_BHTK = (jnp.concatenate([sum(parts) for parts in by], axis=2).astype(dtype) for by in (by_k, by_v))
+    return jnp.concatenate(by_q, axis=2), by_k_BHTK, by_v_BHTK
+
+
+_causal.defvjp(_causal_forward, _causal_backward)
+
+
+def _blocks(T: int) -> list[tuple[int, int]]:
+    """The queries of each block, from and to."""
+    C = T if T < SHORTEST_IN_BLOCKS or T % BLOCKS else T // BLOCKS
+    return [(begin, begin + C) for begin in range(0, T, C)]
+
+
+def _causal_mask(T: int) -> jax.Array:
+    return jnp.tril(jnp.ones((T, T), bool))
 
 
 def cached_attention(q_BHTK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, positions_BT: jax.Array) -> jax.Array:
@@ -77,8 +125,11 @@ def cached_attention(q_BHTK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, po
 
 
 def _attend(q, k, v, mask, rate, key) -> jax.Array:
-    # Products accumulate and the softmax is taken in float32 at least, whatever the inputs.
-    scores = wide_einsum("bhtk,bhsk->bhts", q, k) / math.sqrt(q.shape[-1])
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-    weights = dropout(weights, rate, key).astype(v.dtype)
+    weights = dropout(_weights(q, k, mask), rate, key).astype(v.dtype)
     return jnp.einsum("bhts,bhsk->bhtk", weights, v)
+
+
+def _weights(q, k, mask) -> jax.Array:
+    # The product accumulates and the softmax is taken in float32 at least, whatever the inputs.
+    scores = wide_einsum("bhtk,bhsk->bhts", q, k) / math.sqrt(q.shape[-1])
+    return jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)

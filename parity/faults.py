@@ -128,11 +128,10 @@ def _mask(offset: int) -> Patch:
     return replacing(gpt2_jax.attention.jnp, "tril", make)
 
 
-def _additive_mask(attend):
-    def wrong(q, k, v, mask, rate, key):
+def _additive_mask(weights):
+    def wrong(q, k, mask):
         scores = jnp.einsum("bhtk,bhsk->bhts", q, k) / math.sqrt(q.shape[-1])
-        weights = jax.nn.softmax(scores + jnp.where(mask, 0.0, -1e4), axis=-1)
-        return jnp.einsum("bhts,bhsk->bhtk", weights, v)
+        return jax.nn.softmax(scores + jnp.where(mask, 0.0, -1e4), axis=-1)
 
     return wrong
 
@@ -490,7 +489,7 @@ FAULTS = (
         "(github.com/TransformerLensOrg/TransformerLens/issues/318)",
         "forward",
         "block 0, attn out",
-        replacing(gpt2_jax.attention, "_attend", _additive_mask),
+        replacing(gpt2_jax.attention, "_weights", _additive_mask),
         prepare=lambda name, a: 100 * a if name.endswith("c_attn.weight") else a,
     ),
     Fault(
