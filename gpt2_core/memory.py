@@ -6,6 +6,8 @@ framework has its own, which asks its compiler or runs the step on tensors witho
 
 import dataclasses
 import os
+import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +67,15 @@ def host_memory() -> int:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = [path.read_text(encoding="ascii").strip() for path in LIMITS if path.is_file()]
     return min([physical, *(int(text) for text in found if text.isdigit())])
+
+
+def peak_memory() -> int:
+    """Bytes of this process's largest resident set since it began."""
+    if sys.platform == "linux":
+        # What getrusage calls a process's largest set may be that of the process that started it.
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _smallest_accumulation(config: TrainConfig, planner: Planner, ways: int, available: int, fits: int) -> int | None:

@@ -1,10 +1,12 @@
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_core.memory import host_memory, largest_fit, out_of_memory
+from gpt2_core.memory import host_memory, largest_fit, out_of_memory, peak_memory
 
 numbers = st.integers(0, 10**6)
 
@@ -63,3 +65,12 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     (tmp_path / "memory.limit_in_bytes").write_text("max\n")
     monkeypatch.setattr("gpt2_core.memory.LIMITS", (*tmp_path.iterdir(), tmp_path / "missing"))
     assert host_memory() == 123456789
+
+
+def test_a_process_counts_its_own_memory_and_not_that_of_the_process_that_started_it():
+    block = b"1" * 400_000_000
+    assert peak_memory() > len(block)
+    program = "from gpt2_core.memory import *; print(peak_memory()); b = b'1' * 300_000_000; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before < 200_000_000 and after - before > 290_000_000

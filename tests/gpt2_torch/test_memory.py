@@ -9,8 +9,9 @@ from gpt2_torch.memory import bytes_needed, memory_errors
 
 # Beside the planner's word, how much a real process grows; a small step first has the libraries' own memory in it.
 PROGRAM = """
-import resource, torch
+import torch
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.memory import peak_memory
 from gpt2_torch.memory import bytes_needed
 from gpt2_torch.model import GPT2
 from gpt2_torch.optimizer import make_optimizer
@@ -21,7 +22,7 @@ def after(model, sequences):
     optimizer = make_optimizer(model, OptimizerConfig())
     tokens = torch.zeros((sequences, 256), dtype=torch.long)
     train_step(model, optimizer, tokens, tokens, learning_rate=1e-3, clip_norm=1.0)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_memory()
 
 config = TrainConfig(ModelConfig(4, 4, 256, 256, 8192), precision="float32")
 few, many = after(config.model, 2), after(config.model, 14)

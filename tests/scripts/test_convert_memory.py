@@ -30,11 +30,11 @@ def synthetic(config: ModelConfig) -> Weights:
 
 def peak_memory(folder: Path, *arguments: str) -> int:
     """Largest resident set of a conversion, in bytes, mapped files included."""
-    command = [sys.executable, str(ROOT / "scripts/convert.py"), *arguments]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0
-    return usage.ru_maxrss * 1024
+    program = "import sys, convert, gpt2_core.memory as m; convert.main(sys.argv[1:]); print(m.peak_memory())"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT}"}
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return int(done.stdout.split()[-1])
 
 
 @pytest.mark.slow
