@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpt2_jax.sharding import gather, ways
+from gpt2_jax.sharding import constrain, gather, ways
 
 # Which axis of a bias goes with which output axis of a weight.
 _BIAS_AXIS = {"embed": "embed", "heads": "heads_bias", "mlp": "mlp_bias", None: None}
@@ -73,12 +73,35 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, looked up by row; rows from `used` on are zero and never looked up (see model.py)."""
+    """A table of vectors, for `look_up`; rows from `used` on are zero and never looked up (see model.py)."""
 
     def __init__(self, rows: int, size: int, axes, *, used: int, std: float, param_dtype, rngs: nnx.Rngs) -> None:
         table = std * jax.random.normal(rngs.params(), (used, size), jnp.float32)
         table = jnp.pad(table, ((0, rows - used), (0, 0)))
         self.weight = nnx.Param(table.astype(param_dtype), logical_axes=axes)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(gather(self.weight), ids, axis=0)
+    def table(self) -> jax.Array:
+        """The table, (rows, D)."""
+        return gather(self.weight)
+
+    def spread(self) -> jax.Array:
+        """The table once for each way in which the mesh splits the batch, (S, rows, D): no device holds another's.
+
+        A gradient by it is each way's own, which all that uses the table adds to, before the ways are summed: devices
+        exchange one gradient for the token embeddings and the head that are tied to them, and not two.
+        """
+        table = self.table()
+        rows, _ = self.weight.get_metadata()["logical_axes"]
+        return constrain(jnp.broadcast_to(table, (ways("batch"), *table.shape)), "batch", rows, None)
+
+
+def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """The rows (..., D) of a table (rows, D) at the ids.
+
+    Of a table that is spread, (S, rows, D), at ids (B, T): for each way, those of its own sequences.
+    """
+    if table.ndim == 2:
+        return jnp.take(table, ids, axis=0)
+    ids_SbT = constrain(ids.reshape(len(table), -1, ids.shape[-1]), "batch", None, None)
+    rows_SbTD = jax.vmap(look_up)(table, ids_SbT)
+    return constrain(rows_SbTD, "batch", None, None, None).reshape(*ids.shape, -1)

@@ -18,11 +18,11 @@ from gpt2_core.weights.layouts import JAX
 from gpt2_jax.attention import Kernel, cached_attention, causal_attention
 from gpt2_jax.capture import is_tapping, scope, tap
 from gpt2_jax.dropout import dropout, site
-from gpt2_jax.layers import Embedding, LayerNorm, Linear, RMSNorm
+from gpt2_jax.layers import Embedding, LayerNorm, Linear, RMSNorm, look_up
 from gpt2_jax.loss import summed_cross_entropy
 from gpt2_jax.products import wide_einsum
 from gpt2_jax.rope import rotate
-from gpt2_jax.sharding import Axes, constrain, gather
+from gpt2_jax.sharding import Axes, constrain
 
 Params = dict[str, jax.Array]
 
@@ -166,13 +166,17 @@ class GPT2(nnx.Module):
 
     def loss(self, tokens_BT: jax.Array, targets_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """Summed cross-entropy of the targets that aren't IGNORED, in float32 at least."""
-        x_BTD = self.hidden(tokens_BT, dropout_key=dropout_key)
-        return summed_cross_entropy(x_BTD, self._head_VD(), targets_BT, self.config.vocab_size)
+        # One table for both its uses, if they are tied: their gradients are then added before devices exchange them.
+        wte_SVD = self.wte.spread()
+        x_BTD = self.hidden(tokens_BT, dropout_key=dropout_key, wte=wte_SVD)
+        return summed_cross_entropy(x_BTD, self._head(wte_SVD), targets_BT, self.config.vocab_size)
 
-    def hidden(self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
-        """What the head sees: (B, T, D) after the last layer norm."""
+    def hidden(
+        self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None, wte: jax.Array | None = None
+    ) -> jax.Array:
+        """What the head sees: (B, T, D) after the last layer norm; `wte` is the embeddings' table, if it is at hand."""
         positions_T = jnp.arange(tokens_BT.shape[1])
-        x_BTD = self._embed(tokens_BT, positions_T)
+        x_BTD = self._embed(tokens_BT, positions_T, wte)
         x_BTD = dropout(tap("embeddings", x_BTD), self.config.dropout, site(dropout_key, 0))
         if is_tapping() and (self.execution.scan_layers or self.execution.remat):
             raise ValueError(
@@ -189,7 +193,7 @@ class GPT2(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head's scores of the vocabulary."""
-        head_VD = self._head_VD()[: self.config.vocab_size].astype(x_BTD.dtype)
+        head_VD = self._head(self.wte.table())[: self.config.vocab_size].astype(x_BTD.dtype)
         return tap("logits", wide_einsum("btd,vd->btv", x_BTD, head_VD))
 
     def decode(
@@ -207,14 +211,17 @@ class GPT2(nnx.Module):
             grown.append(cache)
         return self.ln_f(x_BTD), grown
 
-    def _embed(self, tokens_BT: jax.Array, positions: jax.Array) -> jax.Array:
-        x_BTD = self.wte(tokens_BT)
+    def _embed(self, tokens_BT: jax.Array, positions: jax.Array, wte: jax.Array | None = None) -> jax.Array:
+        x_BTD = look_up(self.wte.table() if wte is None else wte, tokens_BT)
         if self.wpe is not None:
-            x_BTD = x_BTD + self.wpe(positions)
+            x_BTD = x_BTD + look_up(self.wpe.table(), positions)
         return constrain(x_BTD, "batch", None, None)
 
-    def _head_VD(self) -> jax.Array:
-        return gather((self.wte if self.lm_head is None else self.lm_head).weight)
+    def _head(self, wte: jax.Array) -> jax.Array:
+        """The head's weights, laid out as the embeddings' table that is given: (V, D) or (S, V, D)."""
+        if self.lm_head is None:
+            return wte
+        return self.lm_head.table() if wte.ndim == 2 else self.lm_head.spread()
 
     def _block_function(self, graph: nnx.GraphDef):
         """A block as a pure function of its parameters."""

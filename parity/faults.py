@@ -229,7 +229,7 @@ def _gate_and_value_swapped(call):
 
 
 def _untied(head):
-    return lambda self: head(self) + 0.02 * jax.random.normal(jax.random.key(7), head(self).shape, head(self).dtype)
+    return lambda self, wte: head(self, wte) + 0.02 * jax.random.normal(jax.random.key(7), wte.shape[-2:], wte.dtype)
 
 
 def _shifted_twice(loss):
@@ -526,14 +526,14 @@ FAULTS = (
         "a head with a weight of its own, initialised apart from the embedding",
         "forward",
         "logits",
-        replacing(gpt2_jax.model.GPT2, "_head_VD", _untied),
+        replacing(gpt2_jax.model.GPT2, "_head", _untied),
     ),
     Fault(
         "head tied but not updated",
         "the head uses a copy of the embedding: right until the first update",
         "gradients",
         "wte weight",
-        replacing(gpt2_jax.model.GPT2, "_head_VD", lambda head: lambda self: jax.lax.stop_gradient(head(self))),
+        replacing(gpt2_jax.model.GPT2, "_head", lambda head: lambda self, wte: jax.lax.stop_gradient(head(self, wte))),
     ),
     Fault(
         "positions from one",
@@ -544,8 +544,8 @@ FAULTS = (
             gpt2_jax.model.GPT2,
             "_embed",
             lambda embed: (
-                lambda self, tokens, positions: embed(
-                    self, tokens, jnp.minimum(positions + 1, self.config.block_size - 1)
+                lambda self, tokens, positions, *table: embed(
+                    self, tokens, jnp.minimum(positions + 1, self.config.block_size - 1), *table
                 )
             ),
         ),
@@ -558,7 +558,7 @@ FAULTS = (
         replacing(
             gpt2_jax.model.GPT2,
             "_embed",
-            lambda embed: lambda self, tokens, positions: embed(self, tokens, positions) * _sqrt(self.config.n_embd),
+            lambda embed: lambda self, *inputs: embed(self, *inputs) * _sqrt(self.config.n_embd),
         ),
     ),
     Fault(
@@ -602,7 +602,7 @@ FAULTS = (
         "rows that pad the vocabulary take part in the normalisation",
         "gradients",
         "ln_f",
-        replacing(gpt2_jax.model, "summed_cross_entropy", lambda loss: lambda x, w, t, v: loss(x, w, t, w.shape[0])),
+        replacing(gpt2_jax.model, "summed_cross_entropy", lambda loss: lambda x, w, t, v: loss(x, w, t, w.shape[1])),
     ),
     Fault(
         "decay on biases and norms",

@@ -6,7 +6,9 @@ import pytest
 from gpt2_core.config import OptimizerConfig, from_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.run_folder import read_metrics
+from gpt2_jax import train as train_module
 from gpt2_jax.train import resolve, train
+from gpt2_jax.train_step import Metrics
 
 
 def losses(folder, split="train"):
@@ -17,6 +19,53 @@ def test_it_learns(make_config):
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
     found = losses(train(make_config(steps=100, optimizer=optimizer, checkpoint_interval=50, mesh=2)), "val")
     assert found[0] > 5.4 and found[-1] < 4.0
+
+
+class Watched:
+    """A compiled step that writes down when it is dispatched, and when which step's metrics are fetched."""
+
+    def __init__(self, compiled, events):
+        self._compiled, self._events, self._step = compiled, events, 0
+
+    def __getattr__(self, name):
+        return getattr(self._compiled, name)
+
+    def __call__(self, *arguments):
+        state, metrics = self._compiled(*arguments)
+        self._events.append(("dispatch", self._step))
+        watched = [WatchedScalar(x, self._step, self._events) for x in (metrics.loss, metrics.grad_norm)]
+        self._step += 1
+        return state, Metrics(*watched)
+
+
+class WatchedScalar:
+    def __init__(self, value, step, events):
+        self._value, self._step, self._events = value, step, events
+
+    def __float__(self):
+        self._events.append(("fetch", self._step))
+        return float(self._value)
+
+
+def test_the_host_never_waits_for_a_step_before_it_has_dispatched_the_next(make_config, monkeypatch):
+    events = []
+
+    def compile_watched(*arguments):
+        compiled, seconds = compile_step(*arguments)
+        return Watched(compiled, events), seconds
+
+    def block_until_ready(state):
+        events.append(("wait", None))
+
+    compile_step = train_module._compile
+    monkeypatch.setattr(train_module, "_compile", compile_watched)
+    monkeypatch.setattr(train_module.jax, "block_until_ready", block_until_ready)
+    train(make_config(steps=8, log_interval=3, eval_interval=100, checkpoint_interval=100, mesh=2))
+    steps = [("dispatch", step) for step in range(8)]
+    # Those of the steps that are logged, 0, 3 and 6, and the last one: loss and gradient norm.
+    fetches = {step: [("fetch", step)] * 2 for step in (0, 3, 6, 7)}
+    ends = [*fetches[7], ("wait", None)]
+    assert events == [*steps[:2], *fetches[0], *steps[2:5], *fetches[3], *steps[5:], *fetches[6], *ends]
 
 
 def test_it_resumes_bitwise_on_the_same_mesh_and_to_rounding_on_another(make_config, tmp_path):
