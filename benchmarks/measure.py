@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -50,15 +51,20 @@ class Side:
             command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"PYTHONPATH": path}
         )
         self.facts: dict[str, Any] = self._read()
+        self._pause()
 
     def work(self, units: int) -> float:
         """Seconds that so many units took."""
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(f"{units}\n")
         self._process.stdin.flush()
-        return self._read()["seconds"]
+        seconds = self._read()["seconds"]
+        self._pause()
+        return seconds
 
     def end(self) -> dict[str, Any]:
         """End the process; what it knows at its end."""
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.close()
         found = self._read()
         self._process.wait()
@@ -67,6 +73,10 @@ class Side:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+    def _pause(self) -> None:
+        """A process whose turn is over mustn't take part in another's: its idle threads still look for work."""
+        self._process.send_signal(signal.SIGSTOP)
 
     def _read(self) -> dict[str, Any]:
         # Libraries print too; what is said to us is marked.

@@ -2,44 +2,31 @@
 
 import dataclasses
 import math
-import resource
 import shutil
 import statistics
 import sys
 import time
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import Session, interleave, positive, ratio, sides, write_json
-from gpt2_core.batches import Batch
+from benchmarks.trainings import JaxTraining, TorchTraining, add_options, configuration, with_sizes
 from gpt2_core.cli import Parser
-from gpt2_core.config import PRESETS, ModelConfig, TrainConfig, from_dict
+from gpt2_core.config import PRESETS, TrainConfig, from_dict
 from gpt2_core.errors import UserError
+from gpt2_core.memory import peak_memory
 from gpt2_core.runlog import peak_flops
 
-_RATE = 1e-4
 # Side of the square matrices whose product shows what a device reaches: large enough to fill it.
 _MATMUL = {"cpu": 2048, "gpu": 8192}
 
 
 def main(arguments: list[str]) -> None:
-    options = _parser().parse(_with_preset(arguments))
+    options = _parser().parse(with_sizes(arguments, PRESETS["gpt2"]))
     positive(options, "batch", "rounds", "steps")
-    model = ModelConfig(**{f.name: options.model[f.name] for f in dataclasses.fields(ModelConfig)})
-    config = TrainConfig(
-        model=model,
-        batch_size=options.batch,
-        accumulation=options.accumulation,
-        precision=options.precision,
-        mesh=1,
-        attention=options.attention,
-        scan_layers=options.scan_layers,
-        remat=options.remat,
-        device=options.device,
-    )
+    config = configuration(options)
     console = Console(soft_wrap=True, highlight=False)
     functions = {name: (function, spec | {"config": dataclasses.asdict(config)})
                  for name, function, spec in _sides(options.frameworks, options.device)}  # fmt: skip
@@ -83,110 +70,50 @@ def _on_gpu(device: str) -> bool:
 
 
 def jax_session(spec: dict[str, Any]) -> Session:
-    config = from_dict(spec["config"])
-    import jax
+    training = JaxTraining(from_dict(spec["config"]))
+    from gpt2_jax.memory import bytes_needed
 
-    if config.device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    from gpt2_jax.runtime import configure, has_accelerator
-
-    configure(config.precision, config.mesh)
-    jax.config.update("jax_enable_compilation_cache", False)  # or the time to compile would be the time to load
-    if config.device == "cuda" and not has_accelerator():
-        raise UserError("--device cuda: JAX finds no GPU here; use --device cpu")
-    from gpt2_core.config import parse_mesh
-    from gpt2_jax.sharding import make_mesh
-    from gpt2_jax.train import define_model, new_state, resolve
-    from gpt2_jax.train_step import make_train_step, put_batch
-
-    config = resolve(config)
-    mesh = make_mesh(parse_mesh(config.mesh))
-    jax.set_mesh(mesh)
-    definition = define_model(config)
-    state = new_state(config, definition, mesh, None)
-    batch = put_batch(_batch(config), config.accumulation, mesh)
-    rate = np.asarray(_RATE, definition.execution.param_dtype)
-    begin = time.perf_counter()
-    step = make_train_step(definition, config, mesh).lower(state, *batch, rate).compile()
-    compiled_in = time.perf_counter() - begin
-    metrics = None
-
-    def work(steps: int) -> float:
-        nonlocal state, metrics
-        for _ in range(steps):
-            state, metrics = step(state, *batch, rate)
-        return float(metrics.loss)
-
-    device = jax.devices()[0]
+    device = training.mesh.devices.flat[0]
     facts = {
         "device": device.device_kind,
-        "precision": config.precision,
-        "compile_seconds": compiled_in,
-        "kernels": f"{config.attention} attention, fused head and loss",
-        "matmul_flops": _jax_matmul(config.precision, device.platform),
-        "step_temporary_bytes": step.memory_analysis().temp_size_in_bytes,
+        "precision": training.config.precision,
+        "compile_seconds": training.compile_seconds,
+        "kernels": f"{training.config.attention} attention, fused head and loss",
+        "matmul_flops": _jax_matmul(training.config.precision, device.platform),
+        "step_bytes": bytes_needed(training.step),
     }
 
     def end() -> dict[str, Any]:
         memory = device.memory_stats() or {}
-        return {"peak_bytes": memory.get("peak_bytes_in_use", _resident())}
+        return {"peak_bytes": memory.get("peak_bytes_in_use", peak_memory())}
 
-    return Session(facts, work, end)
+    return Session(facts, training.work, end)
 
 
 def torch_session(spec: dict[str, Any]) -> Session:
-    config = from_dict(spec["config"])
+    training = TorchTraining(from_dict(spec["config"]), compile=spec["compile"])
     import torch
 
-    from gpt2_torch.model import GPT2
-    from gpt2_torch.optimizer import make_optimizer
-    from gpt2_torch.train import pick_device, resolve, train_step
+    from gpt2_torch.memory import bytes_needed
 
-    device = pick_device(config.device)
-    config = dataclasses.replace(resolve(config, device, 1), compile=spec["compile"])
-    torch.manual_seed(0)
-    model = GPT2(config.model).to(device, torch.float64 if config.precision == "float64" else torch.float32)
-    optimizer = make_optimizer(model, config.optimizer)
-    run = torch.compile(model) if config.compile else model
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
-    batch = [torch.from_numpy(part).to(device, torch.long) for part in _batch(config)]
-
-    def work(steps: int) -> float:
-        for _ in range(steps):
-            loss, _ = train_step(
-                run,
-                optimizer,
-                *batch,
-                learning_rate=_RATE,
-                clip_norm=config.optimizer.clip_norm,
-                accumulation=config.accumulation,
-                autocast=autocast,
-            )
-        return loss.item()
-
-    begin = time.perf_counter()
-    work(1)
+    config, device = training.config, training.device
     cuda = device.type == "cuda"
     facts = {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "precision": config.precision,
-        "compile_seconds": time.perf_counter() - begin if config.compile else 0.0,
+        "compile_seconds": training.compile_seconds,
         "kernels": "scaled_dot_product_attention, F.cross_entropy",
         "matmul_flops": _torch_matmul(config.precision, device),
     }
-    return Session(facts, work, lambda: {"peak_bytes": torch.cuda.max_memory_allocated() if cuda else _resident()})
 
+    def end() -> dict[str, Any]:
+        if cuda:
+            peak = torch.cuda.max_memory_allocated()
+            return {"peak_bytes": peak, "step_bytes": peak}
+        planned = bytes_needed(config, device.type, config.microbatch_size, config.accumulation)
+        return {"peak_bytes": peak_memory(), "step_bytes": planned}
 
-def _batch(config: TrainConfig) -> Batch:
-    shape = (config.batch_size, config.model.block_size + 1)
-    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-    return Batch(ids[:, :-1], ids[:, 1:])
-
-
-def _resident() -> int:
-    """Largest resident set of this process, in bytes: a CPU's nearest to a device's peak."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return Session(facts, training.work, end)
 
 
 def _jax_matmul(precision: str, platform: str) -> float:
@@ -268,6 +195,7 @@ def _show(console: Console, rows: list[dict[str, Any]], config: TrainConfig) -> 
         ("compile", "compile_seconds", lambda x: f"{x:.1f} s"),
         ("start to first step", "seconds_to_first_unit", lambda x: f"{x:.1f} s"),
         ("peak memory", "peak_bytes", lambda x: f"{x / 1e9:.2f} GB"),
+        ("of that a step's arrays", "step_bytes", lambda x: f"{x / 1e9:.2f} GB"),
         ("precision", "precision", str),
         ("kernels", "kernels", str),
         ("device", "device", str),
@@ -276,39 +204,10 @@ def _show(console: Console, rows: list[dict[str, Any]], config: TrainConfig) -> 
     console.print(table)
 
 
-def _with_preset(arguments: list[str]) -> list[str]:
-    """`--preset` in the place of the sizes it stands for, which options on the line overrule."""
-    rest, preset = [], "gpt2"
-    queue = list(arguments)
-    while queue:
-        option, equals, value = queue.pop(0).partition("=")
-        if option == "--preset":
-            preset = value if equals or not queue else queue.pop(0)
-        else:
-            rest.append(option + equals + value)
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset}: no such preset; use {', '.join(PRESETS)}")
-    return [*(f"--model.{name}={value}" for name, value in PRESETS[preset].items()), *rest]
-
-
 def _parser() -> Parser:
     parser = Parser(prog="bench.py train", description="A train step of both frameworks, side by side.")
-    parser.add_class_arguments(ModelConfig, "model")
-    parser.add_argument("--preset", type=str, help="Sizes of a published model. Left out: gpt2.")
-    parser.add_argument("--batch", type=int, default=32, help="Sequences a step.")
-    parser.add_argument("--accumulation", type=int, default=1, help="Parts a step is computed in.")
+    add_options(parser, preset="gpt2", batch=32)
     parser.add_argument("--frameworks", type=str, default="jax,torch", help="Which to measure: jax, torch or both.")
-    parser.add_argument(
-        "--precision",
-        type=Literal["auto", "float32", "bfloat16", "float64"],
-        default="auto",
-        help="As the trainers': auto is bfloat16 on an accelerator and float32 on CPU.",
-    )
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where both compute.")
-    parser.add_argument("--attention", type=Literal["auto", "cudnn", "xla"], default="auto", help="JAX's kernel.")
-    parser.add_argument("--scan_layers", type=bool, default=False, help="JAX: scan the layers.")
-    parser.add_argument("--remat", type=bool, default=False, help="JAX: recompute activations.")
     parser.add_argument("--rounds", type=int, default=7, help="Turns that each side takes.")
     parser.add_argument("--steps", type=int, default=5, help="Steps a turn.")
-    parser.add_argument("--json", type=str, help="File to write the results to, with command, machine and versions.")
     return parser

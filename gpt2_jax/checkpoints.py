@@ -34,16 +34,20 @@ class CheckpointWriter:
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
         """Start saving; returns once the state is copied and may be donated. Waits for the save before, if need be."""
-        self._checkpointer.wait_until_finished()
+        self.wait()
         self._folder.remove_obsolete(self._keep)
         self._checkpointer.save(
             (self._folder.checkpoints / str(step)).absolute(),
             args=ocp.args.Composite(state=ocp.args.PyTreeSave(_tree(state)), metadata=ocp.args.JsonSave(metadata)),
         )
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Wait until everything is on disk."""
         self._checkpointer.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and remove what is no longer kept."""
+        self.wait()
         self._folder.remove_obsolete(self._keep)
         self._checkpointer.close()
 

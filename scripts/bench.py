@@ -1,4 +1,4 @@
-"""Measure speed: python scripts/bench.py train|generate|data|start --help"""
+"""Measure speed: python scripts/bench.py train|generate|data|checkpoint|scaling|start --help"""
 
 import importlib
 
@@ -10,6 +10,8 @@ COMMANDS = {
     "train": "a train step of both frameworks, side by side",
     "generate": "prefill and decoding, with and without KV cache, against the reference and transformers",
     "data": "tokenisation against tiktoken's own, and batches",
+    "checkpoint": "what a save costs the steps around it, and how long a restore takes",
+    "scaling": "how a step grows with the model, the batch and the number of devices",
     "start": "from the command to the first step, beside a bare import of the libraries",
 }
 

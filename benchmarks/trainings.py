@@ -1,0 +1,145 @@
+"""A warm training of either framework, made of the trainers' own functions, and the options that say which."""
+
+import dataclasses
+import time
+from typing import Any, Literal
+
+import numpy as np
+
+from gpt2_core.batches import Batch
+from gpt2_core.cli import Parser
+from gpt2_core.config import PRESETS, ModelConfig, TrainConfig, parse_mesh
+from gpt2_core.errors import UserError
+
+_RATE = 1e-4
+
+
+class JaxTraining:
+    """A compiled step and its state; `work(steps)` takes steps and returns the last one's loss."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        import jax
+
+        if config.device == "cpu":
+            jax.config.update("jax_platforms", "cpu")
+        from gpt2_jax.runtime import configure, has_accelerator
+
+        configure(config.precision, config.mesh)
+        jax.config.update("jax_enable_compilation_cache", False)  # or the time to compile would be the time to load
+        if config.device == "cuda" and not has_accelerator():
+            raise UserError("--device cuda: JAX finds no GPU here; use --device cpu")
+        from gpt2_jax.sharding import make_mesh
+        from gpt2_jax.train import define_model, new_state, resolve
+        from gpt2_jax.train_step import compile_train_step, put_batch
+
+        self.config = config = resolve(config)
+        self.mesh = make_mesh(parse_mesh(config.mesh))
+        jax.set_mesh(self.mesh)
+        self.definition = define_model(config)
+        self.state = new_state(config, self.definition, self.mesh, None)
+        self._batch = put_batch(_batch(config), config.accumulation, self.mesh)
+        self._rate = np.asarray(_RATE, self.definition.execution.param_dtype)
+        begin = time.perf_counter()
+        self.step = compile_train_step(config, self.definition, self.mesh)
+        self.compile_seconds = time.perf_counter() - begin
+
+    def work(self, steps: int) -> float:
+        for _ in range(steps):
+            self.state, metrics = self.step(self.state, *self._batch, self._rate)
+        return float(metrics.loss)
+
+
+class TorchTraining:
+    """The same for the reference."""
+
+    def __init__(self, config: TrainConfig, *, compile: bool) -> None:
+        import torch
+
+        from gpt2_torch.model import GPT2
+        from gpt2_torch.optimizer import make_optimizer
+        from gpt2_torch.train import pick_device, resolve
+
+        self.device = device = pick_device(config.device)
+        self.config = config = dataclasses.replace(resolve(config, device, 1), compile=compile)
+        torch.manual_seed(0)
+        self.model = GPT2(config.model).to(device, torch.float64 if config.precision == "float64" else torch.float32)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self._run = torch.compile(self.model) if compile else self.model
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+        self._batch = [torch.from_numpy(part).to(device, torch.long) for part in _batch(config)]
+        begin = time.perf_counter()
+        self.work(1)
+        self.compile_seconds = time.perf_counter() - begin if compile else 0.0
+
+    def work(self, steps: int) -> float:
+        from gpt2_torch.train import train_step
+
+        for _ in range(steps):
+            loss, _ = train_step(
+                self._run,
+                self.optimizer,
+                *self._batch,
+                learning_rate=_RATE,
+                clip_norm=self.config.optimizer.clip_norm,
+                accumulation=self.config.accumulation,
+                autocast=self._autocast,
+            )
+        return loss.item()
+
+
+def add_options(parser: Parser, *, preset: str | None, batch: int) -> None:
+    """What is trained and how; `preset` gives the sizes that aren't said, None those of ModelConfig."""
+    parser.add_class_arguments(ModelConfig, "model")
+    left_out = f"Left out: {preset}." if preset else "Left out: a small model."
+    parser.add_argument("--preset", type=str, help=f"Sizes of a published model. {left_out}")
+    parser.add_argument("--batch", type=int, default=batch, help="Sequences a step.")
+    parser.add_argument("--accumulation", type=int, default=1, help="Parts a step is computed in.")
+    parser.add_argument(
+        "--precision",
+        type=Literal["auto", "float32", "bfloat16", "float64"],
+        default="auto",
+        help="As the trainers': auto is bfloat16 on an accelerator and float32 on CPU.",
+    )
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
+    parser.add_argument("--attention", type=Literal["auto", "cudnn", "xla"], default="auto", help="JAX's kernel.")
+    parser.add_argument("--scan_layers", type=bool, default=False, help="JAX: scan the layers.")
+    parser.add_argument("--remat", type=bool, default=False, help="JAX: recompute activations.")
+    parser.add_argument("--json", type=str, help="File to write the results to, with command, machine and versions.")
+
+
+def with_sizes(arguments: list[str], sizes: dict[str, int]) -> list[str]:
+    """The arguments with `--preset`, or without one `sizes`, turned into the options that it stands for; options of
+    the line overrule them."""
+    rest: list[str] = []
+    queue = list(arguments)
+    while queue:
+        option, equals, value = queue.pop(0).partition("=")
+        if option == "--preset":
+            preset = value if equals or not queue else queue.pop(0)
+            if preset not in PRESETS:
+                raise UserError(f"--preset {preset}: no such preset; use {', '.join(PRESETS)}")
+            sizes = PRESETS[preset]
+        else:
+            rest.append(option + equals + value)
+    return [*(f"--model.{name}={value}" for name, value in sizes.items()), *rest]
+
+
+def configuration(options: Any) -> TrainConfig:
+    """The training that parsed options ask for, on one device."""
+    return TrainConfig(
+        model=ModelConfig(**{f.name: options.model[f.name] for f in dataclasses.fields(ModelConfig)}),
+        batch_size=options.batch,
+        accumulation=options.accumulation,
+        precision=options.precision,
+        mesh=1,
+        attention=options.attention,
+        scan_layers=options.scan_layers,
+        remat=options.remat,
+        device=options.device,
+    )
+
+
+def _batch(config: TrainConfig) -> Batch:
+    shape = (config.batch_size, config.model.block_size + 1)
+    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+    return Batch(ids[:, :-1], ids[:, 1:])

@@ -1,0 +1,50 @@
+import json
+
+import pytest
+
+from benchmarks import scaling
+from gpt2_core.config import ModelConfig, TrainConfig
+from gpt2_core.errors import UserError
+
+SMALL = [
+    *("--model.n_layer", "1", "--model.n_head", "2", "--model.n_embd", "16", "--model.block_size", "16"),
+    *("--model.vocab_size", "64", "--batch", "2", "--rounds", "1", "--steps", "1"),
+]
+
+
+def test_each_side_is_measured_at_each_size(tmp_path, capsys):
+    scaling.main([*SMALL, "--axes", "vocabulary", "--factors", "1,8", "--json", str(tmp_path / "o.json")])
+    rows = json.loads((tmp_path / "o.json").read_text())["results"]["rows"]
+    assert [(row["factor"], row["side"]) for row in rows] == [(1, "jax"), (1, "torch"), (8, "jax"), (8, "torch")]
+    for small, large in ((rows[0], rows[2]), (rows[1], rows[3])):
+        assert 0 < small["step_bytes"] < large["step_bytes"]
+        assert small["tokens_per_second"] == pytest.approx(2 * 16 / small["step_seconds"])
+    assert "the exponent since the row before" in capsys.readouterr().out
+
+
+def test_one_size_grows_and_the_rest_stays():
+    base = TrainConfig(ModelConfig(2, 2, 16, 16, 64), batch_size=4, mesh=1)
+    assert scaling.grown(base, "batch", 2).batch_size == 8
+    assert scaling.grown(base, "devices", 4).mesh == 4
+    for axis, name in (("block_size", "block_size"), ("layers", "n_layer"), ("vocabulary", "vocab_size")):
+        grown = scaling.grown(base, axis, 4)
+        assert getattr(grown.model, name) == 4 * getattr(base.model, name)
+        assert scaling.grown(base, axis, 1) == base
+
+
+def test_growth_is_an_exponent():
+    assert scaling.growth([1, 2, 4], [1.0, 3.0, 12.0]) == pytest.approx(2.0)
+    assert scaling.growth([2, 8], [5.0, 20.0]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--axes", "depth"], "--axes depth: 'depth' is none; use some of block_size,batch"),
+        (["--factors", "0"], "--factors 0: expected numbers of 1 or more"),
+        (["--frameworks", "mxnet"], "--frameworks mxnet: 'mxnet' is none"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, words):
+    with pytest.raises(UserError, match=words):
+        scaling.main(arguments)
