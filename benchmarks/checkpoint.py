@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
         ("a checkpoint", "bytes", "{:,} bytes"),
         ("save() returns after", "blocked_seconds", "{:.3f} s"),
         (f"the {options.steps} steps after a save take longer by", "slower_seconds", "{:.3f} s"),
-        ("on disk after", "written_seconds", "{:.3f} s"),
+        ("with no steps beside it, on disk after", "written_seconds", "{:.3f} s"),
         (f"time lost to a save every {options.interval} steps", "share_lost", "{:.2%}"),
         ("restored in (from the page cache)", "restore_seconds", "{:.3f} s"),
     ):
@@ -86,6 +86,7 @@ def torch_session(spec: dict[str, Any]) -> Session:
         def write(step: int) -> Callable[[], None]:
             metadata = metadata_of(training.config, step, "torch", "")
             checkpoints.save(folder.checkpoints / str(step), training.model.state_dict(), metadata, training.optimizer)
+            folder.remove_obsolete(1)
             return lambda: None
 
         facts = _measure(spec, training.work, write, read, folder)
@@ -99,19 +100,22 @@ def _measure(
     read: Callable[[Path], None],
     folder: RunFolder,
 ) -> dict[str, Any]:
-    """Steps without and with a save before them, in turns. `write` begins a save and gives what waits for its end."""
+    """In turns: steps, a save with as many steps after it, a save alone, and its restore.
+
+    `write` begins the save of a numbered checkpoint and gives what waits for its end.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ("plain", "blocked", "saving", "written", "restore")}
     work(spec["steps"])
     write(0)()
-    for number in range(1, spec["rounds"] + 1):
+    for number in range(1, 2 * spec["rounds"], 2):
         seconds["plain"].append(_timed(lambda: work(spec["steps"])))
         begin = time.perf_counter()
         wait = write(number)
         seconds["blocked"].append(time.perf_counter() - begin)
         seconds["saving"].append(_timed(lambda: work(spec["steps"])))
         wait()
-        seconds["written"].append(time.perf_counter() - begin)
-        checkpoint = folder.checkpoints / str(number)
+        checkpoint = folder.checkpoints / str(number + 1)
+        seconds["written"].append(_timed(lambda number=number: write(number + 1)()))
         seconds["restore"].append(_timed(lambda path=checkpoint: read(path)))
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     return {"seconds": seconds, "steps": spec["steps"], "bytes": size}

@@ -40,6 +40,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             f"--prompt {options.prompt} and --tokens {options.tokens}: more than model.block_size {model.block_size}"
         )
+    uncached = min(5, options.tokens) if options.uncached_tokens is None else options.uncached_tokens
+    if not 2 <= uncached <= options.tokens:
+        raise UserError(f"--uncached_tokens {uncached}: must be 2 to {options.tokens}, which is --tokens")
     chosen = options.sides.split(";") if options.sides else list(SIDES)
     for name in chosen:
         if name not in SIDES:
@@ -48,16 +51,18 @@ def main(arguments: list[str]) -> None:
     found = []
     for batch in batches:
         spec = {"model": dataclasses.asdict(model), "batch": batch, "prompt": options.prompt}
+        spec["uncached_length"] = options.prompt + uncached
+        tokens = {name: uncached if name.endswith("no cache") else options.tokens for name in chosen}
         functions = {name: (SIDES[name][0], spec | SIDES[name][1]) for name in chosen}
         with sides(functions, console) as started:
             # A unit is a generated token, and each piece of work a prefill too: prefill alone is the work of one unit.
             first = interleave(started, rounds=options.rounds, units=1, console=console)
-            both = interleave(started, rounds=options.rounds, units=options.tokens, console=console)
+            both = interleave(started, rounds=options.rounds, units=tokens, console=console)
         seconds = {
             name: {
                 "prefill": first[name],
                 "decode": [
-                    (whole * options.tokens - prefill) / (options.tokens - 1)
+                    (whole * tokens[name] - prefill) / (tokens[name] - 1)
                     for whole, prefill in zip(both[name], first[name], strict=True)
                 ],
             }
@@ -95,12 +100,10 @@ def jax_session(spec: dict[str, Any]) -> Session:
 
 
 def jax_uncached_session(spec: dict[str, Any]) -> Session:
-    """JAX recomputing the whole block for every token."""
+    """JAX recomputing everything for every token, at a length that stays, or each token would compile anew."""
     params, definition, prompts = _jax(spec)
     import jax
     import jax.numpy as jnp
-
-    block = definition.config.block_size
 
     @jax.jit
     def following(params, tokens_BT, length):
@@ -109,7 +112,7 @@ def jax_uncached_session(spec: dict[str, Any]) -> Session:
         return jnp.argmax(model.logits(x_B1D)[:, 0], axis=-1)
 
     def work(tokens: int) -> None:
-        ids = np.zeros((spec["batch"], block), np.int32)
+        ids = np.zeros((spec["batch"], spec["uncached_length"]), np.int32)
         ids[:, : spec["prompt"]] = prompts
         for length in range(spec["prompt"], spec["prompt"] + tokens):
             ids[:, length] = np.asarray(following(params, ids, length))
@@ -206,6 +209,11 @@ def _parser() -> Parser:
     parser.add_argument("--batch", type=str, default="1,32", help="Prompts at once, comma between.")
     parser.add_argument("--prompt", type=int, default=128, help="Tokens of a prompt.")
     parser.add_argument("--tokens", type=int, default=65, help="Tokens to generate; the first is the prefill's.")
+    parser.add_argument(
+        "--uncached_tokens",
+        type=int,
+        help="As --tokens, without a cache, where each costs a prefill and more. Left out: 5, or --tokens if fewer.",
+    )
     parser.add_argument("--sides", type=str, help=f"Some of {'; '.join(SIDES)}; semicolon between. Left out: all.")
     parser.add_argument("--rounds", type=int, default=5, help="Turns that each side takes.")
     parser.add_argument("--json", type=str, help="File to write the results to, with command, machine and versions.")

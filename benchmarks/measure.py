@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,16 +124,22 @@ def sides(functions: dict[str, tuple[str, dict[str, Any]]], console: Console) ->
             side.kill()
 
 
-def interleave(started: dict[str, Side], *, rounds: int, units: int, console: Console) -> dict[str, list[float]]:
-    """Seconds a unit, a list of one value a round for each side: A B A B, so that a slow minute slows both."""
+def interleave(
+    started: dict[str, Side], *, rounds: int, units: int | Mapping[str, int], console: Console
+) -> dict[str, list[float]]:
+    """Seconds a unit, a list of one value a round for each side: A B A B, so that a slow minute slows both.
+
+    `units` are those of a turn, of each side or of all.
+    """
+    of_side = {name: units if isinstance(units, int) else units[name] for name in started}
     seconds: dict[str, list[float]] = {name: [] for name in started}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("rounds", total=rounds * len(started))
-        for side in started.values():
-            side.work(units)  # warm
+        for name, side in started.items():
+            side.work(of_side[name])  # warm
         for _ in range(rounds):
             for name, side in started.items():
-                seconds[name].append(side.work(units) / units)
+                seconds[name].append(side.work(of_side[name]) / of_side[name])
                 progress.advance(bar)
     return seconds
 

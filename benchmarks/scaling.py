@@ -82,7 +82,7 @@ def _measure(config: TrainConfig, frameworks: list[str], options: Any, console: 
 
 
 def _show(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table("axis", "times", "side", "step", "tokens/s", "memory of a device", "growth of time", "of memory")
+    table = Table("axis", "x", "side", "step, ms", "tokens/s", "MB a device", "time", "memory")
     for row in rows:
         before = [
             r for r in rows if (r["axis"], r["side"]) == (row["axis"], row["side"]) and r["factor"] < row["factor"]
@@ -96,13 +96,13 @@ def _show(rows: list[dict[str, Any]], console: Console) -> None:
             row["axis"],
             str(row["factor"]),
             row["side"],
-            f"{1e3 * row['step_seconds']:,.1f} ms",
+            f"{1e3 * row['step_seconds']:,.1f}",
             f"{row['tokens_per_second']:,.0f}",
-            f"{row['step_bytes'] / 1e6:,.1f} MB",
+            f"{row['step_bytes'] / 1e6:,.1f}",
             *growths,
         )
     console.print(table)
-    console.print("growth: the exponent since the row before; 1 is linear")
+    console.print("time, memory: how they grow since the row before, as an exponent; 1 is linear")
 
 
 def _number(text: str) -> int:

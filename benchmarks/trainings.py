@@ -10,6 +10,7 @@ from gpt2_core.batches import Batch
 from gpt2_core.cli import Parser
 from gpt2_core.config import PRESETS, ModelConfig, TrainConfig, parse_mesh
 from gpt2_core.errors import UserError
+from gpt2_core.weights.layouts import JAX
 
 _RATE = 1e-4
 
@@ -62,7 +63,10 @@ class TorchTraining:
         self.device = device = pick_device(config.device)
         self.config = config = dataclasses.replace(resolve(config, device, 1), compile=compile)
         torch.manual_seed(0)
-        self.model = GPT2(config.model).to(device, torch.float64 if config.precision == "float64" else torch.float32)
+        # JAX's model fills the vocabulary up inside, which matrix units like; users of PyTorch do it by hand.
+        rows = config.model.vocab_size + -config.model.vocab_size % JAX.vocabulary_multiple
+        model = dataclasses.replace(config.model, vocab_size=rows)
+        self.model = GPT2(model).to(device, torch.float64 if config.precision == "float64" else torch.float32)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self._run = torch.compile(self.model) if compile else self.model
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")

@@ -30,7 +30,7 @@ class CheckpointWriter:
     def __init__(self, folder: RunFolder, keep: int) -> None:
         self._folder, self._keep = folder, keep
         folder.checkpoints.mkdir(exist_ok=True)
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._checkpointer = ocp.AsyncCheckpointer(_handler(use_compression=False))
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
         """Start saving; returns once the state is copied and may be donated. Waits for the save before, if need be."""

@@ -14,10 +14,14 @@ SMALL = [
 
 def test_each_side_is_measured_beside_transformers(tmp_path, capsys):
     pytest.importorskip("transformers")
-    generate.main([*SMALL, "--batch", "2", "--sides", "jax;transformers", "--json", str(tmp_path / "o.json")])
-    jax, transformers = json.loads((tmp_path / "o.json").read_text())["results"]["sides"]
+    sides = "jax;jax, no cache;transformers"
+    generate.main(
+        [*SMALL, "--batch", "2", "--sides", sides, "--uncached_tokens", "2", "--json", str(tmp_path / "o.json")]
+    )
+    jax, uncached, transformers = json.loads((tmp_path / "o.json").read_text())["results"]["sides"]
     assert (jax["side"], jax["batch"], transformers["side"]) == ("jax", 2, "transformers")
     assert jax["prefill"] > 0 and jax["prefill_ratio"]["median"] > 0
+    assert uncached["side"] == "jax, no cache" and uncached["decode"] > 0
     assert transformers["prefill_ratio"]["median"] == 1.0
     assert "decode" in capsys.readouterr().out
 
@@ -57,6 +61,7 @@ def test_all_sides_compute_the_same_tokens():
         (["--sides", "vllm"], "--sides vllm: there is none; use jax; jax, no cache"),
         (["--prompt", "1000", "--tokens", "100"], "more than model.block_size 1024"),
         (["--tokens", "1"], "--tokens 1: must be 2 or more"),
+        (["--uncached_tokens", "66"], "--uncached_tokens 66: must be 2 to 65"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, words):

@@ -36,12 +36,12 @@ def test_sides_take_turns_and_are_timed_by_the_unit():
     functions = {name: (f"{HERE}:sleeper", spec | {"name": name}) for name in ("a", "b")}
     console = Console(quiet=True)
     with sides(functions, console) as started:
-        seconds = interleave(started, rounds=3, units=2, console=console)
+        seconds = interleave(started, rounds=3, units={"a": 2, "b": 3}, console=console)
         ends = {name: side.end() for name, side in started.items()}
     assert all(0.02 <= second < 0.2 for values in seconds.values() for second in values)
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
     # One unit to be ready, a warm round, three that count.
-    assert ends == {"a": {"done": [1, 2, 2, 2, 2]}, "b": {"done": [1, 2, 2, 2, 2]}}
+    assert ends == {"a": {"done": [1, 2, 2, 2, 2]}, "b": {"done": [1, 3, 3, 3, 3]}}
     assert started["a"].facts["name"] == "a" and started["a"].facts["seconds_to_first_unit"] > 0.02
 
 

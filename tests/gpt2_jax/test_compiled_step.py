@@ -46,6 +46,21 @@ def test_no_array_of_the_step_holds_all_logits(program, monkeypatch, how):
     assert max(elements(shape) for _, _, shape in program(**how)) <= logits // 4
 
 
+def test_parts_of_a_batch_add_their_gradients_up_in_place(mesh_config):
+    model = ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=16, vocab_size=128)
+    gradients = 4 * model.parameter_count
+
+    def temporary(parts: int) -> int:
+        config = mesh_config(model=model, batch_size=parts, accumulation=parts)
+        step = compile_train_step(config, define_model(config), make_mesh(parse_mesh(config.mesh)))
+        return step.memory_analysis().temp_size_in_bytes
+
+    # A sequence at a time: hardly anything but gradients. With a buffer for their sum and another for a part's own it
+    # would be twice as much.
+    one, two = map(temporary, (1, 2))
+    assert gradients <= one < two < 1.4 * gradients
+
+
 def exchanged(instructions) -> dict[str, int]:
     """Elements that devices exchange, by the kind of exchange."""
     found: dict[str, int] = {}

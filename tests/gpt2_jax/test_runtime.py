@@ -2,6 +2,10 @@ import os
 import subprocess
 import sys
 
+from jaxlib import xla_client
+
+from gpt2_jax import runtime
+
 PROGRAM = """
 import jax, jax.numpy as jnp
 from gpt2_jax.runtime import configure
@@ -34,3 +38,15 @@ def test_the_users_own_cache_wins_and_a_home_that_cant_be_written_is_none(tmp_pa
     run(XDG_CACHE_HOME=str(tmp_path / "home"), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
     assert not (tmp_path / "home").exists()
     run(XDG_CACHE_HOME=str(tmp_path / "file"))
+
+
+def test_jax_gets_most_of_a_gpus_memory_unless_the_user_says_how_much(monkeypatch):
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    for theirs in (None, *names):
+        for name in names:
+            monkeypatch.setenv(name, "0.5")  # restored at the end, which what configure sets wouldn't be
+            if name != theirs:
+                monkeypatch.delenv(name)
+        runtime._take_gpu_memory()
+        found = xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"]
+        assert found == (0.92 if theirs is None else 0.5)

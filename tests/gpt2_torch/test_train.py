@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import json
 import os
@@ -6,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_core.batches import IGNORED
 from gpt2_core.config import ModelConfig, OptimizerConfig, from_yaml, to_yaml
@@ -68,6 +70,30 @@ def test_accumulation_changes_memory_not_the_gradient(accumulation):
 
     (a_loss, a), (b_loss, b) = gradient(1), gradient(accumulation)
     assert torch.allclose(a_loss, b_loss, rtol=1e-14) and (a - b).norm() <= 1e-14 * a.norm()
+
+
+class Products(TorchDispatchMode):
+    """Writes down the dtypes of what is multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.dtypes.update(x.dtype for x in args if isinstance(x, torch.Tensor))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # RMS norm's weights stay float32
+@pytest.mark.parametrize("options", [{}, {"position": "rope", "qk_norm": True, "mlp": "swiglu", "norm": "rmsnorm"}])
+def test_in_bfloat16_every_product_is_of_bfloat16(options):
+    # So TF32, a way to compute products of float32, has nothing to do there, and isn't switched on.
+    model = GPT2(ModelConfig(2, 2, 16, 16, 64, **options))
+    tokens = torch.zeros((2, 16), dtype=torch.long)
+    with Products() as products:
+        accumulate_gradients(model, tokens, tokens, autocast=torch.autocast("cpu", torch.bfloat16))
+    assert set(products.dtypes) == {torch.bfloat16} and products.dtypes.total() > 50
 
 
 def test_the_norm_reported_is_the_one_before_clipping():
