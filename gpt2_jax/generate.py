@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_core.sampling import Sampling, fit_context
-from gpt2_jax.model import Definition, LayerCache, Params
+from gpt2_jax.model import Definition, LayerCache, Params, define
 
 
 def sample(logits_BV: jax.Array, uniforms_B: jax.Array, sampling: Sampling) -> jax.Array:
@@ -45,6 +45,32 @@ class Generator:
     definition: Definition
 
     @functools.cached_property
+    def _decoding(self) -> Definition:
+        """The model that computes tokens. If weights are narrowed, a tied head is too, and the embeddings aren't."""
+        config, execution = self.definition.config, self.definition.execution
+        if not self._narrows:
+            return self.definition
+        return define(dataclasses.replace(config, tie_embeddings=False), execution)
+
+    @property
+    def _narrows(self) -> bool:
+        return self.definition.execution.param_dtype != jnp.dtype(self.definition.execution.dtype)
+
+    @functools.cached_property
+    def _narrowed(self):
+        """(params) -> those of `_decoding`: what is multiplied, in the dtype that it is multiplied in, once and not at
+        every token. A token reads every weight, and takes as long as that."""
+
+        def narrow(params: Params) -> Params:
+            params = {"lm_head.weight": params["wte.weight"]} | params
+            matrices = {name for name, axes in self._decoding.logical_axes.items() if len(axes) > 1}
+            matrices -= {"wte.weight", "wpe.weight"}
+            dtype = self.definition.execution.dtype
+            return {name: x.astype(dtype) if name in matrices else x for name, x in params.items()}
+
+        return jax.jit(narrow)
+
+    @functools.cached_property
     def _advance(self):
         """(params, caches, tokens_BT, start_B, lengths_B, uniforms_B, sampling) -> next tokens, caches."""
 
@@ -57,7 +83,7 @@ class Generator:
             uniforms_B: jax.Array,
             sampling: Sampling,
         ):
-            model = self.definition.merge(params)
+            model = self._decoding.merge(params)
             x_BTD, caches = model.decode(tokens_BT, start_B, caches)
             last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
             return sample(model.logits(last_B1D)[:, 0], uniforms_B, sampling), caches
@@ -74,28 +100,39 @@ class Generator:
         """
         block_size = self.definition.config.block_size
         dtype = jnp.promote_types(self.definition.execution.dtype, jnp.float32)
+        params = self._narrowed(params) if self._narrows else params
         contexts = [fit_context(list(prompt), block_size, growing=False) for prompt in prompts]
-        caches = None
-        for step in range(uniforms.shape[1]):
-            uniforms_B = jnp.asarray(uniforms[:, step], dtype)
+        caches = tokens_B = None
+        for uniforms_B in uniforms.T.astype(dtype):
             if caches is None:
                 # Prefill. Its length is rounded up to a power of two, so that few lengths are ever compiled.
-                longest = max(map(len, contexts))
-                T = min(1 << (longest - 1).bit_length(), block_size)
+                lengths_B = np.array([len(ids) for ids in contexts], np.int32)
+                T = min(1 << (int(lengths_B.max()) - 1).bit_length(), block_size)
                 tokens_BT = np.zeros((len(contexts), T), np.int32)
                 for row, ids in zip(tokens_BT, contexts, strict=True):
                     row[: len(ids)] = ids
-                start_B = np.zeros(len(contexts), np.int32)
-                lengths_B = np.array([len(ids) for ids in contexts], np.int32)
                 caches = self.definition.empty_caches(len(contexts), block_size)
+                given = (tokens_BT, np.zeros_like(lengths_B), lengths_B)
             else:
-                tokens_BT = np.array([[ids[-1]] for ids in contexts], np.int32)
-                start_B = np.array([len(ids) - 1 for ids in contexts], np.int32)
-                lengths_B = np.ones(len(contexts), np.int32)
-            tokens_B, caches = self._advance(params, caches, tokens_BT, start_B, lengths_B, uniforms_B, sampling)
-            tokens = np.asarray(tokens_B).tolist()
-            yield tokens
-            grown = [[*ids, token] for ids, token in zip(contexts, tokens, strict=True)]
-            contexts = [fit_context(ids, block_size, growing=True) for ids in grown]
-            if any(len(ids) < len(long) for ids, long in zip(contexts, grown, strict=True)):
-                caches = None  # a window has slid: every place holds another position now
+                given = (tokens_B[:, None], lengths_B - 1, np.ones_like(lengths_B))
+            before_B = tokens_B
+            tokens_B, caches = self._advance(params, caches, *given, uniforms_B, sampling)
+            lengths_B = lengths_B + 1
+            # A token is fetched when the next one is under way: the device doesn't wait for the host.
+            if before_B is not None:
+                yield _extend(contexts, before_B)
+            if lengths_B.max() > block_size:
+                yield _extend(contexts, tokens_B)
+                # A window slides: every place holds another position now.
+                contexts = [fit_context(ids, block_size, growing=True) for ids in contexts]
+                caches = tokens_B = None
+        if tokens_B is not None:
+            yield _extend(contexts, tokens_B)
+
+
+def _extend(contexts: list[list[int]], tokens_B: jax.Array) -> list[int]:
+    """Fetch the tokens, add each to its context, and return them."""
+    tokens = np.asarray(tokens_B).tolist()
+    for ids, token in zip(contexts, tokens, strict=True):
+        ids.append(token)
+    return tokens

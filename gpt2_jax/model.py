@@ -193,8 +193,9 @@ class GPT2(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head's scores of the vocabulary."""
-        head_VD = self._head(self.wte.table())[: self.config.vocab_size].astype(x_BTD.dtype)
-        return tap("logits", wide_einsum("btd,vd->btv", x_BTD, head_VD))
+        head_VD = self._head(self.wte.table()).astype(x_BTD.dtype)
+        # Cut afterwards: the head without its padding would be a copy of it, at each token that is generated.
+        return tap("logits", wide_einsum("btd,vd->btv", x_BTD, head_VD)[..., : self.config.vocab_size])
 
     def decode(
         self, tokens_BT: jax.Array, start_B: jax.Array, caches: list[LayerCache]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gpt2_jax.generate
 from gpt2_core.config import ModelConfig
 from gpt2_core.sampling import Sampling, fit_context
 from gpt2_jax.generate import Generator, sample
@@ -60,3 +61,34 @@ def test_prompts_of_different_lengths_do_not_see_each_other(x64, generator):
         [row[0] for row in generator[0](generator[1], [p], numbers[i : i + 1], sampling)] for i, p in enumerate(prompts)
     ]
     assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_in_bfloat16_a_token_reads_narrow_weights_and_is_the_token_that_wide_ones_give(monkeypatch, tied):
+    config = dataclasses.replace(CONFIG, block_size=32, tie_embeddings=tied)
+    definition = define(config, Execution("bfloat16"))
+    params = jax.tree.map(lambda p: 8 * p, jax.jit(definition.initialize)(jax.random.key(0)))
+    numbers = np.random.default_rng(0).random((2, 40))
+    prompts, sampling = [[1, 2, 3], [4]], Sampling(top_k=20)
+
+    narrow = Generator(definition)
+    found = list(narrow(params, prompts, numbers, sampling))
+    given = narrow._narrowed(params)
+    head, table = given["lm_head.weight"], given["wte.weight"]
+    assert (head.dtype, table.dtype) == (jnp.bfloat16, jnp.float32)
+    assert {given[f"h.0.{name}.weight"].dtype for name in ("attn.c_attn", "mlp.c_fc", "mlp.c_proj")} == {head.dtype}
+    assert given["h.0.ln_1.weight"].dtype == jnp.float32
+
+    monkeypatch.setattr(Generator, "_narrows", False)
+    assert list(Generator(definition)(params, prompts, numbers, sampling)) == found
+
+
+def test_a_token_is_under_way_before_the_one_before_it_is_fetched(x64, generator, monkeypatch):
+    made, params = generator
+    events, advance = [], made._advance
+    monkeypatch.setitem(made.__dict__, "_advance", lambda *given: events.append("dispatch") or advance(*given))
+    extend = gpt2_jax.generate._extend
+    monkeypatch.setattr(gpt2_jax.generate, "_extend", lambda *given: events.append("fetch") or extend(*given))
+    list(made(params, [[1, 2, 3, 4]], np.zeros((1, 7)), Sampling(greedy=True)))
+    # Five fit in the block of 8; then its window slides, for which the tokens must be known.
+    assert events == ["dispatch", *["dispatch", "fetch"] * 4, "fetch", "dispatch", "dispatch", "fetch", "fetch"]
