@@ -1,14 +1,16 @@
 """bench.py generate: prefill and decoding, with and without a KV cache, against the reference and transformers.
 
-All sides compute the same random weights in the same dtype, greedily, so that sampling costs none of them anything.
+All sides compute the same random weights on the same device in the same precision, greedily, so that sampling costs
+none of them anything.
 Shapes: B prompts of P tokens, each continued by N.
 """
 
 import dataclasses
 import statistics
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -51,6 +53,7 @@ def main(arguments: list[str]) -> None:
     found = []
     for batch in batches:
         spec = {"model": dataclasses.asdict(model), "batch": batch, "prompt": options.prompt}
+        spec |= {"device": options.device, "precision": options.precision}
         spec["uncached_length"] = options.prompt + uncached
         tokens = {name: uncached if name.endswith("no cache") else options.tokens for name in chosen}
         functions = {name: (SIDES[name][0], spec | SIDES[name][1]) for name in chosen}
@@ -58,6 +61,7 @@ def main(arguments: list[str]) -> None:
             # A unit is a generated token, and each piece of work a prefill too: prefill alone is the work of one unit.
             first = interleave(started, rounds=options.rounds, units=1, console=console)
             both = interleave(started, rounds=options.rounds, units=tokens, console=console)
+            facts = {name: side.facts for name, side in started.items()}
         seconds = {
             name: {
                 "prefill": first[name],
@@ -68,24 +72,42 @@ def main(arguments: list[str]) -> None:
             }
             for name in chosen
         }
-        found += [_row(name, batch, seconds, options.prompt) for name in chosen]
-    table = Table(
-        "side", "batch", "prefill, tokens/s", "decode, tokens/s", "prefill over transformers", "decode over it"
-    )
+        found += [_row(name, batch, seconds, options.prompt) | {"facts": facts[name]} for name in chosen]
+        for row in found[-len(chosen) :]:
+            itemsize = {"bfloat16": 2, "float32": 4, "float64": 8}[row["facts"]["precision"]]
+            needed = itemsize * numbers_read(model, batch, options.prompt + tokens[row["side"]] // 2)
+            bandwidth = row["facts"]["bandwidth"]
+            row["bandwidth_share"] = row["decode"] / batch * needed / bandwidth if bandwidth else None
+    table = Table("side", "batch", "prefill, tokens/s", "decode, tokens/s", "over transformers", "decode", "of memory")
     for row in found:
         compared = (str(row[f"{what}_ratio"] or "") for what in ("prefill", "decode"))
-        table.add_row(row["side"], str(row["batch"]), f"{row['prefill']:,.0f}", f"{row['decode']:,.1f}", *compared)
-    console.print(f"{model.parameter_count:,} parameters, prompts of {options.prompt} tokens, {options.tokens} more")
+        share = "" if row["bandwidth_share"] is None else f"{row['bandwidth_share']:.0%}"
+        rates = (f"{row['prefill']:,.0f}", f"{row['decode']:,.1f}")
+        table.add_row(row["side"], str(row["batch"]), *rates, *compared, share)
+    facts = found[0]["facts"]
+    console.print(
+        f"{model.parameter_count:,} parameters on {facts['device']} in {facts['precision']}, prompts of "
+        f"{options.prompt} tokens, {options.tokens} more"
+    )
     console.print(table)
+    console.print("of memory: the share of the time that reading a token's weights and cache from memory would take")
     results = [
         {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in row.items()} for row in found
     ]
     write_json(options.json, ["generate", *arguments], {"model": dataclasses.asdict(model), "sides": results})
 
 
+def numbers_read(model: ModelConfig, batch: int, length: int) -> int:
+    """Numbers that a step of decoding must read: every weight but the embeddings' tables, and the cache of the places
+    seen, `length` of them. (A tied table is read too: it is the head.)"""
+    tables = model.block_size * model.n_embd if model.position == "learned" else 0
+    tables += 0 if model.tie_embeddings else model.vocab_size * model.n_embd
+    return model.parameter_count - tables + batch * 2 * model.n_layer * length * model.n_embd
+
+
 def jax_session(spec: dict[str, Any]) -> Session:
     """JAX with its KV cache, as generate.py computes."""
-    params, definition, prompts = _jax(spec)
+    params, definition, prompts, facts = _jax(spec)
     from gpt2_jax.generate import Generator
 
     generator = Generator(definition)
@@ -96,12 +118,12 @@ def jax_session(spec: dict[str, Any]) -> Session:
             pass
 
     work(2)  # both compiled functions
-    return Session({}, work)
+    return Session(facts, work)
 
 
 def jax_uncached_session(spec: dict[str, Any]) -> Session:
     """JAX recomputing everything for every token, at a length that stays, or each token would compile anew."""
-    params, definition, prompts = _jax(spec)
+    params, definition, prompts, facts = _jax(spec)
     import jax
     import jax.numpy as jnp
 
@@ -117,7 +139,7 @@ def jax_uncached_session(spec: dict[str, Any]) -> Session:
         for length in range(spec["prompt"], spec["prompt"] + tokens):
             ids[:, length] = np.asarray(following(params, ids, length))
 
-    return Session({}, work)
+    return Session(facts, work)
 
 
 def torch_session(spec: dict[str, Any]) -> Session:
@@ -125,14 +147,18 @@ def torch_session(spec: dict[str, Any]) -> Session:
     from gpt2_torch.generate import generate
     from gpt2_torch.weights import build
 
-    model = build(_weights(spec))
+    device, precision, facts = _torch(spec)
+    model = build(_weights(spec)).to(device)
 
     def work(tokens: int) -> None:
-        uniforms = np.zeros((spec["batch"], tokens))
-        for _ in generate(model, _prompts(spec), uniforms, Sampling(greedy=True)):
-            pass
+        import torch
 
-    return Session({}, work)
+        uniforms = np.zeros((spec["batch"], tokens))
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            for _ in generate(model, _prompts(spec), uniforms, Sampling(greedy=True)):
+                pass
+
+    return Session(facts, work)
 
 
 def transformers_session(spec: dict[str, Any]) -> Session:
@@ -143,12 +169,14 @@ def transformers_session(spec: dict[str, Any]) -> Session:
         import transformers
     except ImportError as error:
         raise UserError("transformers isn't installed: pip install transformers, or choose other --sides") from error
+    device, precision, facts = _torch(spec)
     from parity.formats import write_weights
 
     with tempfile.TemporaryDirectory() as folder:
         write_weights(_weights(spec), Path(folder) / "m", "hf")
-        model = transformers.GPT2LMHeadModel.from_pretrained(Path(folder) / "m", dtype=torch.float32).eval()
-    prompts = torch.tensor(_prompts(spec))
+        model = transformers.GPT2LMHeadModel.from_pretrained(Path(folder) / "m", dtype=getattr(torch, precision))
+    model = model.eval().to(device)
+    prompts = torch.tensor(_prompts(spec), device=device)
 
     @torch.inference_mode()
     def work(tokens: int) -> None:
@@ -158,21 +186,55 @@ def transformers_session(spec: dict[str, Any]) -> Session:
             out = model(given, past_key_values=past, use_cache=spec["cache"], logits_to_keep=1)
             past = out.past_key_values if spec["cache"] else None
             ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], dim=1)
+        ids.tolist()  # a GPU is done when its tokens are here
 
-    return Session({}, work)
+    return Session(facts, work)
 
 
 def _jax(spec: dict[str, Any]):
-    from gpt2_jax.runtime import configure
-
-    configure("float32", 1)
     import jax
 
+    if spec["device"] == "cpu":
+        jax.config.update("jax_platforms", "cpu")
     from gpt2_jax.model import Execution, define
+    from gpt2_jax.runtime import configure, has_accelerator, resolve_precision
     from gpt2_jax.weights import from_canonical
 
-    definition = define(model_from_dict(spec["model"], "--model"), Execution("float32"))
-    return jax.device_put(from_canonical(_weights(spec), "float32")), definition, _prompts(spec)
+    configure(spec["precision"], 1)
+    if spec["device"] == "cuda" and not has_accelerator():
+        raise UserError("--device cuda: JAX finds no GPU here; use --device cpu")
+    precision = resolve_precision(spec["precision"])
+    definition = define(model_from_dict(spec["model"], "--model"), Execution(precision))
+    params = jax.device_put(from_canonical(_weights(spec), definition.execution.param_dtype))
+    facts = {"device": jax.devices()[0].device_kind, "precision": precision, "bandwidth": _bandwidth()}
+    return params, definition, _prompts(spec), facts
+
+
+def _torch(spec: dict[str, Any]):
+    import torch
+
+    from gpt2_torch.train import pick_device, resolve_precision
+
+    device = pick_device(spec["device"])
+    precision = resolve_precision(spec["precision"], device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return device, precision, {"device": name, "precision": precision, "bandwidth": None}
+
+
+def _bandwidth() -> float:
+    """Bytes a second at which the device reads a matrix that no cache holds, for its product with a vector."""
+    import jax
+    import jax.numpy as jnp
+
+    matrix, vector = jnp.ones((1 << 14, 1 << 14)), jnp.ones(1 << 14)
+    product = jax.jit(jnp.dot)
+    product(matrix, vector).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        product(matrix, vector).block_until_ready()
+        seconds.append(time.perf_counter() - begin)
+    return matrix.nbytes / min(seconds)
 
 
 def _weights(spec: dict[str, Any]):
@@ -215,6 +277,13 @@ def _parser() -> Parser:
         help="As --tokens, without a cache, where each costs a prefill and more. Left out: 5, or --tokens if fewer.",
     )
     parser.add_argument("--sides", type=str, help=f"Some of {'; '.join(SIDES)}; semicolon between. Left out: all.")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where all compute.")
+    parser.add_argument(
+        "--precision",
+        type=Literal["auto", "float32", "bfloat16"],
+        default="auto",
+        help="auto is bfloat16 on an accelerator and float32 on CPU.",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="Turns that each side takes.")
     parser.add_argument("--json", type=str, help="File to write the results to, with command, machine and versions.")
     return parser

@@ -24,6 +24,7 @@ from rich.progress import Progress
 from gpt2_core.cli import run
 from gpt2_core.errors import RunError, UserError
 from gpt2_core.files import write_atomically
+from gpt2_core.memory import keep_freed_memory
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "transformers", "numpy")
 _ROOT = Path(__file__).parent.parent
@@ -95,6 +96,7 @@ _MARK = "\x1fbench "
 
 def serve(function: str, spec: dict[str, Any], started: float) -> None:
     """The child's side: make the session, then do what the parent says until it has no more to say."""
+    keep_freed_memory()  # as the commands do, and for those compared with them too
     module, _, name = function.partition(":")
     session: Session = getattr(importlib.import_module(module), name)(spec)
     session.work(1)

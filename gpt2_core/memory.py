@@ -4,6 +4,7 @@ A planner is a function of (sequences at once on a device, accumulation) that gi
 framework has its own, which asks its compiler or runs the step on tensors without values.
 """
 
+import ctypes
 import dataclasses
 import os
 import resource
@@ -67,6 +68,20 @@ def host_memory() -> int:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = [path.read_text(encoding="ascii").strip() for path in LIMITS if path.is_file()]
     return min([physical, *(int(text) for text in found if text.isdigit())])
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep what it frees for what it allocates next, where glibc allows it; best called early.
+
+    A step on CPU allocates its temporaries anew, in pieces of many megabytes. Left to itself glibc has the kernel map
+    each of them and unmaps it afterwards, and the kernel fills every page with zeros when it is first touched: a
+    quarter of the time of a small model's step in JAX, a tenth of GPT-2's in either framework.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads, or each keeps its own
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping for a large piece alone
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 def peak_memory() -> int:

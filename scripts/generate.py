@@ -10,6 +10,7 @@ import numpy as np
 from gpt2_core.cli import Parser, run
 from gpt2_core.config import check_seed
 from gpt2_core.errors import UserError
+from gpt2_core.memory import keep_freed_memory
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.tokenizer import get_tokenizer, stream_text
 from gpt2_core.weights import Weights
@@ -17,6 +18,7 @@ from parity.formats import read_weights
 
 
 def main(arguments: list[str]) -> None:
+    keep_freed_memory()
     options = _parser().parse(arguments)
     if options.max_new_tokens < 1 or options.num_samples < 1:
         raise UserError("--max_new_tokens and --num_samples: must be 1 or more")

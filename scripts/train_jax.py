@@ -1,9 +1,11 @@
 """Train GPT-2 with JAX on a mesh of devices: python scripts/train_jax.py --help"""
 
 from gpt2_core.cli import parse_train_config, run
+from gpt2_core.memory import keep_freed_memory
 
 
 def main(arguments: list[str]) -> None:
+    keep_freed_memory()
     config = parse_train_config(
         arguments,
         command="train_jax.py",

@@ -1,10 +1,12 @@
 """Train GPT-2 with PyTorch: python scripts/train_torch.py --help"""
 
 from gpt2_core.cli import parse_train_config, run
+from gpt2_core.memory import keep_freed_memory
 from parity.formats import read_initial_weights
 
 
 def main(arguments: list[str]) -> None:
+    keep_freed_memory()
     only_in_jax = "it chooses how train_jax.py spreads its work; here: --device, or torchrun for several GPUs"
     config = parse_train_config(
         arguments,

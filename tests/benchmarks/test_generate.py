@@ -1,9 +1,11 @@
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from benchmarks import generate
+from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
 
 SMALL = [
@@ -33,10 +35,18 @@ def test_a_token_of_the_prefill_is_not_one_of_the_decode():
     assert row["prefill"] == pytest.approx(2 * 6 / 3.0) and row["decode"] == pytest.approx(2 / 1.0)
 
 
+def test_a_step_of_decoding_reads_each_weight_once_and_the_cache():
+    tied = ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=8, vocab_size=10)
+    block = 12 * 4 * 4 + 13 * 4  # by hand: four matrices, their biases, two norms
+    read = 10 * 4 + block + 2 * 4  # the table as the head, the last norm
+    assert generate.numbers_read(tied, 3, 5) == read + 3 * 2 * 5 * 4
+    untied = dataclasses.replace(tied, tie_embeddings=False)
+    assert generate.numbers_read(untied, 3, 5) == read + 3 * 2 * 5 * 4
+
+
 def test_all_sides_compute_the_same_tokens():
     """What is raced is the same work: every session's model continues the prompt alike."""
     from benchmarks.generate import _prompts, _weights
-    from gpt2_core.config import ModelConfig
     from gpt2_core.sampling import Sampling
     from gpt2_jax.generate import Generator
     from gpt2_jax.model import Execution, define

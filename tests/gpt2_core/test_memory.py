@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,3 +75,19 @@ def test_a_process_counts_its_own_memory_and_not_that_of_the_process_that_starte
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert before < 200_000_000 and after - before > 290_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.parametrize(("keeps", "least", "most"), [(True, 0, 1000), (False, 40_000, 1_000_000)])
+def test_memory_that_is_kept_is_not_mapped_anew(keeps, least, most):
+    program = (
+        "import resource, threading; from gpt2_core.memory import keep_freed_memory\n"
+        f"if {keeps}: keep_freed_memory()\n"
+        "def work(): b'1' * 200_000_000\n"  # 49,000 pages
+        "def anywhere(): thread = threading.Thread(target=work); thread.start(); thread.join()\n"
+        "work(); anywhere()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; work(); anywhere()\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 2)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert least <= int(done.stdout) <= most
