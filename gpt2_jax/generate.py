@@ -15,6 +15,9 @@ import numpy as np
 from gpt2_core.sampling import Sampling, fit_context
 from gpt2_jax.model import Definition, LayerCache, Params, define
 
+# Of a cache, to begin with; it doubles when it is full, and each size is compiled for.
+FEWEST_PLACES = 128
+
 
 def sample(logits_BV: jax.Array, uniforms_B: jax.Array, sampling: Sampling) -> jax.Array:
     """Next tokens (B,), int32, from the last position's logits and one uniform number for each sequence."""
@@ -111,9 +114,13 @@ class Generator:
                 tokens_BT = np.zeros((len(contexts), T), np.int32)
                 for row, ids in zip(tokens_BT, contexts, strict=True):
                     row[: len(ids)] = ids
-                caches = self.definition.empty_caches(len(contexts), block_size)
+                places = max(T, min(FEWEST_PLACES, block_size))
+                caches = self.definition.empty_caches(len(contexts), places)
                 given = (tokens_BT, np.zeros_like(lengths_B), lengths_B)
             else:
+                if lengths_B.max() > places:
+                    places = min(2 * places, block_size)
+                    caches = _grow(caches, places)
                 given = (tokens_B[:, None], lengths_B - 1, np.ones_like(lengths_B))
             before_B = tokens_B
             tokens_B, caches = self._advance(params, caches, *given, uniforms_B, sampling)
@@ -128,6 +135,12 @@ class Generator:
                 caches = tokens_B = None
         if tokens_B is not None:
             yield _extend(contexts, tokens_B)
+
+
+@functools.partial(jax.jit, static_argnames="places")
+def _grow(caches: list[LayerCache], places: int) -> list[LayerCache]:
+    """The caches with room for as many places. A token reads its whole cache, so it is no larger than it need be."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, places - x.shape[2]), (0, 0))), caches)
 
 
 def _extend(contexts: list[list[int]], tokens_B: jax.Array) -> list[int]:

@@ -92,3 +92,14 @@ def test_a_token_is_under_way_before_the_one_before_it_is_fetched(x64, generator
     list(made(params, [[1, 2, 3, 4]], np.zeros((1, 7)), Sampling(greedy=True)))
     # Five fit in the block of 8; then its window slides, for which the tokens must be known.
     assert events == ["dispatch", *["dispatch", "fetch"] * 4, "fetch", "dispatch", "dispatch", "fetch", "fetch"]
+
+
+def test_a_cache_that_grows_gives_the_tokens_of_one_that_had_room(x64, generator, monkeypatch):
+    made, params = generator
+    prompts, numbers = [[1, 2], [3]], np.random.default_rng(0).random((2, 9))
+    roomy = list(made(params, prompts, numbers, Sampling(top_k=9)))
+    sizes, grow = [], gpt2_jax.generate._grow
+    monkeypatch.setattr(gpt2_jax.generate, "FEWEST_PLACES", 2)
+    monkeypatch.setattr(gpt2_jax.generate, "_grow", lambda caches, places: sizes.append(places) or grow(caches, places))
+    assert list(made(params, prompts, numbers, Sampling(top_k=9))) == roomy
+    assert sizes[:2] == [4, 8]
