@@ -12,13 +12,13 @@ SMALL = [
 ]
 
 
-def test_each_side_is_measured_at_each_size(tmp_path, capsys):
-    scaling.main([*SMALL, "--axes", "vocabulary", "--factors", "1,8", "--json", str(tmp_path / "o.json")])
-    rows = json.loads((tmp_path / "o.json").read_text())["results"]["rows"]
-    assert [(row["factor"], row["side"]) for row in rows] == [(1, "jax"), (1, "torch"), (8, "jax"), (8, "torch")]
-    for small, large in ((rows[0], rows[2]), (rows[1], rows[3])):
-        assert 0 < small["step_bytes"] < large["step_bytes"]
-        assert small["tokens_per_second"] == pytest.approx(2 * 16 / small["step_seconds"])
+def test_a_step_is_measured_at_each_size(tmp_path, capsys):
+    options = ["--axes", "vocabulary", "--factors", "1,8", "--frameworks", "jax", "--json", str(tmp_path / "o.json")]
+    scaling.main([*SMALL, *options])
+    small, large = json.loads((tmp_path / "o.json").read_text())["results"]["rows"]
+    assert [(row["factor"], row["side"]) for row in (small, large)] == [(1, "jax"), (8, "jax")]
+    assert 0 < small["step_bytes"] < large["step_bytes"]
+    assert small["tokens_per_second"] == pytest.approx(2 * 16 / small["step_seconds"])
     assert "as an exponent" in capsys.readouterr().out
 
 

@@ -38,7 +38,7 @@ def elements(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape))
 
 
-@pytest.mark.parametrize("how", [{}, {"remat": True}, {"scan_layers": True}, {"mesh": "tensor=2"}])
+@pytest.mark.parametrize("how", [{}, {"remat": True, "scan_layers": True}, {"mesh": "tensor=2"}])
 def test_no_array_of_the_step_holds_all_logits(program, monkeypatch, how):
     logits = 8 * 64 * 1024
     assert max(elements(shape) for _, _, shape in program(**how)) >= logits // 2  # chunks of 256 MB: all fit in one
