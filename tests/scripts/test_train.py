@@ -39,7 +39,7 @@ def test_a_run_killed_at_random_and_resumed_is_the_run_never_killed(script, star
     print(f"killed at the moments of seed {seed}")
     moments = random.Random(seed)
     kills = 0
-    while kills < 3:
+    while kills < 2:
         resume = ("--resume",) if (tmp_path / "killed" / "config.yaml").is_file() else ()
         process = start(script, *arguments, "--run_dir", "killed", *resume)
         # Let it come so far, then kill it within the next moments: often with a save in flight.
