@@ -72,12 +72,11 @@ def main(arguments: list[str]) -> None:
             }
             for name in chosen
         }
-        found += [_row(name, batch, seconds, options.prompt) | {"facts": facts[name]} for name in chosen]
-        for row in found[-len(chosen) :]:
-            itemsize = {"bfloat16": 2, "float32": 4, "float64": 8}[row["facts"]["precision"]]
-            needed = itemsize * numbers_read(model, batch, options.prompt + tokens[row["side"]] // 2)
-            bandwidth = row["facts"]["bandwidth"]
-            row["bandwidth_share"] = row["decode"] / batch * needed / bandwidth if bandwidth else None
+        for name in chosen:
+            row = _row(name, batch, seconds, options.prompt)
+            numbers = numbers_read(model, batch, options.prompt + tokens[name] // 2)
+            share = _bandwidth_share(row["decode"] / batch, numbers, facts[name])
+            found.append(row | {"facts": facts[name], "bandwidth_share": share})
     table = Table("side", "batch", "prefill, tokens/s", "decode, tokens/s", "over transformers", "decode", "of memory")
     for row in found:
         compared = (str(row[f"{what}_ratio"] or "") for what in ("prefill", "decode"))
@@ -90,7 +89,7 @@ def main(arguments: list[str]) -> None:
         f"{options.prompt} tokens, {options.tokens} more"
     )
     console.print(table)
-    console.print("of memory: the share of the time that reading a token's weights and cache from memory would take")
+    console.print("of memory: how much of the time it takes to read the weights and the cache once for each token")
     results = [
         {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in row.items()} for row in found
     ]
@@ -257,6 +256,12 @@ def _row(name: str, batch: int, seconds: dict[str, dict[str, list[float]]], prom
         yardstick = seconds.get("transformers")
         row[f"{what}_ratio"] = ratio(seconds[name][what], yardstick[what]) if yardstick else None
     return row
+
+
+def _bandwidth_share(steps_per_second: float, numbers: int, facts: dict[str, Any]) -> float | None:
+    """How much of the time goes by reading so many numbers a step from memory; None where its rate isn't known."""
+    itemsize = {"bfloat16": 2, "float32": 4}[facts["precision"]]
+    return facts["bandwidth"] and steps_per_second * numbers * itemsize / facts["bandwidth"]
 
 
 def _number(text: str) -> int:

@@ -42,6 +42,10 @@ def test_a_step_of_decoding_reads_each_weight_once_and_the_cache():
     assert generate.numbers_read(tied, 3, 5) == read + 3 * 2 * 5 * 4
     untied = dataclasses.replace(tied, tie_embeddings=False)
     assert generate.numbers_read(untied, 3, 5) == read + 3 * 2 * 5 * 4
+    # Ten steps a second of a thousand numbers of 4 bytes, where 100,000 bytes could be read.
+    facts = {"precision": "float32", "bandwidth": 100_000.0}
+    assert generate._bandwidth_share(10.0, 1000, facts) == pytest.approx(0.4)
+    assert generate._bandwidth_share(10.0, 1000, facts | {"bandwidth": None}) is None
 
 
 def test_all_sides_compute_the_same_tokens():
