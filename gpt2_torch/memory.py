@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from gpt2_core.config import TrainConfig
+from gpt2_core.errors import UserError
 from gpt2_core.memory import host_memory, out_of_memory
 from gpt2_torch.model import GPT2
 from gpt2_torch.optimizer import make_optimizer
@@ -23,12 +24,24 @@ def memory_errors(config: TrainConfig, device: torch.device, processes: int) -> 
         # Each device's allocator has words of its own.
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
-        available = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
+        raise _sentence(config, device, processes) from error
 
-        def planner(sequences: int, accumulation: int) -> int:
-            return bytes_needed(config, device.type, sequences, accumulation, processes)
 
-        raise out_of_memory(config, planner, ways=processes, available=available, device=device.type) from error
+def check_memory(config: TrainConfig, device: torch.device, processes: int) -> None:
+    """Raise UserError if the step can't but fail: on CPU the system would kill the process, without an error."""
+    if device.type == "cpu":
+        sequences = config.microbatch_size // processes
+        if bytes_needed(config, "cpu", sequences, config.accumulation, processes) > host_memory():
+            raise _sentence(config, device, processes)
+
+
+def _sentence(config: TrainConfig, device: torch.device, processes: int) -> UserError:
+    available = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
+
+    def planner(sequences: int, accumulation: int) -> int:
+        return bytes_needed(config, device.type, sequences, accumulation, processes)
+
+    return out_of_memory(config, planner, ways=processes, available=available, device=device.type)
 
 
 def bytes_needed(config: TrainConfig, device: str, sequences: int, accumulation: int, processes: int = 1) -> int:

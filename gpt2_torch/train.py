@@ -27,7 +27,7 @@ from gpt2_core.tokens import open_tokens, steps_of
 from gpt2_core.weights import Weights
 from gpt2_torch import checkpoints
 from gpt2_torch.generate import generate
-from gpt2_torch.memory import memory_errors
+from gpt2_torch.memory import check_memory, memory_errors
 from gpt2_torch.model import GPT2
 from gpt2_torch.optimizer import make_optimizer
 from gpt2_torch.weights import to_state_dict
@@ -107,6 +107,7 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)
     config = resolve(config, device, processes)
+    check_memory(config, device, processes)
     with memory_errors(config, device, processes), _group_of(processes, device):
         return _train(config, initial, device, rank, processes)
 

@@ -1,11 +1,14 @@
+import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from gpt2_core.errors import UserError
 from gpt2_torch.memory import bytes_needed, memory_errors
+from gpt2_torch.train import train
 
 # Beside the planner's word, how much a real process grows; a small step first has the libraries' own memory in it.
 PROGRAM = """
@@ -51,6 +54,15 @@ def test_running_out_of_memory_ends_with_a_sentence(make_config, monkeypatch):
         memory_errors(config, torch.device("cpu"), 1),
     ):
         torch.empty(1 << 60, dtype=torch.int8)
+
+
+def test_a_step_that_the_system_would_kill_is_refused_before_anything_is_written(make_config, monkeypatch):
+    config = make_config(batch_size=64)
+    needed = bytes_needed(dataclasses.replace(config, precision="float32"), "cpu", 20, 1)
+    monkeypatch.setattr("gpt2_torch.memory.host_memory", lambda: needed)
+    with pytest.raises(UserError, match=r"out of memory: --batch_size 64 .*: --batch_size 20 or --accumulation 4$"):
+        train(config)
+    assert not Path(config.run_dir).exists()
 
 
 def test_other_errors_pass(make_config):
