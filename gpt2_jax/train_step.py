@@ -124,12 +124,15 @@ def make_train_step(
 def compile_train_step(config: TrainConfig, definition: Definition, mesh: Mesh) -> jax.stages.Compiled:
     """The train step of a resolved configuration, compiled from shapes alone, in any thread."""
     # What `with` set in another thread isn't set in this one.
-    with jax.enable_x64(definition.execution.param_dtype == "float64"), jax.set_mesh(mesh):
+    with jax.enable_x64(definition.execution.param_dtype == "float64"):
+        # Not inside `set_mesh`: optax computes a scalar eagerly, which the devices of a topology description can't.
         state = abstract_state(definition, make_optimizer(config.optimizer, config.model), mesh)
         shape = (config.accumulation, config.microbatch_size, config.model.block_size)
         tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
         rate = jax.ShapeDtypeStruct((), definition.execution.param_dtype)
-        return make_train_step(definition, config, mesh).lower(state, tokens, tokens, rate).compile()
+        step = make_train_step(definition, config, mesh)
+        with jax.set_mesh(mesh):
+            return step.lower(state, tokens, tokens, rate).compile()
 
 
 def compile_eval_step(config: TrainConfig, definition: Definition, mesh: Mesh) -> jax.stages.Compiled:
