@@ -275,6 +275,9 @@ class TrainConfig:
     """JAX: one compiled block scanned over the layers in place of unrolled layers: compiles faster, runs slower."""
     remat: bool = False
     """JAX: recompute each block's activations in the backward pass: less memory, about a third more arithmetic."""
+    gradient_exchange: Literal["float32", "bfloat16"] = "float32"
+    """JAX: dtype in which devices exchange gradients: float32 (float64 in a float64 run), or bfloat16, half the bytes,
+    rounded before they are summed."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """PyTorch: device to train on; auto takes cuda, then mps, then cpu."""
     compile: bool | None = None
