@@ -271,6 +271,9 @@ class TrainConfig:
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     """JAX: attention kernel: cudnn (flash attention of NVIDIA GPUs, bfloat16, no dropout) or xla (everywhere, every
     dtype); auto takes cudnn where it works and prints which."""
+    norm_kernel: Literal["auto", "triton", "xla"] = "auto"
+    """JAX: layer norm kernel: triton (one pass over memory for a layer norm and the addition before it, on NVIDIA GPUs)
+    or xla (everywhere, every dtype); auto takes triton where it works and prints which."""
     scan_layers: bool = False
     """JAX: one compiled block scanned over the layers in place of unrolled layers: compiles faster, runs slower."""
     remat: bool = False
