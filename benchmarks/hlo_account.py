@@ -116,6 +116,7 @@ class Loop:
 class Account:
     """One run of a program on one device; loops are counted as often as they run."""
 
+    devices: int
     floor_ms: float
     """Least time without exchanges: the sum of `parts_ms`."""
     parts_ms: dict[Part, float]
@@ -141,6 +142,7 @@ def account(text: str, gpu: Gpu) -> Account:
         floor[launch.part] += 1e3 * launch.times * launch.seconds
     floor_ms = sum(floor.values())
     return Account(
+        devices=module.devices,
         floor_ms=floor_ms,
         parts_ms=floor,
         exposed_ms=sum(c.times * c.exposed_ms for c in found.collectives),
@@ -203,7 +205,9 @@ def _walk(module: Module, name: str, gpu: Gpu, found: _Found, *, times: int, loo
             inner = _walk(module, called, gpu, found, times=times, loops=loops)
             done.advance(inner.seconds, inner.kernels, inner.flops)
         elif i.operation == "conditional":
-            raise UserError(f"the program has a conditional ({i.name}): how often each branch runs can't be read off it")
+            raise UserError(
+                f"the program has a conditional ({i.name}): how often each branch runs can't be read off it"
+            )
         elif kind in _COLLECTIVES:
             collective = _collective(i, computation, module, gpu, times, loops)
             end = link_free = max(done.seconds, link_free) + collective.ms / 1e3
@@ -397,7 +401,7 @@ def _source(i: Instruction, module: Module) -> str:
     op_name = (i.find(r'\bop_name="([^"]*)"') or "").partition(";")[0]
     frame = i.find(r"\bstack_frame_id=(\d+)")
     if not op_name:
-        return "made by the compiler: " + re.sub(r"[.0-9]+$", "", i.name)
+        return "made by the compiler: " + re.sub(r"(-start)?[.0-9]*$", "", i.name)
     functions = [_plain_function(name) for name in module.stacks.get(int(frame or 0), ())]
     path = [part for part in _unwrapped(op_name).split("/")[1:] if part and part not in _WRAPPERS]
     words = list(dict.fromkeys([*functions[-2:], *path]))
@@ -412,7 +416,7 @@ def _direction(op_name: str) -> str:
         return "recomputed"
     if "transpose(" in op_name:
         return "backward"
-    return "forward" if "jvp(" in op_name else "update"
+    return "forward" if "jvp(" in op_name else "step"
 
 
 def _unwrapped(op_name: str) -> str:
