@@ -40,8 +40,17 @@ def environment(console: Console, folder: Path = FOLDER) -> Path:
         console.print(f"making {folder.name}, once: JAX with its compiler for NVIDIA GPUs, about 0.5 GB to download")
         shutil.rmtree(folder, ignore_errors=True)
         plugin = [f"{name}=={_pinned(constraints, 'jaxlib')}" for name in _PLUGIN]
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        _run(console, folder, "creating", [sys.executable, "-m", "venv", str(folder)])
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(python),
+            "--disable-pip-version-check",
+            "install",
+            "--quiet",
+        ]
+        _run(console, folder, "creating", [sys.executable, "-m", "venv", "--without-pip", str(folder)])
         _run(console, folder, "installing JAX", [*pip, "--constraint", str(ROOT / "constraints.txt"), *_PACKAGES])
         _run(console, folder, "installing the CUDA plugin", [*pip, "--no-deps", *plugin])
         write_atomically(stamp, wanted)
@@ -66,8 +75,8 @@ def _run(console: Console, folder: Path, what: str, command: list[str]) -> None:
         said = (ended.stderr or ended.stdout).strip().splitlines() or ["no reason given"]
         reason = next((line for line in reversed(said) if line.startswith("ERROR: ")), said[-1])
         raise RunError(
-            f"{folder.name} can't be made, {what} failed: {reason.removeprefix('ERROR: ')}; it needs a package index, "
-            f"once: try again where pip can reach one"
+            f"{folder.name} can't be made, {what} failed: {reason.removeprefix('ERROR: ')}; it needs pip and a "
+            f"package index, once: try again where there are both"
         )
 
 

@@ -152,6 +152,15 @@ def test_a_loop_counts_as_often_as_it_runs(trips, count):
     assert found.exposed_ms == pytest.approx((count or 1) * 1e3 * 4000 * 2 * 3 / 4 / GPU.link_bandwidth)
 
 
+def test_all_runs_of_a_loop_are_beside_an_exchange():
+    before, call = loop('"known_trip_count":{"n":"5"}', "  %y = f32[1000]{0} negate(%x)")
+    start, done = "all-reduce-start(%x0), replica_groups={}", "all-reduce-done(%s)"
+    found = read(*INIT, f"%s = f32[1000]{{0}} {start}", call, f"%d = f32[1000]{{0}} {done}", before=before)
+    (collective,) = found.collectives
+    assert collective.kernels_beside == 5
+    assert collective.exposed_ms == pytest.approx(collective.ms - found.floor_ms) and found.floor_ms > 0
+
+
 def test_an_exchange_is_exposed_where_no_kernel_runs_beside_it():
     """Two seconds of products beside an all-reduce of six: four are waited for. The one after it queues behind it."""
     start = "all-reduce-start(%big), replica_groups=[1,4]<=[4], to_apply=%add"
