@@ -14,7 +14,8 @@ from rich.table import Table
 
 from benchmarks import gpu
 from benchmarks.compiler_env import ROOT, environment
-from benchmarks.hlo_account import COPY, Account, Collective, account
+from benchmarks.hlo_account import Account, account
+from benchmarks.hlo_cost import COPY, Collective
 from benchmarks.measure import positive, write_json
 from benchmarks.trainings import with_sizes
 from gpt2_core.cli import Parser
@@ -29,6 +30,7 @@ _LEFT_OUT = (
     "Left out: the time to launch kernels, what caches save, the latency of exchanges, cuDNN's workspace. cuDNN's "
     "attention counts at 0.6 of a product's rate. Triton's products are off: nothing can be autotuned without a GPU."
 )
+# Columns of a table where the terminal has fewer: shapes and names are long.
 _WIDTH = 170
 # Options that say how a program is compiled mean nothing where one is read.
 _FOR_READING = {"--read", "--target", "--top", "--json", "--against", "--help", "-h"}
@@ -49,12 +51,11 @@ def main(arguments: list[str]) -> None:
     positive(options, "batch", "accumulation", "top")
     target = gpu.load(options.target)
     earlier = _read_earlier(options.against) if options.against else None
-    # Wide where it isn't a terminal's width that counts: shapes and names are long.
     console = Console(soft_wrap=True, highlight=False, width=max(_WIDTH, Console().width))
     if options.read:
         _refuse_options_of_compiling(arguments)
         found = account(_read_text("--read", options.read), target)
-        results = {"target": target.name} | _results(found)
+        results = {"target": target.name} | dataclasses.asdict(found)
     else:
         config = configuration(options)
         program = compile_program(config, options.target, options.flag or [], console)
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> None:
             "argument_bytes": program.argument_bytes,
             "temp_bytes": program.temp_bytes,
             "mfu_at_most": mfu_at_most(found, config, target),
-        } | _results(found)
+        } | dataclasses.asdict(found)
         _show_program(console, config, results)
     _show_account(console, found, results, options.top)
     if earlier is not None:
@@ -137,10 +138,6 @@ def mfu_at_most(found: Account, config: TrainConfig, target: gpu.Gpu) -> float:
     peak = devices * peak_flops(target.name, config.precision)
     seconds = (found.floor_ms + found.exposed_ms) / 1e3
     return config.tokens_per_step * config.model.training_flops_per_token / (peak * seconds)
-
-
-def _results(found: Account) -> dict[str, Any]:
-    return dataclasses.asdict(found)
 
 
 def _refuse_options_of_compiling(arguments: list[str]) -> None:

@@ -123,3 +123,39 @@ def _stacks(text: str) -> dict[int, tuple[str, ...]]:
         parent = stacks[number(row, "parent_frame_id") - 1]
         stacks[frame] = (*parent, locations[number(row, "file_location_id")])
     return stacks
+
+
+def source(i: Instruction, module: Module) -> str:
+    """The model's operation that an instruction comes from: direction, functions and named scopes, primitive.
+
+    All layers have the same; an instruction that the compiler made has its own name without its number.
+    """
+    op_name = (i.find(r'\bop_name="([^"]*)"') or "").partition(";")[0]
+    frame = i.find(r"\bstack_frame_id=(\d+)")
+    if not op_name:
+        return "made by the compiler: " + re.sub(r"(-start)?[.0-9]*$", "", i.name)
+    functions = [_plain_function(name) for name in module.stacks.get(int(frame or 0), ())]
+    path = [part for part in _unwrapped(op_name).split("/")[1:] if part and part not in _WRAPPERS]
+    words = list(dict.fromkeys([*functions[-2:], *path]))
+    return re.sub(r"\bh\.\d+", "h.*", f"{_direction(op_name)}: {' / '.join(words)}")
+
+
+_WRAPPERS = {"while", "body", "cond", "closed_call", "checkpoint", "rematted_computation"}
+
+
+def _direction(op_name: str) -> str:
+    if "rematted_computation" in op_name:
+        return "recomputed"
+    if "transpose(" in op_name:
+        return "backward"
+    return "forward" if "jvp(" in op_name else "step"
+
+
+def _unwrapped(op_name: str) -> str:
+    """The path without JAX's transformations: `jit(step)/transpose(jvp(h.0))/mul` is `step/h.0/mul`."""
+    inner = re.sub(r"\b\w+\(([^()]*)\)", r"\1", op_name)
+    return op_name if inner == op_name else _unwrapped(inner)
+
+
+def _plain_function(name: str) -> str:
+    return re.sub(r"\.(<locals>|<lambda>|<genexpr>|__call__)", "", name)

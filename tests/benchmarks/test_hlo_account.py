@@ -2,7 +2,8 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.hlo import parse
-from benchmarks.hlo_account import COPY, Account, account
+from benchmarks.hlo_account import Account, account
+from benchmarks.hlo_cost import COPY
 from gpt2_core.errors import UserError
 
 # Rates at which FLOPs, bytes and exchanged bytes are easily told apart.
