@@ -88,6 +88,8 @@ def configuration(options: Any) -> TrainConfig:
         precision="bfloat16",
         mesh=str(options.mesh),
         attention=options.attention,
+        norm_kernel=options.norm_kernel,
+        gradient_exchange=options.gradient_exchange,
         scan_layers=options.scan_layers,
         remat=options.remat,
     )
@@ -291,8 +293,17 @@ def _parser() -> Parser:
     parser.add_argument("--batch", type=int, default=32, help="Sequences a step, over all devices.")
     parser.add_argument("--accumulation", type=int, default=1, help="Parts a step is computed in.")
     parser.add_argument("--attention", type=Literal["cudnn", "xla"], default="cudnn", help="The attention kernel.")
+    parser.add_argument(
+        "--norm_kernel", type=Literal["triton", "xla"], default="triton", help="The layer norm kernel."
+    )
     parser.add_argument("--scan_layers", type=bool, default=False, help="Scan the layers.")
     parser.add_argument("--remat", type=bool, default=False, help="Recompute activations.")
+    parser.add_argument(
+        "--gradient_exchange",
+        type=Literal["float32", "bfloat16"],
+        default="float32",
+        help="Dtype in which devices exchange gradients.",
+    )
     parser.add_argument(
         "--flag", action="append", type=str, help="--flag=--xla_...: one more flag for XLA; repeatable."
     )

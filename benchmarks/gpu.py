@@ -43,6 +43,11 @@ class Gpu:
         return 0.6 * self.product_flops
 
 
+def target_of(device: str) -> str | None:
+    """The target that a device is, by what the driver calls it ("NVIDIA H200"); None for one that isn't described."""
+    return next((name for name in _PRODUCT_FLOPS if name.upper() in device), None)
+
+
 def description(name: str) -> str:
     """The GpuTargetConfigProto of a target, as text; raises UserError for a name that isn't known."""
     if name not in _PRODUCT_FLOPS:

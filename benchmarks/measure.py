@@ -171,21 +171,34 @@ def write_json(path: str | None, arguments: list[str], results: Any) -> None:
     """The results with the command, machine, versions and date that they belong to."""
     if path is None:
         return
+    try:
+        write_atomically(Path(path), json.dumps(description(arguments) | {"results": results}, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {path}: can't be written ({error.strerror})") from error
+
+
+def description(arguments: list[str]) -> dict[str, Any]:
+    """What results belong to: command, date, machine, versions, and the commit where git knows it."""
     versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    described = {
+    return {
         "command": shlex.join(["python", "scripts/bench.py", *arguments]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": versions,
-        "results": results,
+        "commit": _commit(),
     }
-    try:
-        write_atomically(Path(path), json.dumps(described, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--json {path}: can't be written ({error.strerror})") from error
+
+
+def _commit() -> str | None:
+    with contextlib.suppress(OSError):
+        asked = subprocess.run(
+            ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
+        )
+        return asked.stdout.strip() or None
+    return None
 
 
 def positive(options: Any, *names: str) -> None:

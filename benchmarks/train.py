@@ -5,22 +5,19 @@ import math
 import shutil
 import statistics
 import sys
-import time
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import Session, interleave, positive, ratio, sides, write_json
+from benchmarks.rates import jax_matmul, torch_matmul
 from benchmarks.trainings import JaxTraining, TorchTraining, add_options, configuration, with_sizes
 from gpt2_core.cli import Parser
 from gpt2_core.config import PRESETS, TrainConfig, from_dict
 from gpt2_core.errors import UserError
 from gpt2_core.memory import peak_memory
 from gpt2_core.runlog import peak_flops
-
-# Side of the square matrices whose product shows what a device reaches: large enough to fill it.
-_MATMUL = {"cpu": 2048, "gpu": 8192}
 
 
 def main(arguments: list[str]) -> None:
@@ -30,10 +27,7 @@ def main(arguments: list[str]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     functions = {name: (function, spec | {"config": dataclasses.asdict(config)})
                  for name, function, spec in _sides(options.frameworks, options.device)}  # fmt: skip
-    with sides(functions, console) as started:
-        seconds = interleave(started, rounds=options.rounds, units=options.steps, console=console)
-        facts = {name: side.facts | side.end() for name, side in started.items()}
-    rows = [_row(name, seconds[name], facts[name], config) for name in started]
+    rows, seconds = measure(functions, config, rounds=options.rounds, steps=options.steps, console=console)
     _show(console, rows, config)
     ratios = _ratios(seconds)
     for pair, value in ratios.items():
@@ -41,6 +35,16 @@ def main(arguments: list[str]) -> None:
     found = {"config": dataclasses.asdict(config), "sides": rows, "seconds_a_step": seconds,
              "ratios": {pair: dataclasses.asdict(value) for pair, value in ratios.items()}}  # fmt: skip
     write_json(options.json, ["train", *arguments], found)
+
+
+def measure(
+    functions: dict[str, tuple[str, dict[str, Any]]], config: TrainConfig, *, rounds: int, steps: int, console: Console
+) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    """What is known of each side, and its seconds a step, one value a round; `config` is what all of them train."""
+    with sides(functions, console) as started:
+        seconds = interleave(started, rounds=rounds, units=steps, console=console)
+        facts = {name: side.facts | side.end() for name, side in started.items()}
+    return [_row(name, seconds[name], facts[name], config) for name in started], seconds
 
 
 def _sides(frameworks: str, device: str) -> list[tuple[str, str, dict[str, Any]]]:
@@ -70,7 +74,7 @@ def _on_gpu(device: str) -> bool:
 
 
 def jax_session(spec: dict[str, Any]) -> Session:
-    training = JaxTraining(from_dict(spec["config"]))
+    training = JaxTraining(from_dict(spec["config"]), cached=spec.get("cached", False))
     from gpt2_jax.memory import bytes_needed
 
     device = training.mesh.devices.flat[0]
@@ -78,8 +82,8 @@ def jax_session(spec: dict[str, Any]) -> Session:
         "device": device.device_kind,
         "precision": training.config.precision,
         "compile_seconds": training.compile_seconds,
-        "kernels": f"{training.config.attention} attention, fused head and loss",
-        "matmul_flops": _jax_matmul(training.config.precision, device.platform),
+        "kernels": f"{training.config.attention} attention, {training.config.norm_kernel} layer norm, fused head and loss",
+        "matmul_flops": jax_matmul(training.config.precision, device.platform),
         "step_bytes": bytes_needed(training.step),
     }
 
@@ -91,7 +95,8 @@ def jax_session(spec: dict[str, Any]) -> Session:
 
 
 def torch_session(spec: dict[str, Any]) -> Session:
-    training = TorchTraining(from_dict(spec["config"]), compile=spec["compile"])
+    attention = spec.get("attention", "auto")
+    training = TorchTraining(from_dict(spec["config"]), compile=spec["compile"], attention=attention)
     import torch
 
     from gpt2_torch.memory import bytes_needed
@@ -102,8 +107,8 @@ def torch_session(spec: dict[str, Any]) -> Session:
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "precision": config.precision,
         "compile_seconds": training.compile_seconds,
-        "kernels": "scaled_dot_product_attention, F.cross_entropy",
-        "matmul_flops": _torch_matmul(config.precision, device),
+        "kernels": f"scaled_dot_product_attention ({attention}), F.cross_entropy",
+        "matmul_flops": torch_matmul(config.precision, device),
     }
 
     def end() -> dict[str, Any]:
@@ -114,41 +119,6 @@ def torch_session(spec: dict[str, Any]) -> Session:
         return {"peak_bytes": peak_memory(), "step_bytes": planned}
 
     return Session(facts, training.work, end)
-
-
-def _jax_matmul(precision: str, platform: str) -> float:
-    """What the device reaches on a large square product, in FLOP/s."""
-    import jax
-    import jax.numpy as jnp
-
-    n = _MATMUL["cpu" if platform == "cpu" else "gpu"]
-    x = jnp.ones((n, n), precision)
-    multiply = jax.jit(lambda a, b: a @ b)
-    return _fastest(lambda: multiply(x, x).block_until_ready(), 2 * n**3)
-
-
-def _torch_matmul(precision: str, device) -> float:
-    import torch
-
-    n = _MATMUL["cpu" if device.type == "cpu" else "gpu"]
-    x = torch.ones((n, n), dtype=getattr(torch, precision), device=device)
-
-    def multiply() -> None:
-        x @ x
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return _fastest(multiply, 2 * n**3)
-
-
-def _fastest(work, operations: int) -> float:
-    work()
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return operations / min(times)
 
 
 def _row(name: str, seconds: list[float], facts: dict[str, Any], config: TrainConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A warm training of either framework, made of the trainers' own functions, and the options that say which."""
 
+import contextlib
 import dataclasses
 import time
 from typing import Any, Literal
@@ -16,9 +17,12 @@ _RATE = 1e-4
 
 
 class JaxTraining:
-    """A compiled step and its state; `work(steps)` takes steps and returns the last one's loss."""
+    """A compiled step and its state; `work(steps)` takes steps and returns the last one's loss.
 
-    def __init__(self, config: TrainConfig) -> None:
+    `cached`: a program that was compiled before is loaded; the time to compile is then the time to load.
+    """
+
+    def __init__(self, config: TrainConfig, *, cached: bool = False) -> None:
         import jax
 
         if config.device == "cpu":
@@ -26,7 +30,7 @@ class JaxTraining:
         from gpt2_jax.runtime import configure, has_accelerator
 
         configure(config.precision, config.mesh)
-        jax.config.update("jax_enable_compilation_cache", False)  # or the time to compile would be the time to load
+        jax.config.update("jax_enable_compilation_cache", cached)
         if config.device == "cuda" and not has_accelerator():
             raise UserError("--device cuda: JAX finds no GPU here; use --device cpu")
         from gpt2_jax.sharding import make_mesh
@@ -51,9 +55,9 @@ class JaxTraining:
 
 
 class TorchTraining:
-    """The same for the reference."""
+    """The same for the reference. `attention` is one of PyTorch's kernels; auto leaves the choice to PyTorch."""
 
-    def __init__(self, config: TrainConfig, *, compile: bool) -> None:
+    def __init__(self, config: TrainConfig, *, compile: bool, attention: str = "auto") -> None:
         import torch
 
         from gpt2_torch.model import GPT2
@@ -68,6 +72,7 @@ class TorchTraining:
         model = dataclasses.replace(config.model, vocab_size=rows)
         self.model = GPT2(model).to(device, torch.float64 if config.precision == "float64" else torch.float32)
         self.optimizer = make_optimizer(self.model, config.optimizer)
+        self._attention = attention
         self._run = torch.compile(self.model) if compile else self.model
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
         self._batch = [torch.from_numpy(part).to(device, torch.long) for part in _batch(config)]
@@ -78,17 +83,26 @@ class TorchTraining:
     def work(self, steps: int) -> float:
         from gpt2_torch.train import train_step
 
-        for _ in range(steps):
-            loss, _ = train_step(
-                self._run,
-                self.optimizer,
-                *self._batch,
-                learning_rate=_RATE,
-                clip_norm=self.config.optimizer.clip_norm,
-                accumulation=self.config.accumulation,
-                autocast=self._autocast,
-            )
+        with _attention_kernel(self._attention):
+            for _ in range(steps):
+                loss, _ = train_step(
+                    self._run,
+                    self.optimizer,
+                    *self._batch,
+                    learning_rate=_RATE,
+                    clip_norm=self.config.optimizer.clip_norm,
+                    accumulation=self.config.accumulation,
+                    autocast=self._autocast,
+                )
         return loss.item()
+
+
+def _attention_kernel(name: str) -> contextlib.AbstractContextManager:
+    if name == "auto":
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel({"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[name])
 
 
 def add_options(parser: Parser, *, preset: str | None, batch: int) -> None:
@@ -106,8 +120,17 @@ def add_options(parser: Parser, *, preset: str | None, batch: int) -> None:
     )
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
     parser.add_argument("--attention", type=Literal["auto", "cudnn", "xla"], default="auto", help="JAX's kernel.")
+    parser.add_argument(
+        "--norm_kernel", type=Literal["auto", "triton", "xla"], default="auto", help="JAX's layer norm kernel."
+    )
     parser.add_argument("--scan_layers", type=bool, default=False, help="JAX: scan the layers.")
     parser.add_argument("--remat", type=bool, default=False, help="JAX: recompute activations.")
+    parser.add_argument(
+        "--gradient_exchange",
+        type=Literal["float32", "bfloat16"],
+        default="float32",
+        help="JAX: dtype in which devices exchange gradients.",
+    )
     parser.add_argument("--json", type=str, help="File to write the results to, with command, machine and versions.")
 
 
@@ -137,6 +160,8 @@ def configuration(options: Any) -> TrainConfig:
         precision=options.precision,
         mesh=1,
         attention=options.attention,
+        norm_kernel=options.norm_kernel,
+        gradient_exchange=options.gradient_exchange,
         scan_layers=options.scan_layers,
         remat=options.remat,
         device=options.device,
