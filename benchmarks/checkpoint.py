@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import Session, positive, sides, write_json
-from benchmarks.trainings import JaxTraining, TorchTraining, add_options, configuration, with_sizes
+from benchmarks.trainings import JaxTraining, TorchTraining, add_json, add_options, configuration, with_sizes
 from gpt2_core.cli import Parser
 from gpt2_core.config import PRESETS, from_dict
 from gpt2_core.run_folder import RunFolder, metadata_of
@@ -147,6 +147,7 @@ def _timed(work: Callable[[], Any]) -> float:
 def _parser() -> Parser:
     parser = Parser(prog="bench.py checkpoint", description=__doc__.partition(": ")[2])
     add_options(parser, preset="gpt2", batch=2)
+    add_json(parser)
     parser.add_argument("--rounds", type=int, default=3, help="Saves of each trainer.")
     parser.add_argument("--steps", type=int, default=5, help="Steps after each save, while it is being written.")
     parser.add_argument("--interval", type=int, default=250, help="Steps between two saves, of which one is a share.")

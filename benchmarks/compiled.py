@@ -293,9 +293,7 @@ def _parser() -> Parser:
     parser.add_argument("--batch", type=int, default=32, help="Sequences a step, over all devices.")
     parser.add_argument("--accumulation", type=int, default=1, help="Parts a step is computed in.")
     parser.add_argument("--attention", type=Literal["cudnn", "xla"], default="cudnn", help="The attention kernel.")
-    parser.add_argument(
-        "--norm_kernel", type=Literal["triton", "xla"], default="triton", help="The layer norm kernel."
-    )
+    parser.add_argument("--norm_kernel", type=Literal["triton", "xla"], default="triton", help="The layer norm kernel.")
     parser.add_argument("--scan_layers", type=bool, default=False, help="Scan the layers.")
     parser.add_argument("--remat", type=bool, default=False, help="Recompute activations.")
     parser.add_argument(

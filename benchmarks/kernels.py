@@ -129,7 +129,7 @@ def _covered(kernels: Iterable[Kernel]) -> float:
 
 
 def from_xspace(space: Any, sources: Mapping[str, str]) -> list[Kernel]:
-    """The kernels of what JAX's profiler recorded (a jax.profiler.ProfileData); `sources` by name of an HLO instruction.
+    """The kernels of what JAX's profiler recorded (a jax.profiler.ProfileData); `sources` are those of `sources_of`.
 
     A GPU's plane has a line for each stream, and others that repeat what ran there in other words. Raises LookupError
     if there is no GPU's plane.

@@ -6,23 +6,22 @@ Imports the standard library alone: it runs where everything else fails.
 import importlib.metadata
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from gpt2_core.errors import UserError
-
 _PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
-# Without these no benchmark starts: the command line is parsed and printed with them.
-COMMAND_LINE = ("jsonargparse", "PyYAML", "numpy", "rich", "tiktoken")
+# Without these no command starts: modules that all of them import are made with them.
+ESSENTIAL = ("jsonargparse", "PyYAML", "numpy", "ml_dtypes", "rich", "grain", "safetensors")
 
 
 def declared() -> dict[str, str]:
     """The project's requirements as pyproject.toml states them, by the name of the package."""
     project = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
-    return {_name(line): line for line in lines}
+    return {_name(line): line for line in reversed(lines)}  # what is required counts, not an extra's further demands
 
 
 def missing(names: Iterable[str]) -> list[str]:
@@ -31,7 +30,7 @@ def missing(names: Iterable[str]) -> list[str]:
 
 
 def missing_below(names: Iterable[str]) -> list[str]:
-    """Packages that these need, directly or not, and that aren't installed; conditional requirements are left out."""
+    """Those that aren't installed, and what the others need, directly or not, and isn't; conditions count as unmet."""
     requirements = declared()
     found: dict[str, None] = {}
     for name in names:
@@ -45,11 +44,15 @@ def pip_command(names: Iterable[str]) -> str:
     return shlex.join(["pip", "install", *(requirements.get(name, name) for name in names)])
 
 
-def require(names: Iterable[str], what: str) -> None:
-    """Raise UserError if one of them isn't installed."""
+def require_or_exit(names: Iterable[str], command: str) -> None:
+    """End the process as a user's error does, with exit code 2, if one of them isn't installed."""
     lacking = missing(names)
     if lacking:
-        raise UserError(f"{what} needs packages that aren't installed: {', '.join(lacking)}; {pip_command(lacking)}")
+        print(
+            f"error: {command} needs packages that aren't installed: {', '.join(lacking)}; {pip_command(lacking)}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def _missing_below(requirement: str, seen: set[str]) -> Iterator[str]:

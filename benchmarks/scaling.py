@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import interleave, positive, sides, write_json
-from benchmarks.trainings import add_options, configuration, with_sizes
+from benchmarks.trainings import add_json, add_options, configuration, with_sizes
 from gpt2_core.cli import Parser
 from gpt2_core.config import TrainConfig
 from gpt2_core.errors import UserError
@@ -114,6 +114,7 @@ def _number(text: str) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="bench.py scaling", description=__doc__.partition(": ")[2])
     add_options(parser, preset=None, batch=8)
+    add_json(parser)
     parser.add_argument("--axes", type=str, default=",".join(AXES), help="What to grow, comma between.")
     parser.add_argument("--factors", type=str, default="1,2,4", help="How many times as large, comma between.")
     parser.add_argument("--frameworks", type=str, default="jax,torch", help="jax, torch (uncompiled) or both.")

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.measure import Session, interleave, positive, ratio, sides, write_json
 from benchmarks.rates import jax_matmul, torch_matmul
-from benchmarks.trainings import JaxTraining, TorchTraining, add_options, configuration, with_sizes
+from benchmarks.trainings import JaxTraining, TorchTraining, add_json, add_options, configuration, with_sizes
 from gpt2_core.cli import Parser
 from gpt2_core.config import PRESETS, TrainConfig, from_dict
 from gpt2_core.errors import UserError
@@ -77,13 +77,13 @@ def jax_session(spec: dict[str, Any]) -> Session:
     training = JaxTraining(from_dict(spec["config"]), cached=spec.get("cached", False))
     from gpt2_jax.memory import bytes_needed
 
-    device = training.mesh.devices.flat[0]
+    device, config = training.mesh.devices.flat[0], training.config
     facts = {
         "device": device.device_kind,
-        "precision": training.config.precision,
+        "precision": config.precision,
         "compile_seconds": training.compile_seconds,
-        "kernels": f"{training.config.attention} attention, {training.config.norm_kernel} layer norm, fused head and loss",
-        "matmul_flops": jax_matmul(training.config.precision, device.platform),
+        "kernels": f"{config.attention} attention, {config.norm_kernel} layer norm, fused head and loss",
+        "matmul_flops": jax_matmul(config.precision, device.platform),
         "step_bytes": bytes_needed(training.step),
     }
 
@@ -177,6 +177,7 @@ def _show(console: Console, rows: list[dict[str, Any]], config: TrainConfig) -> 
 def _parser() -> Parser:
     parser = Parser(prog="bench.py train", description="A train step of both frameworks, side by side.")
     add_options(parser, preset="gpt2", batch=32)
+    add_json(parser)
     parser.add_argument("--frameworks", type=str, default="jax,torch", help="Which to measure: jax, torch or both.")
     parser.add_argument("--rounds", type=int, default=7, help="Turns that each side takes.")
     parser.add_argument("--steps", type=int, default=5, help="Steps a turn.")

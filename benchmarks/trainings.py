@@ -105,7 +105,7 @@ def _attention_kernel(name: str) -> contextlib.AbstractContextManager:
     return sdpa_kernel({"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[name])
 
 
-def add_options(parser: Parser, *, preset: str | None, batch: int) -> None:
+def add_options(parser: Parser, *, preset: str | None, batch: int, device: str = "auto") -> None:
     """What is trained and how; `preset` gives the sizes that aren't said, None those of ModelConfig."""
     parser.add_class_arguments(ModelConfig, "model")
     left_out = f"Left out: {preset}." if preset else "Left out: a small model."
@@ -118,7 +118,7 @@ def add_options(parser: Parser, *, preset: str | None, batch: int) -> None:
         default="auto",
         help="As the trainers': auto is bfloat16 on an accelerator and float32 on CPU.",
     )
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default=device, help="Where to compute.")
     parser.add_argument("--attention", type=Literal["auto", "cudnn", "xla"], default="auto", help="JAX's kernel.")
     parser.add_argument(
         "--norm_kernel", type=Literal["auto", "triton", "xla"], default="auto", help="JAX's layer norm kernel."
@@ -131,6 +131,10 @@ def add_options(parser: Parser, *, preset: str | None, batch: int) -> None:
         default="float32",
         help="JAX: dtype in which devices exchange gradients.",
     )
+
+
+def add_json(parser: Parser) -> None:
+    """Where results go besides the screen."""
     parser.add_argument("--json", type=str, help="File to write the results to, with command, machine and versions.")
 
 

@@ -1,8 +1,8 @@
-"""Measure speed: python scripts/bench.py train|generate|data|checkpoint|scaling|start|compiled --help"""
+"""Measure speed: python scripts/bench.py train|generate|data|checkpoint|scaling|start|compiled|campaign --help"""
 
 import importlib
 
-from gpt2_core.cli import run
+from benchmarks.requirements import ESSENTIAL, require_or_exit
 from gpt2_core.errors import UserError
 
 # Each is a module of the package benchmarks.
@@ -14,6 +14,7 @@ COMMANDS = {
     "scaling": "how a step grows with the model, the batch and the number of devices",
     "start": "from the command to the first step, beside a bare import of the libraries",
     "compiled": "the program that a GPU would run, without a GPU: kernels, bytes, exchanges, the least time of a step",
+    "campaign": "all that only a GPU can tell, within a budget of minutes, and on from there when called again",
 }
 
 
@@ -30,4 +31,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    require_or_exit(ESSENTIAL, "bench.py")
+    from gpt2_core.cli import run
+
     run(main)

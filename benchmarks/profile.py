@@ -1,0 +1,90 @@
+"""Stages of a campaign that look into one framework's step: its kernels by kind, and the least time it could take."""
+
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gpu
+from benchmarks.hlo_account import account
+from benchmarks.kernels import Kernel, from_chrome_trace, from_xspace, profile, sources_of
+from benchmarks.runner import Skip
+from benchmarks.trainings import JaxTraining, TorchTraining
+from gpt2_core.config import from_dict
+from gpt2_core.errors import RunError
+from gpt2_core.files import write_atomically
+
+# Steps before the first that is timed, and the largest groups that an account keeps.
+_WARM, _TOP = 5, 40
+
+
+def jax_profile(spec: dict[str, Any]) -> dict[str, Any]:
+    """Where JAX's step spends its time."""
+    import jax
+
+    if not hasattr(jax.profiler, "ProfileData"):
+        raise Skip(f"jax {jax.__version__} has no jax.profiler.ProfileData, which reads a trace")
+    training = JaxTraining(from_dict(spec["config"]), cached=True)
+    seconds = _seconds_a_step(training, spec["steps"])
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            training.work(spec["steps"])
+        files = list(Path(folder).rglob("*.xplane.pb"))
+        if not files:
+            raise Skip("JAX's profiler left no trace")
+        space = jax.profiler.ProfileData.from_file(str(files[0]))
+        try:
+            kernels = from_xspace(space, sources_of(training.step.as_text()))
+        except LookupError as reason:
+            raise Skip(str(reason)) from reason
+    return _summed(kernels, spec["steps"], seconds)
+
+
+def torch_profile(spec: dict[str, Any]) -> dict[str, Any]:
+    """Where PyTorch's step spends its time."""
+    import torch
+
+    training = TorchTraining(from_dict(spec["config"]), compile=spec["compile"], attention=spec["attention"])
+    if training.device.type != "cuda":
+        raise Skip("PyTorch's trace has no GPU in it")
+    seconds = _seconds_a_step(training, spec["steps"])
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.profiler.profile(activities=activities) as recorded:
+            training.work(spec["steps"])
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        kernels = from_chrome_trace(json.loads(trace.read_text(encoding="utf-8")))
+    return _summed(kernels, spec["steps"], seconds)
+
+
+def floor(spec: dict[str, Any]) -> dict[str, Any]:
+    """JAX's step beside the least time that the program compiled for this GPU could take."""
+    import jax
+
+    training = JaxTraining(from_dict(spec["config"]), cached=True)
+    device = jax.devices()[0].device_kind
+    target = gpu.target_of(device)
+    if target is None:
+        raise Skip(f"benchmarks/targets describes no {device}")
+    text = training.step.as_text()
+    write_atomically(Path(spec["program"]), text)
+    found = account(text, gpu.load(target))
+    found = dataclasses.replace(found, groups=found.groups[:_TOP], products=found.products[:_TOP])
+    seconds = _seconds_a_step(training, spec["steps"])
+    return {"target": target, "step_ms": 1e3 * seconds} | dataclasses.asdict(found)
+
+
+def _seconds_a_step(training: JaxTraining | TorchTraining, steps: int) -> float:
+    training.work(_WARM)
+    begin = time.perf_counter()
+    training.work(steps)
+    return (time.perf_counter() - begin) / steps
+
+
+def _summed(kernels: list[Kernel], steps: int, seconds: float) -> dict[str, Any]:
+    if not kernels:
+        raise RunError("the trace has a GPU and no kernel in it: is the profiler allowed to read the GPU's counters?")
+    return dataclasses.asdict(profile(kernels, steps=steps, step_seconds=seconds))

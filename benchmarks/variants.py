@@ -1,0 +1,169 @@
+"""Steps that differ from the trainer's in one respect, and the stage of a campaign that measures one beside another.
+
+A variant is a row of a table: settings of the configuration, attributes of modules (set before anything is traced), or
+flags of XLA.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import train
+from benchmarks.measure import Session, ratio
+from gpt2_core.config import TrainConfig, from_dict
+from gpt2_core.errors import RunError
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """`config` holds dotted settings of TrainConfig; `attributes` values by `module:name`, text being another such."""
+
+    name: str
+    what: str
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    attributes: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
+    flags: str = ""
+
+
+VARIANTS = (
+    Variant("norm-xla", "`--norm_kernel xla`", config={"norm_kernel": "xla"}),
+    Variant(
+        "softmax-two-passes",
+        "softmax of the loss in two passes",
+        attributes={"gpt2_jax.loss:_in_one_pass": "gpt2_jax.loss:_in_two_passes"},
+    ),
+    Variant("chunk-256MB", "loss in chunks of 256 MB", attributes={"gpt2_jax.loss:CHUNK_BYTES": 256 << 20}),
+    Variant("chunk-512MB", "loss in chunks of 512 MB", attributes={"gpt2_jax.loss:CHUNK_BYTES": 512 << 20}),
+    Variant("chunk-1GB", "loss in chunks of 1 GB", attributes={"gpt2_jax.loss:CHUNK_BYTES": 1 << 30}),
+    Variant("chunk-2GB", "loss in chunks of 2 GB", attributes={"gpt2_jax.loss:CHUNK_BYTES": 2 << 30}),
+    Variant("dropout", "`--model.dropout 0.1`", config={"model.dropout": 0.1}),
+    Variant("remat", "`--remat true`", config={"remat": True}),
+)
+
+FLAGS = (
+    Variant("no-triton-gemm", "products by cuBLAS alone", flags="--xla_gpu_enable_triton_gemm=false"),
+    Variant("no-command-buffers", "no CUDA graphs", flags="--xla_gpu_enable_command_buffer="),
+    Variant("no-autotuning", "nothing autotuned", flags="--xla_gpu_autotune_level=0"),
+    Variant("latency-hiding", "scheduler that hides latency", flags="--xla_gpu_enable_latency_hiding_scheduler=true"),
+    Variant("cudnn-layer-norm", "cuDNN's layer norm", config={"norm_kernel": "xla"},
+            flags="--xla_gpu_enable_cudnn_layer_norm=true"),
+    Variant("cudnn-gemm-fusion", "cuDNN's fused products", flags="--xla_gpu_cudnn_gemm_fusion_level=2"),
+)  # fmt: skip
+
+
+def jax_side(name: str, config: TrainConfig, variant: Variant | None = None) -> dict[str, Any]:
+    """What `compare` starts: JAX's step of this configuration, as it is or varied."""
+    variant = variant or Variant("", "")
+    return {
+        "name": name,
+        "function": "benchmarks.variants:jax_session",
+        "config": dataclasses.asdict(_with(config, variant.config)),
+        "attributes": dict(variant.attributes),
+        "flags": variant.flags,
+    }
+
+
+def torch_side(name: str, config: TrainConfig, attention: str, *, compile: bool) -> dict[str, Any]:
+    """PyTorch's step of this configuration with one of its kernels of attention."""
+    return {
+        "name": name,
+        "function": "benchmarks.variants:torch_session",
+        "config": dataclasses.asdict(config),
+        "attention": attention,
+        "compile": compile,
+    }
+
+
+def compare(spec: dict[str, Any]) -> dict[str, Any]:
+    """Two sides in turns; the first is the one that is judged.
+
+    With `halve`, a batch that doesn't fit is halved until it does.
+    """
+    judged, yardstick = spec["sides"]
+    while True:
+        config = from_dict(yardstick["config"])
+        functions = {side["name"]: (side["function"], side) for side in (judged, yardstick)}
+        try:
+            rows, seconds = train.measure(
+                functions, config, rounds=spec["rounds"], steps=spec["steps"], console=Console(soft_wrap=True)
+            )
+            break
+        except RunError as error:
+            batch = config.batch_size // 2
+            if not (spec.get("halve") and batch and _OUT_OF_MEMORY.search(str(error))):
+                raise
+            print(f"{error}; again with a batch of {batch}", flush=True)
+            judged, yardstick = ({**side, "config": side["config"] | {"batch_size": batch}}
+                                 for side in (judged, yardstick))  # fmt: skip
+    found = ratio(seconds[judged["name"]], seconds[yardstick["name"]])
+    return {
+        "batch": config.batch_size,
+        "model": dataclasses.asdict(config.model),
+        "parameters": config.model.parameter_count,
+        "sides": rows,
+        "seconds_a_step": seconds,
+        "ratio": dataclasses.asdict(found),
+    }
+
+
+def jax_session(spec: dict[str, Any]) -> Session:
+    """A side of JAX, which leaves the other side what GPU memory it doesn't use."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {spec['flags']}".strip()
+    for where, value in spec["attributes"].items():
+        module, name = _found(where)
+        setattr(module, name, getattr(*_found(value)) if isinstance(value, str) else value)
+    return _naming_lack_of_memory(lambda: train.jax_session(spec | {"cached": True}))
+
+
+def torch_session(spec: dict[str, Any]) -> Session:
+    return _naming_lack_of_memory(lambda: train.torch_session(spec))
+
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|RESOURCE_EXHAUSTED", re.I)
+
+
+def _naming_lack_of_memory(make) -> Session:
+    with _lack_of_memory():
+        session = make()
+
+    def work(units: int) -> Any:
+        with _lack_of_memory():
+            return session.work(units)
+
+    return dataclasses.replace(session, work=work)
+
+
+@contextlib.contextmanager
+def _lack_of_memory() -> Iterator[None]:
+    """Say it in a first line: what frameworks print of it is long."""
+    try:
+        yield
+    except Exception as error:
+        if _OUT_OF_MEMORY.search(str(error)):
+            raise RunError(f"out of memory: {str(error).strip().splitlines()[0][:200]}") from error
+        raise
+
+
+def _found(where: str) -> tuple[Any, str]:
+    """The module and the name of `module:name`, which must be there: a variant of nothing would be the default."""
+    path, _, name = where.partition(":")
+    module = importlib.import_module(path)
+    if not hasattr(module, name):
+        raise RunError(f"{where}: there is no such attribute any more; mend the table in benchmarks/variants.py")
+    return module, name
+
+
+def _with(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    for name, value in settings.items():
+        group, _, inner = name.rpartition(".")
+        if group:
+            value = dataclasses.replace(getattr(config, group), **{inner: value})
+        config = dataclasses.replace(config, **{group or inner: value})
+    return config
