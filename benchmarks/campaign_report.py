@@ -73,7 +73,7 @@ def _steps(done: dict[str, Record]) -> str:
         rows.append([f"JAX, beside {record['title']}", *_step_cells(judged), ""])
         rows.append([record["title"], *_step_cells(yardstick), _ratio(record["results"]["ratio"])])
     best = min(records, key=lambda record: record["results"]["sides"][1]["step_seconds"])
-    columns = ["", "step", "tokens/s", "MFU", "peak memory", "compile", "JAX over it"]
+    columns = ["", "step", "tokens/s", "MFU", "peak memory", "compile, or load", "JAX over it"]
     said = (
         f"{results['parameters']:,} parameters, {model['n_layer']} layers x {model['n_embd']}, batch "
         f"{results['batch']} x {model['block_size']}, {results['sides'][0]['precision']}. JAX is "

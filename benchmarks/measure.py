@@ -8,11 +8,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,8 +50,10 @@ class Side:
         command = [sys.executable, "-m", "benchmarks.measure", function, json.dumps(spec), str(time.time())]
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         pipe = subprocess.PIPE
+        # A file and no pipe: nobody reads while the side works, and compilers can say more than a pipe holds.
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (`kill` closes it)
         self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"PYTHONPATH": path}
+            command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=os.environ | {"PYTHONPATH": path}
         )
         self.facts: dict[str, Any] = self._read()
         self._pause()
@@ -74,6 +78,7 @@ class Side:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._errors.close()
 
     def _pause(self) -> None:
         """A process whose turn is over mustn't take part in another's: its idle threads still look for work."""
@@ -84,11 +89,22 @@ class Side:
         for line in self._process.stdout:
             if line.startswith(_MARK):
                 return json.loads(line.removeprefix(_MARK))
-        said = self._process.stderr.read().strip().splitlines()
-        errors = [line for line in said if line.startswith("error: ")]
-        reason = (errors or said or ["it said nothing"])[-1].removeprefix("error: ")
-        kind = UserError if self._process.wait() == 2 else RunError
-        raise kind(f"{self.name}: {reason}")
+        code = self._process.wait()
+        self._errors.seek(0)
+        raise (UserError if code == 2 else RunError)(f"{self.name}: {last_words(self._errors.read(), code)}")
+
+
+def last_words(text: str, code: int) -> str:
+    """Why a process ended with this code, from what it printed: its own error, an exception, or the last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # JAX has words to add behind an exception, and XLA ends a process with a fatal line and a stack.
+    for pattern in (r"error: (.*)", r"((?:[\w.]+\.)?\w*(?:Error|Exception)\b.*)", r"F\d{4} \S+ +\d+ \S+\] (.*)"):
+        found = [match[1] for line in lines if (match := re.match(pattern, line))]
+        if found:
+            return found[-1]
+    if code < 0:
+        return f"ended by signal {signal.Signals(-code).name}"
+    return lines[-1] if lines else "it said nothing"
 
 
 _MARK = "\x1fbench "

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.measure import last_words
 from gpt2_core.cli import run
 
 _ROOT = Path(__file__).parent.parent
@@ -63,15 +64,8 @@ def run_stage(function: str, spec: dict[str, Any], *, limit: float, log: Path) -
         seconds = time.monotonic() - begin
         if code == 0:
             return Outcome(seconds=seconds, **json.loads(result.read_text(encoding="utf-8")))
-    return Outcome("failed", seconds, message=_last_words(log, code))
-
-
-def _last_words(log: Path, code: int) -> str:
-    if code < 0:
-        return f"ended by signal {signal.Signals(-code).name}"
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["it said nothing"])[-1]
+    said = log.read_text(encoding="utf-8", errors="replace")
+    return Outcome("failed", seconds, message=last_words(said, code))
 
 
 def _serve(function: str, spec: dict[str, Any], result: Path) -> None:

@@ -3,7 +3,7 @@ import json
 import pytest
 from rich.console import Console
 
-from benchmarks.measure import Session, interleave, ratio, sides, write_json
+from benchmarks.measure import Session, interleave, last_words, ratio, sides, write_json
 from gpt2_core.errors import RunError, UserError
 
 # Sessions for the child processes, which import this module by its name.
@@ -53,6 +53,36 @@ def test_a_side_that_fails_says_why(function, kind, words):
     with pytest.raises(kind, match=words) as failure, sides({"x": (f"{HERE}:{function}", {})}, Console(quiet=True)):
         pass
     assert failure.type is kind
+
+
+def talkative(spec) -> Session:
+    """Says more than a pipe holds before it is ready."""
+    import sys
+
+    sys.stderr.write("warning\n" * (1 << 16))
+    return Session({}, lambda units: None)
+
+
+def test_a_side_may_say_as_much_as_it_likes():
+    with sides({"x": (f"{HERE}:talkative", {})}, Console(quiet=True)) as started:
+        assert started["x"].work(1) < 10
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("warning\nerror: --x 1: must be 2\nbye", 2, "--x 1: must be 2"),
+        ("Traceback\n  raise\njax.errors.JaxRuntimeError: INTERNAL: no\n----\nFor simplicity, JAX", 1,
+         "jax.errors.JaxRuntimeError: INTERNAL: no"),
+        ("F1125 14:07:49.340   27902 flags.cc:234] Unknown flag in XLA_FLAGS: --x\n*** Check failure\n@ 0x1", -6,
+         "Unknown flag in XLA_FLAGS: --x"),
+        ("some words", -9, "ended by signal SIGKILL"),
+        ("some words\nlast words\n", 1, "last words"),
+        ("", 1, "it said nothing"),
+    ],
+)  # fmt: skip
+def test_the_reason_is_found_in_what_a_process_printed(text, code, words):
+    assert last_words(text, code) == words
 
 
 def test_a_ratio_is_of_the_same_rounds():
