@@ -68,12 +68,16 @@ def test_commands_of_this_project_run_as_stages(function, tmp_path, text_file):
             "arguments": [*SMALL, "--sides", "jax", "--batch", "2", "--prompt", "8", "--tokens", "4", "--rounds", "2",
                           "--device", "cpu", "--uncached_tokens", "2"],
         },
-        "parity": {"folder": str(tmp_path / "parity"), "arguments": ["--quick", "--device", "cpu", "--checks", "schedule"]},
+        "parity": {
+            "folder": str(tmp_path / "parity"),
+            "arguments": ["--quick", "--device", "cpu", "--checks", "schedule"],
+        },
         "overfit": {
             "folder": str(tmp_path / "overfit"),
             "text": str(text_file),
             "target_loss": 100.0,
-            "arguments": [*SMALL, "--data.tokenizer", "bytes", "--batch_size", "2", "--accumulation", "1", "--steps", "15"],
+            "arguments": [*SMALL, "--data.tokenizer", "bytes", "--batch_size", "2", "--accumulation", "1", "--steps",
+                          "15"],
         },
     }  # fmt: skip
     function_name = f"benchmarks.campaign_commands:{function}"
