@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,9 @@ def main(arguments: list[str]) -> None:
         return described | {"commit": options.commit or described["commit"]}
 
     conduct(
-        lambda records: [stage for stage in stages(settings, folder, records) if stage.group in chosen],
+        lambda records: stages(settings, folder, records),
         folder,
+        groups=chosen,
         deadline=begin + 60 * options.minutes - _RESERVE,
         describe=describe,
         console=console,
@@ -67,12 +68,14 @@ def conduct(
     plan: Callable[[list[dict[str, Any]]], list[Stage]],
     folder: Path,
     *,
+    groups: Sequence[str],
     deadline: float,
     describe: Callable[[], dict[str, Any]],
     console: Console,
     run: Runner = run_stage,
 ) -> None:
-    """Run the stages of `plan`, a function of the results so far, until `deadline` on the monotonic clock.
+    """Run those stages of `plan`, a function of the results so far, that are of these groups, until `deadline` on the
+    monotonic clock.
 
     Stages that are done stay as they are. Those never tried come first, then the others again. Results and the report
     are written after each stage. Raises RunError if the environment's stage fails: no other would fare better.
@@ -80,7 +83,8 @@ def conduct(
     tried: set[str] = set()
     while True:
         records = read_records(folder)
-        stage = next_stage(plan(records), records, tried, deadline - time.monotonic())
+        chosen = [stage for stage in plan(records) if stage.group in groups]
+        stage = next_stage(chosen, records, tried, deadline - time.monotonic())
         if stage is None:
             break
         tried.add(stage.name)
@@ -94,11 +98,11 @@ def conduct(
                 outcome = run(stage.function, stage.spec, limit=limit, log=folder / "logs" / f"{stage.name}.txt")
         record = {"stage": stage.name, "group": stage.group, "title": stage.title} | dataclasses.asdict(outcome)
         write_atomically(_path(folder, stage.name), json.dumps(record | describe(), indent=2) + "\n")
-        write_atomically(folder / "campaign.md", render(read_records(folder)))
+        write_atomically(folder / "campaign.md", render(_in_order(read_records(folder), plan(records))))
         console.print(f"{stage.name}: {outcome.status}, {outcome.seconds:.0f} s {outcome.message}".rstrip())
         if stage.group == "environment" and outcome.status == "failed":
             raise RunError(f"{stage.name} failed, so nothing else is begun: {outcome.message}")
-    _say_what_is_left(plan(records), records, folder, console)
+    _say_what_is_left(chosen, records, folder, console)
 
 
 def next_stage(plan: list[Stage], records: Iterable[dict[str, Any]], tried: set[str], remaining: float) -> Stage | None:
@@ -162,6 +166,12 @@ def _say_what_is_left(plan: list[Stage], records: list[dict[str, Any]], folder: 
     console.print(f"{len(done)} stages done; results in {folder / 'campaign.md'}")
     if left:
         console.print(f"not done: {', '.join(left)}; call again with the same --out to go on")
+
+
+def _in_order(records: list[dict[str, Any]], plan: list[Stage]) -> list[dict[str, Any]]:
+    """As the plan has them."""
+    order = {stage.name: number for number, stage in enumerate(plan)}
+    return sorted(records, key=lambda record: order.get(record["stage"], len(order)))
 
 
 def _path(folder: Path, name: str) -> Path:

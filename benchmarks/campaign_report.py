@@ -13,7 +13,7 @@ _POINTS = 10
 
 
 def render(records: Iterable[Record]) -> str:
-    """The whole report; `records` are what benchmarks.campaign wrote of each stage that was tried."""
+    """The whole report; `records` are what benchmarks.campaign wrote of each stage, in the order of rows."""
     records = list(records)
     done = {record["stage"]: record for record in records if record["status"] == "done"}
     parts = ["# Campaign", _header(records, done), _rates(done), _steps(done), _profiles(done), _floor(done)]
@@ -159,7 +159,7 @@ def _variants(done: dict[str, Record], group: str, title: str) -> str:
 
 def _sizes(done: dict[str, Record]) -> str:
     rows = []
-    for record in sorted(_of(done, "sizes"), key=lambda record: record["results"]["parameters"]):
+    for record in _of(done, "sizes"):
         jax, torch = record["results"]["sides"]
         rows.append([record["title"], f"{record['results']['batch']}", *_size_cells(jax), *_size_cells(torch),
                      _ratio(record["results"]["ratio"])])  # fmt: skip

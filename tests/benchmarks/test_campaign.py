@@ -50,6 +50,7 @@ class Conductor:
         conduct(
             lambda records: self.plan,
             self.folder,
+            groups=list(GROUPS),
             deadline=self.now + seconds,
             describe=lambda: {"commit": "abc"},
             console=Console(quiet=True),
@@ -59,14 +60,14 @@ class Conductor:
 
 
 def test_results_and_report_are_there_after_each_stage(tmp_path, monkeypatch):
-    call = Conductor(tmp_path, [stage("a"), stage("b")], {}, monkeypatch)
-    assert call(10) == ["a", "b"]
+    call = Conductor(tmp_path, [stage("b"), stage("a")], {}, monkeypatch)
+    assert call(10) == ["b", "a"]
     found = json.loads((tmp_path / "results" / "a.json").read_text())
     assert found == {
         **{"stage": "a", "group": "train", "title": "the stage a", "status": "done", "seconds": 1.0},
         **{"results": {"is": "a"}, "message": "", "commit": "abc"},
     }
-    assert (tmp_path / "campaign.md").read_text() == "a\nb\n"
+    assert (tmp_path / "campaign.md").read_text() == "b\na\n"
 
 
 def test_a_second_call_does_what_the_first_left_and_then_tries_failures_again(tmp_path, monkeypatch):
@@ -201,7 +202,7 @@ def test_a_stage_runs_in_a_process_and_says_why_it_cannot_here(tmp_path):
 def test_a_toy_campaign_on_cpu(tmp_path, capsys):
     out = tmp_path / "campaign"
     begin = time.monotonic()
-    main(["--out", str(out), "--stages", "environment,train,floor", "--minutes", "2", "--commit", "abc", *TOY])
+    main(["--out", str(out), "--stages", "environment,train,floor", "--minutes", "4", "--commit", "abc", *TOY])
     assert time.monotonic() - begin < 120
     found = {record["stage"]: record for record in read_records(out)}
     assert {name: record["status"] for name, record in found.items()} == {
@@ -217,5 +218,5 @@ def test_a_toy_campaign_on_cpu(tmp_path, capsys):
     assert "## A step" in report and "benchmarks/targets describes no cpu" in report
     assert "not done: floor" in capsys.readouterr().out
     begin = time.monotonic()
-    main(["--out", str(out), "--stages", "environment,train", "--minutes", "2", *TOY])
+    main(["--out", str(out), "--stages", "environment,train", "--minutes", "4", *TOY])
     assert time.monotonic() - begin < 5  # both are done

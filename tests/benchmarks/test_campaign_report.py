@@ -98,7 +98,7 @@ def test_variants_flags_and_sizes_have_a_row_each():
         record("size-b", "sizes", compared(1, 1, parameters=9)),
         record("size-a", "sizes", compared(1, 1, parameters=7)),
     ]
-    assert [line.split("|")[1] for line in lines_of(sizes, "| title")] == [" title of size-a ", " title of size-b "]
+    assert [line.split("|")[1] for line in lines_of(sizes, "| title")] == [" title of size-b ", " title of size-a "]
 
 
 def test_generation_parity_and_the_run():

@@ -23,10 +23,6 @@ def refused(spec):
     raise UserError("--device cuda: there is none")
 
 
-def crashed(spec):
-    raise ValueError("a bug")
-
-
 def unfit(spec):
     raise Skip("there is no GPU")
 
@@ -48,7 +44,6 @@ def hanging(spec):
     [
         ("good", "done", ""),
         ("refused", "failed", "--device cuda: there is none"),
-        ("crashed", "failed", "ValueError: a bug"),
         ("unfit", "skipped", "there is no GPU"),
         ("killed", "failed", "ended by signal SIGKILL"),
     ],
