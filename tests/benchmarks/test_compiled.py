@@ -218,3 +218,15 @@ def test_a_step_of_gpt2_fits_in_its_memory(compile_step):
     activations = model.n_layer * kept * 32 * BLOCK * model.n_embd
     gradients = 4 * model.parameter_count
     assert made.temp_bytes < activations + gradients + 2 * CHUNK_BYTES
+
+
+@pytest.mark.slow
+def test_layer_norms_are_one_kernel_each_unless_xla_is_to_make_them():
+    """`auto` is what it is on the target, and not on this machine."""
+    model = ModelConfig(n_layer=1, n_head=2, n_embd=128, block_size=128, vocab_size=1024)
+    launches = {}
+    for kernel in ("auto", "triton", "xla"):
+        config = TrainConfig(model=model, batch_size=2, mesh=1, precision="bfloat16", norm_kernel=kernel)
+        text = compiled.compile_program(config, "h200", [], Console(quiet=True)).text
+        launches[kernel] = text.count('name = "add_layer_norm"') + text.count("__gpu$xla.gpu.triton")
+    assert launches["auto"] == launches["triton"] > 0 == launches["xla"]
