@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> None:
     chosen = _chosen(options.stages)
     if options.text is not None and not Path(options.text).is_file():
         raise UserError(f"--text {options.text}: no such file")
-    settings = Settings(configuration(options), options.rounds, options.steps, options.text, options.target_loss)
+    text = None if options.text is None else str(Path(options.text).absolute())
+    settings = Settings(configuration(options), options.rounds, options.steps, text, options.target_loss)
     folder = Path(options.out).absolute()
     open_folder(folder, settings)
     console = Console(soft_wrap=True, highlight=False)

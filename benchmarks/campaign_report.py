@@ -40,9 +40,23 @@ def _header(records: list[Record], done: dict[str, Record]) -> str:
         f"{newest['date'][:10]}, commit {newest['commit'] or 'unknown'}, "
         f"Python {newest['machine']['python']}, {versions}",
         f"GPU: {described}" if described else "",
+        _devices(done),
         f"`{newest['command']}`",
     ]
     return "\n\n".join(line for line in lines if line)
+
+
+def _devices(done: dict[str, Record]) -> str:
+    """A warning where stages ran on different devices, whose times can't be compared."""
+    stages: dict[str, list[str]] = {}
+    for name, record in done.items():
+        results = record["results"]
+        sides = [*results.get("sides", ()), *results.get("rates", {}).values(), results]
+        for device in dict.fromkeys(side["device"] for side in sides if "device" in side):
+            stages.setdefault(device, []).append(name)
+    if len(stages) < 2:
+        return ""
+    return "**Measured on different devices**: " + "; ".join(f"{name}: {', '.join(on)}" for name, on in stages.items())
 
 
 def _rates(done: dict[str, Record]) -> str:

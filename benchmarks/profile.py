@@ -39,7 +39,7 @@ def jax_profile(spec: dict[str, Any]) -> dict[str, Any]:
             kernels = from_xspace(space, sources_of(training.step.as_text()))
         except LookupError as reason:
             raise Skip(str(reason)) from reason
-    return _summed(kernels, spec["steps"], seconds)
+    return {"device": jax.devices()[0].device_kind} | _summed(kernels, spec["steps"], seconds)
 
 
 def torch_profile(spec: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def torch_profile(spec: dict[str, Any]) -> dict[str, Any]:
         trace = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(trace))
         kernels = from_chrome_trace(json.loads(trace.read_text(encoding="utf-8")))
-    return _summed(kernels, spec["steps"], seconds)
+    return {"device": torch.cuda.get_device_name(training.device)} | _summed(kernels, spec["steps"], seconds)
 
 
 def floor(spec: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def floor(spec: dict[str, Any]) -> dict[str, Any]:
     found = account(text, gpu.load(target))
     found = dataclasses.replace(found, groups=found.groups[:_TOP], products=found.products[:_TOP])
     seconds = _seconds_a_step(training, spec["steps"])
-    return {"target": target, "step_ms": 1e3 * seconds} | dataclasses.asdict(found)
+    return {"device": device, "step_ms": 1e3 * seconds} | dataclasses.asdict(found)
 
 
 def _seconds_a_step(training: JaxTraining | TorchTraining, steps: int) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.measure import Session
+from gpt2_core.errors import UserError
 
 # Side of the square matrices, and numbers of the array that is read and written: large enough to fill the device.
 _MATMUL = {"cpu": 2048, "gpu": 8192}
@@ -62,8 +63,6 @@ def jax_session(spec: dict[str, Any]) -> Session:
     configure(spec["precision"], 1)
     device = jax.devices()[0]
     if spec["device"] == "cuda" and device.platform == "cpu":
-        from gpt2_core.errors import UserError
-
         raise UserError("--device cuda: JAX finds no GPU here; use --device cpu")
     precision = resolve_precision(spec["precision"])
     rates = {"matmul_flops": jax_matmul(precision, device.platform), "bandwidth": jax_bandwidth(device.platform)}

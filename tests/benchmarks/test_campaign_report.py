@@ -45,6 +45,13 @@ def test_the_head_says_what_was_measured_where():
     assert "commit unknown" in render([record("environment", "environment", status="failed", commit=None)])
 
 
+def test_stages_of_different_devices_are_told_apart():
+    on = [record(name, "train", compared(1, 1, sides=[side(1, device=device), side(1, device=device)]))
+          for name, device in (("a", "NVIDIA H200"), ("b", "NVIDIA H100"), ("c", "NVIDIA H200"))]  # fmt: skip
+    assert "**Measured on different devices**: NVIDIA H200: a, c; NVIDIA H100: b" in render(on)
+    assert "different devices" not in render([on[0], on[2]])
+
+
 def test_the_headline_is_against_the_faster_pytorch():
     records = [
         record("train-flash", "train", compared(0.07, 0.09)),
