@@ -101,9 +101,10 @@ def gather(
 
     def whole(name: str, x: jax.Array) -> jax.Array:
         sent = x.astype(dtype if name in narrow else x.dtype)
-        return jax.lax.with_sharding_constraint(sent, NamedSharding(mesh, spec(_without_fsdp(axes[name])))).astype(
-            x.dtype
-        )
+        # Where it lies after the conversion is said too, or the partitioner would gather first and convert then.
+        for where in (axes[name], _without_fsdp(axes[name])):
+            sent = jax.lax.with_sharding_constraint(sent, NamedSharding(mesh, spec(where)))
+        return sent.astype(x.dtype)
 
     return {name: whole(name, x) for name, x in params.items()}
 
