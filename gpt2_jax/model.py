@@ -306,8 +306,8 @@ def _write(cache: LayerCache, k_BHTK: jax.Array, v_BHTK: jax.Array, start_B: jax
     def place(cached_SK, new_TK, start):
         return jax.lax.dynamic_update_slice(cached_SK, new_TK, (start, 0))
 
-    # A start for each head makes a scatter of it at batch 1 too. XLA on CPU copies the whole cache, several times a token,
-    # where a dynamic_update_slice is read by what follows.
+    # A start for each head makes a scatter of it at batch 1 too. Of a dynamic_update_slice that is read afterwards
+    # XLA's CPU compiler makes several copies of the whole cache, at every token.
     start_BH = jnp.broadcast_to(start_B[:, None], k_BHTK.shape[:2])
     place_all = jax.vmap(jax.vmap(place))
     return LayerCache(place_all(cache.k_BHSK, k_BHTK, start_BH), place_all(cache.v_BHSK, v_BHTK, start_BH))

@@ -94,16 +94,15 @@ def test_the_next_chunk_is_dispatched_before_the_last_is_fetched(x64, generator,
     made, params = generator
     monkeypatch.setattr(gpt2_jax.generate, "CHUNK", 2)
     dispatched = []
+
+    def recording(compiled):
+        return lambda *given, **named: dispatched.append(compiled) or compiled(*given, **named)
+
     for name in ("_prefill", "_decode"):
-
-        def record(*given, compiled=getattr(made, name), **named):
-            dispatched.append(compiled)
-            return compiled(*given, **named)
-
-        monkeypatch.setitem(made.__dict__, name, record)
+        monkeypatch.setitem(made.__dict__, name, recording(getattr(made, name)))
     seen = [len(dispatched) for _ in made(params, [[1, 2, 3, 4]], np.zeros((1, 8)), Sampling(greedy=True))]
-    # Five tokens fit in the block of 8: a prefill's and two chunks'. Then its window slides, for which the tokens must be
-    # known; three more are a prefill's and a chunk's.
+    # Five tokens fit in the block of 8: a prefill's and two chunks'. Then its window slides, for which the tokens must
+    # be known; three more are a prefill's and a chunk's.
     assert seen == [2, *[3] * 4, 5, 5, 5]
 
 
@@ -123,7 +122,7 @@ def test_the_device_stops_when_every_sequence_has_ended(monkeypatch):
 
     monkeypatch.setitem(made.__dict__, "_decode", record)
     assert list(made(params, [[0], [0]], numbers, Sampling(), 7)) == [[1, 9], [7, 8], [2, 7]]
-    # After the prefill's token a chunk that stops before its third, and the one dispatched meanwhile, which does nothing.
+    # After the prefill's token a chunk that stops before its third, and the next, by then dispatched: it does nothing.
     assert computed == [[7, 8], [2, 7], [0, 0], *[[0, 0]] * 3]
     assert len(list(made(params, [[0], [0]], numbers, Sampling()))) == 8
 
