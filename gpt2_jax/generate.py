@@ -91,32 +91,45 @@ class Generator:
         tokens_BT: jax.Array,
         start_B: jax.Array,
         last_B: jax.Array,
+        ended_B: jax.Array,
         uniforms_B: jax.Array,
         sampling: Sampling,
-    ) -> tuple[jax.Array, list[LayerCache]]:
-        """The tokens (B,) that follow column `last_B` of `tokens_BT`, whose first column is at position `start_B`."""
+        end_of_text: int | None,
+    ) -> tuple[list[LayerCache], jax.Array, jax.Array]:
+        """Caches, the tokens (B,) that follow column `last_B` of `tokens_BT`, whose first column is at position
+        `start_B`, and which sequences have ended with them (B,)."""
         if self._narrows:
             params = _move_inputs(params, -1, 0)
         model = self._decoding.merge(params)
         x_BTD, caches = model.decode(tokens_BT, start_B, caches)
         last_B1D = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)
-        return sample(model.logits(last_B1D)[:, 0], uniforms_B, sampling), caches
+        tokens_B = sample(model.logits(last_B1D)[:, 0], uniforms_B, sampling)
+        return caches, tokens_B, ended_B if end_of_text is None else ended_B | (tokens_B == end_of_text)
 
     @functools.cached_property
     def _prefill(self):
-        """(params, tokens_BT, lengths_B, uniforms_B, slots, sampling) -> next tokens (B,), caches."""
+        """(params, tokens_BT, lengths_B, ended_B, uniforms_B, slots, sampling, end_of_text) -> as of `_next`."""
 
-        def prefill(params, tokens_BT, lengths_B, uniforms_B, slots: int, sampling: Sampling):
+        def prefill(
+            params: Params,
+            tokens_BT: jax.Array,
+            lengths_B: jax.Array,
+            ended_B: jax.Array,
+            uniforms_B: jax.Array,
+            slots: int,
+            sampling: Sampling,
+            end_of_text: int | None,
+        ):
             caches = self.definition.empty_caches(len(tokens_BT), slots)
-            start_B = jnp.zeros_like(lengths_B)
-            return self._next(params, caches, tokens_BT, start_B, lengths_B - 1, uniforms_B, sampling)
+            given = (tokens_BT, jnp.zeros_like(lengths_B), lengths_B - 1, ended_B, uniforms_B)
+            return self._next(params, caches, *given, sampling, end_of_text)
 
-        return jax.jit(prefill, static_argnames=("slots", "sampling"))
+        return jax.jit(prefill, static_argnames=("slots", "sampling", "end_of_text"))
 
     @functools.cached_property
     def _decode(self):
-        """(params, caches, tokens_B, lengths_B, ended_B, uniforms_NB, sampling, end_of_text) -> tokens (N, B), and the
-        first, second and fourth of what was given, advanced.
+        """(params, caches, tokens_B, ended_B, lengths_B, uniforms_NB, sampling, end_of_text) -> caches, tokens_B and
+        ended_B as they are then, and all tokens (N, B).
 
         `lengths_B` counts `tokens_B`, the last of each sequence. The loop ends early when every sequence has ended;
         the rows of what it didn't compute are zeros. Without an `end_of_text` its number of turns is known to the
@@ -127,29 +140,25 @@ class Generator:
             params: Params,
             caches: list[LayerCache],
             tokens_B: jax.Array,
-            lengths_B: jax.Array,
             ended_B: jax.Array,
+            lengths_B: jax.Array,
             uniforms_NB: jax.Array,
             sampling: Sampling,
             end_of_text: int | None,
         ):
-            def ends(ended_B, tokens_B):
-                return ended_B if end_of_text is None else ended_B | (tokens_B == end_of_text)
-
             def goes_on(state):
-                n, _, ended_B, _, _ = state
+                n, _, _, ended_B, _ = state
                 more = n < len(uniforms_NB)
                 return more if end_of_text is None else more & ~ended_B.all()
 
             def step(state):
-                n, tokens_B, ended_B, caches, tokens_NB = state
-                given = (tokens_B[:, None], lengths_B - 1 + n, jnp.zeros_like(lengths_B), uniforms_NB[n])
-                tokens_B, caches = self._next(params, caches, *given, sampling)
-                return n + 1, tokens_B, ends(ended_B, tokens_B), caches, tokens_NB.at[n].set(tokens_B)
+                n, caches, tokens_B, ended_B, tokens_NB = state
+                given = (tokens_B[:, None], lengths_B - 1 + n, jnp.zeros_like(lengths_B), ended_B, uniforms_NB[n])
+                caches, tokens_B, ended_B = self._next(params, caches, *given, sampling, end_of_text)
+                return n + 1, caches, tokens_B, ended_B, tokens_NB.at[n].set(tokens_B)
 
-            state = (jnp.int32(0), tokens_B, ends(ended_B, tokens_B), caches, jnp.zeros(uniforms_NB.shape, jnp.int32))
-            _, tokens_B, ended_B, caches, tokens_NB = jax.lax.while_loop(goes_on, step, state)
-            return tokens_NB, caches, tokens_B, ended_B
+            state = (jnp.int32(0), caches, tokens_B, ended_B, jnp.zeros(uniforms_NB.shape, jnp.int32))
+            return jax.lax.while_loop(goes_on, step, state)[1:]
 
         return jax.jit(decode, static_argnames=("sampling", "end_of_text"), donate_argnames="caches")
 
@@ -206,7 +215,10 @@ class Generator:
         for row, ids in zip(tokens_BT, contexts, strict=True):
             row[: len(ids)] = ids
         slots = max(T, min(MIN_SLOTS, block_size))
-        tokens_B, caches = self._prefill(params, tokens_BT, lengths_B, uniforms_NB[0], slots=slots, sampling=sampling)
+        static = {"sampling": sampling, "end_of_text": end_of_text}
+        caches, tokens_B, ended_B = self._prefill(
+            params, tokens_BT, lengths_B, ended_B, uniforms_NB[0], slots=slots, **static
+        )
         yield tokens_B
         done = 1
         while done < len(uniforms_NB):
@@ -216,15 +228,9 @@ class Generator:
                 while needed > slots:
                     slots = min(2 * slots, block_size)
                 caches = _grow(caches, slots)
-            tokens_NB, caches, tokens_B, ended_B = self._decode(
-                params,
-                caches,
-                tokens_B,
-                lengths_B + done,
-                ended_B,
-                uniforms_NB[done : done + N],
-                sampling=sampling,
-                end_of_text=end_of_text,
+            numbers_NB = uniforms_NB[done : done + N]
+            caches, tokens_B, ended_B, tokens_NB = self._decode(
+                params, caches, tokens_B, ended_B, lengths_B + done, numbers_NB, **static
             )
             yield tokens_NB
             done += N
