@@ -89,9 +89,9 @@ def configuration(options: Any) -> TrainConfig:
         mesh=str(options.mesh),
         attention=options.attention,
         norm_kernel=options.norm_kernel,
-        gradient_exchange=options.gradient_exchange,
         scan_layers=options.scan_layers,
         remat=options.remat,
+        gradient_exchange=options.gradient_exchange,
     )
     if config.attention == "cudnn" and config.model.dropout > 0:
         raise UserError(f"--attention cudnn: has no dropout, and model.dropout is {config.model.dropout}; use xla")
@@ -181,7 +181,8 @@ def _show_program(console: Console, config: TrainConfig, results: dict[str, Any]
     console.print(f"{model.parameter_count:,} parameters, {model.n_layer} layers x {model.n_embd}")
     console.print(
         f"batch {config.batch_size} x {model.block_size}, accumulation {config.accumulation}, mesh {config.mesh}, "
-        f"vocabulary {model.vocab_size}, {config.attention} attention, {config.precision}"
+        f"vocabulary {model.vocab_size}, {config.attention} attention, {config.norm_kernel} layer norm, "
+        f"{config.precision}"
     )
     console.print(f"{results['target']}; {versions}")
     console.print(
@@ -294,14 +295,14 @@ def _parser() -> Parser:
     parser.add_argument("--accumulation", type=int, default=1, help="Parts a step is computed in.")
     parser.add_argument("--attention", type=Literal["cudnn", "xla"], default="cudnn", help="The attention kernel.")
     parser.add_argument("--norm_kernel", type=Literal["triton", "xla"], default="triton", help="The layer norm kernel.")
-    parser.add_argument("--scan_layers", type=bool, default=False, help="Scan the layers.")
-    parser.add_argument("--remat", type=bool, default=False, help="Recompute activations.")
     parser.add_argument(
         "--gradient_exchange",
         type=Literal["float32", "bfloat16"],
         default="float32",
         help="Dtype in which devices exchange gradients.",
     )
+    parser.add_argument("--scan_layers", type=bool, default=False, help="Scan the layers.")
+    parser.add_argument("--remat", type=bool, default=False, help="Recompute activations.")
     parser.add_argument(
         "--flag", action="append", type=str, help="--flag=--xla_...: one more flag for XLA; repeatable."
     )

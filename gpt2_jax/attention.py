@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from gpt2_core.errors import UserError
 from gpt2_jax.dropout import dropout
 from gpt2_jax.products import wide_einsum
+from gpt2_jax.sharding import per_head_shard
 
 Kernel = Literal["cudnn", "xla"]
 
@@ -53,12 +54,16 @@ def causal_attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K) + causal mask) v, shape (B, H, T, K); `rate` and `key` are the dropout of its weights."""
     if kernel == "cudnn":
-        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHTK, k_BHTK, v_BHTK))
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-        return out.transpose(0, 2, 1, 3)
+        return per_head_shard(_cudnn)(q_BHTK, k_BHTK, v_BHTK)
     if key is not None and rate > 0:
         return _attend(q_BHTK, k_BHTK, v_BHTK, _causal_mask(q_BHTK.shape[2]), rate, key)
     return _causal(q_BHTK, k_BHTK, v_BHTK)
+
+
+def _cudnn(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array) -> jax.Array:
+    q_BTHK, k_BTHK, v_BTHK = (x.transpose(0, 2, 1, 3) for x in (q_BHTK, k_BHTK, v_BHTK))
+    out_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
+    return out_BTHK.transpose(0, 2, 1, 3)
 
 
 @jax.custom_vjp
