@@ -117,7 +117,9 @@ def next_stage(plan: list[Stage], records: Iterable[dict[str, Any]], tried: set[
 
 
 def expected_seconds(stage: Stage, records: Iterable[dict[str, Any]]) -> float:
-    """What a stage is expected to take: at least as long as it ran before its time was up."""
+    """What a stage is expected to take: nothing if it is skipped, at least as long as it ran when its time was up."""
+    if requirements.missing(stage.needs):
+        return 0.0
     before = next((record for record in records if record["stage"] == stage.name), None)
     if before is not None and before["status"] == "out of time":
         return max(stage.seconds, before["seconds"])

@@ -115,7 +115,8 @@ def test_without_the_environment_nothing_else_is_begun(tmp_path, monkeypatch):
 
 
 def test_a_stage_whose_packages_are_missing_is_skipped_and_says_how_to_get_them(tmp_path, monkeypatch):
-    call = Conductor(tmp_path, [stage("a", needs=("grain", "no-such-package")), stage("b")], {}, monkeypatch)
+    lacking = stage("a", seconds=1000, needs=("grain", "no-such-package"))
+    call = Conductor(tmp_path, [lacking, stage("b")], {}, monkeypatch)
     assert call(10) == ["b"]
     found = read_records(tmp_path)[0]
     assert found["status"] == "skipped"
