@@ -158,7 +158,8 @@ def say_what_is_missing(plan: list[Stage], console: Console) -> None:
     for stage in plan:
         if without := requirements.missing(stage.needs):
             console.print(f"  {stage.name} will be skipped: needs {', '.join(without)}")
-    below = [name for name in requirements.missing_below(needed) if name not in lacking]
+    below = requirements.missing_below(name for stage in plan for name in stage.needs)
+    below = [name for name in below if name not in lacking]
     if below:
         console.print(f"also missing, which packages that are here say they need: {', '.join(below)}")
 

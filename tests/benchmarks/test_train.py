@@ -52,3 +52,17 @@ def test_pytorchs_better_side_is_the_one_that_counts():
     seconds = {"jax": [1.0, 1.0], "torch, eager": [4.0, 4.0], "torch, compiled": [2.0, 2.0]}
     ((pair, found),) = train._ratios(seconds).items()
     assert pair == "jax over torch, compiled" and found.median == 2.0
+
+
+@pytest.mark.parametrize(("name", "flash", "cudnn"), [("flash", True, False), ("cudnn", False, True)])
+def test_pytorchs_attention_is_the_kernel_asked_for(name, flash, cudnn):
+    import torch
+
+    from benchmarks.trainings import _attention_kernel
+
+    enabled = torch.backends.cuda
+    with _attention_kernel("auto"):
+        assert enabled.flash_sdp_enabled() and enabled.math_sdp_enabled()
+    with _attention_kernel(name):
+        assert (enabled.flash_sdp_enabled(), enabled.cudnn_sdp_enabled()) == (flash, cudnn)
+        assert not enabled.math_sdp_enabled()
