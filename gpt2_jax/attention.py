@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_core.errors import UserError
-from gpt2_jax.dropout import dropout
+from gpt2_jax.dropout import drop, dropout_mask, site
 from gpt2_jax.products import wide_einsum
 
-Kernel = Literal["cudnn", "xla"]
+Kernel = Literal["cudnn", "recompute", "xla"]
 
 # The XLA form computes long sequences in blocks of queries. More blocks save little more and compile longer.
 BLOCKS = 4
@@ -56,55 +56,82 @@ def causal_attention(
         q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHTK, k_BHTK, v_BHTK))
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
         return out.transpose(0, 2, 1, 3)
-    if key is not None and rate > 0:
-        return _attend(q_BHTK, k_BHTK, v_BHTK, _causal_mask(q_BHTK.shape[2]), rate, key)
-    return _causal(q_BHTK, k_BHTK, v_BHTK)
+    B, H, T, _ = q_BHTK.shape
+    drops = key is not None and rate > 0
+    masks = [
+        dropout_mask(site(key, number), (B, H, end - begin, end), rate) if drops else None
+        for number, (begin, end) in enumerate(_blocks(T))
+    ]
+    return _causal(q_BHTK, k_BHTK, v_BHTK, masks, rate, kernel == "xla")
 
 
-@jax.custom_vjp
-def _causal(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array) -> jax.Array:
-    """In blocks of queries: one sees no key behind its own end, so that of the square of scores 5/8 are computed."""
-    return _causal_forward(q_BHTK, k_BHTK, v_BHTK)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _causal(
+    q_BHTK: jax.Array,
+    k_BHTK: jax.Array,
+    v_BHTK: jax.Array,
+    masks: list[jax.Array | None],
+    rate: float,
+    keep_weights: bool,
+) -> jax.Array:
+    """Attention in blocks of queries, each with the keys up to its end, so that 5/8 of the square of scores is
+    computed; `masks` are the dropout masks of the blocks' weights, packed, or None."""
+    return _causal_forward(q_BHTK, k_BHTK, v_BHTK, masks, rate, keep_weights)[0]
 
 
-def _causal_forward(q_BHTK, k_BHTK, v_BHTK):
-    mask_TS = _causal_mask(q_BHTK.shape[2])
-    outs, weights = [], []
-    for begin, end in _blocks(q_BHTK.shape[2]):
-        w_BHCS = _weights(q_BHTK[:, :, begin:end], k_BHTK[:, :, :end], mask_TS[begin:end, :end]).astype(v_BHTK.dtype)
-        outs.append(jnp.einsum("bhcs,bhsk->bhck", w_BHCS, v_BHTK[:, :, :end]))
-        weights.append(w_BHCS)
+def _causal_forward(q_BHTK, k_BHTK, v_BHTK, masks, rate, keep_weights):
+    outs, kept = [], []
+    for (begin, end), mask in zip(_blocks(q_BHTK.shape[2]), masks, strict=True):
+        w_BHCS = _block_weights(q_BHTK[:, :, begin:end], k_BHTK, begin, end)
+        outs.append(jnp.einsum("bhcs,bhsk->bhck", _drop(w_BHCS, mask, rate).astype(v_BHTK.dtype), v_BHTK[:, :, :end]))
+        kept.append(w_BHCS.astype(v_BHTK.dtype) if keep_weights else None)
     out_BHTK = jnp.concatenate(outs, axis=2)
-    return out_BHTK, (q_BHTK, k_BHTK, v_BHTK, out_BHTK, weights)
+    return out_BHTK, (q_BHTK, k_BHTK, v_BHTK, out_BHTK, masks, kept)
 
 
-def _causal_backward(saved, g_BHTK):
-    """What autodiff would do, with the softmax's sum over the keys taken over the head size in its place: the weights
+def _causal_backward(rate, keep_weights, residuals, dout_BHTK):
+    """What autodiff would do, with the softmax's sum over the keys taken over the head size instead: the weights
     times their gradients add up to the output times its own (Dao et al. 2022, "FlashAttention", appendix B)."""
-    q_BHTK, k_BHTK, v_BHTK, out_BHTK, weights = saved
+    q_BHTK, k_BHTK, v_BHTK, out_BHTK, masks, kept = residuals
+    if not keep_weights:
+        # Without it XLA would recognise the forward pass's weights in those computed here, and keep them after all.
+        q_BHTK, k_BHTK, dout_BHTK, masks = jax.lax.optimization_barrier((q_BHTK, k_BHTK, dout_BHTK, masks))
     dtype, wide = q_BHTK.dtype, jnp.promote_types(q_BHTK.dtype, jnp.float32)
     product = functools.partial(jnp.einsum, preferred_element_type=wide)
-    sums_BHT1 = jnp.sum(g_BHTK.astype(wide) * out_BHTK, axis=-1, keepdims=True)
+    sums_BHT1 = jnp.sum(dout_BHTK.astype(wide) * out_BHTK, axis=-1, keepdims=True)
     blocks = _blocks(q_BHTK.shape[2])
-    by_q, by_k, by_v = [], [[] for _ in blocks], [[] for _ in blocks]
-    for (begin, end), w_BHCS in zip(blocks, weights, strict=True):
-        q_BHCK, g_BHCK = q_BHTK[:, :, begin:end], g_BHTK[:, :, begin:end]
-        by_w_BHCS = product("bhck,bhsk->bhcs", g_BHCK, v_BHTK[:, :, :end])
-        by_scores_BHCS = w_BHCS * (by_w_BHCS - sums_BHT1[:, :, begin:end]) / math.sqrt(q_BHTK.shape[-1])
-        by_scores_BHCS = by_scores_BHCS.astype(dtype)
-        by_q.append(jnp.einsum("bhcs,bhsk->bhck", by_scores_BHCS, k_BHTK[:, :, :end]))
-        of_k_BHSK = product("bhcs,bhck->bhsk", by_scores_BHCS, q_BHCK)
-        of_v_BHSK = product("bhcs,bhck->bhsk", w_BHCS, g_BHCK)
+    dq, dk, dv = [], [[] for _ in blocks], [[] for _ in blocks]
+    for (begin, end), mask, w_BHCS in zip(blocks, masks, kept, strict=True):
+        q_BHCK, dout_BHCK = q_BHTK[:, :, begin:end], dout_BHTK[:, :, begin:end]
+        if not keep_weights:
+            # Nor may the blocks be computed side by side.
+            q_BHCK, dout_BHCK, dq = jax.lax.optimization_barrier((q_BHCK, dout_BHCK, dq))
+            w_BHCS = _block_weights(q_BHCK, k_BHTK, begin, end)
+        dw_BHCS = _drop(product("bhck,bhsk->bhcs", dout_BHCK, v_BHTK[:, :, :end]), mask, rate)
+        dscores_BHCS = w_BHCS * (dw_BHCS - sums_BHT1[:, :, begin:end]) / math.sqrt(q_BHTK.shape[-1])
+        dscores_BHCS = dscores_BHCS.astype(dtype)
+        dq.append(jnp.einsum("bhcs,bhsk->bhck", dscores_BHCS, k_BHTK[:, :, :end]))
+        dk_BHSK = product("bhcs,bhck->bhsk", dscores_BHCS, q_BHCK)
+        dv_BHSK = product("bhcs,bhck->bhsk", _drop(w_BHCS, mask, rate).astype(dtype), dout_BHCK)
         # A block of keys gets its gradient from every block of queries that sees it.
         for number, (first, last) in enumerate(blocks):
             if last <= end:
-                by_k[number].append(of_k_BHSK[:, :, first:last])
-                by_v[number].append(of_v_BHSK[:, :, first:last])
-    by_k_BHTK, by_v_BHTK = (jnp.concatenate([sum(parts) for parts in by], axis=2).astype(dtype) for by in (by_k, by_v))
-    return jnp.concatenate(by_q, axis=2), by_k_BHTK, by_v_BHTK
+                dk[number].append(dk_BHSK[:, :, first:last])
+                dv[number].append(dv_BHSK[:, :, first:last])
+    dk_BHTK, dv_BHTK = (jnp.concatenate([sum(parts) for parts in by], axis=2).astype(dtype) for by in (dk, dv))
+    return jnp.concatenate(dq, axis=2), dk_BHTK, dv_BHTK, None
 
 
 _causal.defvjp(_causal_forward, _causal_backward)
+
+
+def _block_weights(q_BHCK: jax.Array, k_BHTK: jax.Array, begin: int, end: int) -> jax.Array:
+    mask_CS = _causal_mask(k_BHTK.shape[2])[begin:end, :end]
+    return _weights(q_BHCK, k_BHTK[:, :, :end], mask_CS)
+
+
+def _drop(x: jax.Array, mask: jax.Array | None, rate: float) -> jax.Array:
+    return x if mask is None else drop(x, mask, rate)
 
 
 def _blocks(T: int) -> list[tuple[int, int]]:
@@ -121,12 +148,8 @@ def cached_attention(q_BHTK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, po
     """Attention over a cache of S places: the query at position p sees the places 0 .. p."""
     S = k_BHSK.shape[2]
     mask_B1TS = (jnp.arange(S) <= positions_BT[:, :, None])[:, None]
-    return _attend(q_BHTK, k_BHSK, v_BHSK, mask_B1TS, 0.0, None)
-
-
-def _attend(q, k, v, mask, rate, key) -> jax.Array:
-    weights = dropout(_weights(q, k, mask), rate, key).astype(v.dtype)
-    return jnp.einsum("bhts,bhsk->bhtk", weights, v)
+    weights_BHTS = _weights(q_BHTK, k_BHSK, mask_B1TS).astype(v_BHSK.dtype)
+    return jnp.einsum("bhts,bhsk->bhtk", weights_BHTS, v_BHSK)
 
 
 def _weights(q, k, mask) -> jax.Array:
