@@ -6,6 +6,7 @@ float64 inputs, which that function doesn't.
 """
 
 import functools
+import itertools
 import math
 from typing import Literal
 
@@ -13,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_core.errors import UserError
-from gpt2_jax.dropout import drop, dropout_mask, site
+from gpt2_jax.capture import tap
+from gpt2_jax.dropout import drop, dropout_mask, unpack
 from gpt2_jax.products import wide_einsum
 
 Kernel = Literal["cudnn", "recompute", "xla"]
@@ -56,13 +58,24 @@ def causal_attention(
         q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHTK, k_BHTK, v_BHTK))
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
         return out.transpose(0, 2, 1, 3)
-    B, H, T, _ = q_BHTK.shape
-    drops = key is not None and rate > 0
-    masks = [
-        dropout_mask(site(key, number), (B, H, end - begin, end), rate) if drops else None
-        for number, (begin, end) in enumerate(_blocks(T))
-    ]
+    masks = _dropout_masks(key, q_BHTK.shape[:3], rate)
     return _causal(q_BHTK, k_BHTK, v_BHTK, masks, rate, kernel == "xla")
+
+
+def _dropout_masks(key: jax.Array | None, shape: tuple[int, int, int], rate: float) -> list[jax.Array | None]:
+    """The packed mask (B, H, C, bytes) of each block's weights, if any are dropped."""
+    B, H, T = shape
+    blocks = _blocks(T)
+    if key is None or rate == 0.0:
+        return [None for _ in blocks]
+    # Drawn at once, side by side: a draw is hundreds of instructions, which XLA compiles for each.
+    ends = [end for _, end in blocks]
+    widths = [math.ceil(end / 8) for end in ends]
+    drawn = dropout_mask(key, (B, H, ends[0], 8 * sum(widths)), rate)
+    masks = jnp.split(drawn, list(itertools.accumulate(widths))[:-1], axis=-1)
+    for mask, end in zip(masks, ends, strict=True):
+        tap("dropout_mask", unpack(mask, end))
+    return masks
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -80,6 +93,9 @@ def _causal(
 
 
 def _causal_forward(q_BHTK, k_BHTK, v_BHTK, masks, rate, keep_weights):
+    if not keep_weights:
+        # Without it XLA would unpack the masks of all layers before the first.
+        q_BHTK, masks = jax.lax.optimization_barrier((q_BHTK, masks))
     outs, kept = [], []
     for (begin, end), mask in zip(_blocks(q_BHTK.shape[2]), masks, strict=True):
         w_BHCS = _block_weights(q_BHTK[:, :, begin:end], k_BHTK, begin, end)

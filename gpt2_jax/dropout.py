@@ -24,9 +24,7 @@ def dropout_mask(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Arr
     dropped_below = jnp.uint32(round(rate * 2**16))
     halves = [half for word in words_4xP for half in (word & 0xFFFF, word >> 16)]
     bits = [(half >= dropped_below).astype(jnp.uint8) << place for place, half in enumerate(halves)]
-    packed = functools.reduce(jnp.bitwise_or, bits)
-    tap("dropout_mask", unpack(packed, shape[-1]))
-    return packed
+    return functools.reduce(jnp.bitwise_or, bits)
 
 
 def unpack(packed: jax.Array, N: int) -> jax.Array:
@@ -58,7 +56,9 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """`x` with elements dropped and the rest scaled by 1 / (1 - rate); without a key or a rate, `x` itself."""
     if key is None or rate == 0.0:
         return x
-    return drop(x, dropout_mask(key, x.shape, rate), rate)
+    packed = dropout_mask(key, x.shape, rate)
+    tap("dropout_mask", unpack(packed, x.shape[-1]))
+    return drop(x, packed, rate)
 
 
 def site(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
