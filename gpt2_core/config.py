@@ -268,13 +268,16 @@ class TrainConfig:
     mesh: int | str | None = None
     """JAX: devices to train on: a number (data parallel) or axis=n,... with the axes data, fsdp, tensor. Left out:
     all visible accelerators, else one CPU device. Without accelerators, virtual CPU devices are made."""
-    attention: Literal["auto", "cudnn", "xla"] = "auto"
+    attention: Literal["auto", "cudnn", "recompute", "xla"] = "auto"
     """JAX: attention kernel: cudnn (flash attention of NVIDIA GPUs, bfloat16, no dropout) or xla (everywhere, every
     dtype); auto takes cudnn where it works and prints which."""
     scan_layers: bool = False
     """JAX: one compiled block scanned over the layers in place of unrolled layers: compiles faster, runs slower."""
     remat: bool = False
     """JAX: recompute each block's activations in the backward pass: less memory, about a third more arithmetic."""
+    gradient_exchange: Literal["float32", "bfloat16"] = "float32"
+    """JAX: dtype in which devices exchange gradients: float32 (float64 in a float64 run), or bfloat16, half the bytes,
+    rounded before they are summed."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """PyTorch: device to train on; auto takes cuda, then mps, then cpu."""
     compile: bool | None = None

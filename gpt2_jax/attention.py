@@ -1,8 +1,8 @@
 """Causal attention: cuDNN's flash kernel where there is one, and a form that runs everywhere in every dtype.
 
-Shapes: B batch, T queries, S keys, H heads, K head size, C queries of a block. The XLA form works on (B, H, T, K),
-on CPU three times faster than jax.nn.dot_product_attention on (B, T, H, K), and takes its softmax in float64 for
-float64 inputs, which that function doesn't.
+Shapes: B batch, T queries, S keys, H heads, K head size, C queries of a block, P bytes of a packed dropout mask. The XLA
+form works on (B, H, T, K), on CPU three times faster than jax.nn.dot_product_attention on (B, T, H, K), and takes its
+softmax in float64 for float64 inputs, which that function doesn't.
 """
 
 import functools
@@ -17,7 +17,10 @@ from gpt2_core.errors import UserError
 from gpt2_jax.capture import tap
 from gpt2_jax.dropout import drop, dropout_mask, unpack
 from gpt2_jax.products import wide_einsum
+from gpt2_jax.sharding import constrain
 
+# The last two are one computation. "xla" keeps the weights for the backward pass, B H T T of them; "recompute" keeps its
+# inputs alone and computes the weights again.
 Kernel = Literal["cudnn", "recompute", "xla"]
 
 # The XLA form computes long sequences in blocks of queries. More blocks save little more and compile longer.
@@ -29,9 +32,10 @@ def choose_kernel(requested: str, *, precision: str, dropout: float, head_size: 
     """The kernel that `--attention` means here; raises UserError if the one asked for can't do the work."""
     reason = _why_not_cudnn(precision, dropout, head_size)
     if requested == "auto":
-        return "xla" if reason else "cudnn"
+        # On a CPU arithmetic is what is scarce; on an accelerator memory is.
+        return "cudnn" if reason is None else "xla" if jax.default_backend() == "cpu" else "recompute"
     if requested == "cudnn" and reason:
-        raise UserError(f"--attention cudnn: {reason}; use --attention xla or auto")
+        raise UserError(f"--attention cudnn: {reason}; use --attention recompute, xla or auto")
     return requested
 
 
@@ -46,7 +50,9 @@ def _why_not_cudnn(precision: str, dropout: float, head_size: int) -> str | None
     if precision != "bfloat16":
         return f"computes in bfloat16, not {precision}"
     if dropout > 0:
-        return f"has no dropout, and model.dropout is {dropout}"
+        # The kernel's own draws from a counter that the process holds: other masks after a restart, the same masks on
+        # every device of a mesh, and no way to know them.
+        return f"has no dropout whose masks a run could repeat, and model.dropout is {dropout}"
     return None
 
 
@@ -58,23 +64,22 @@ def causal_attention(
         q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHTK, k_BHTK, v_BHTK))
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
         return out.transpose(0, 2, 1, 3)
-    masks = _dropout_masks(key, q_BHTK.shape[:3], rate)
+    masks = _dropout_masks(q_BHTK.shape[:3], rate, key)
     return _causal(q_BHTK, k_BHTK, v_BHTK, masks, rate, kernel == "xla")
 
 
-def _dropout_masks(key: jax.Array | None, shape: tuple[int, int, int], rate: float) -> list[jax.Array | None]:
-    """The packed mask (B, H, C, bytes) of each block's weights, if any are dropped."""
+def _dropout_masks(shape: tuple[int, int, int], rate: float, keys_B: jax.Array | None) -> list[jax.Array] | list[None]:
+    """The packed mask (B, H, C, P) of each block's weights, if any are dropped."""
     B, H, T = shape
-    blocks = _blocks(T)
-    if key is None or rate == 0.0:
-        return [None for _ in blocks]
+    ends = [end for _, end in _blocks(T)]
+    if keys_B is None or rate == 0.0:
+        return [None for _ in ends]
     # Drawn at once, side by side: a draw is hundreds of instructions, which XLA compiles for each.
-    ends = [end for _, end in blocks]
     widths = [math.ceil(end / 8) for end in ends]
-    drawn = dropout_mask(key, (B, H, ends[0], 8 * sum(widths)), rate)
-    masks = jnp.split(drawn, list(itertools.accumulate(widths))[:-1], axis=-1)
-    for mask, end in zip(masks, ends, strict=True):
-        tap("dropout_mask", unpack(mask, end))
+    drawn_BHCP = constrain(dropout_mask(keys_B, (B, H, ends[0], 8 * sum(widths)), rate), "batch", "heads", None, None)
+    masks = jnp.split(drawn_BHCP, list(itertools.accumulate(widths))[:-1], axis=-1)
+    for mask_BHCP, end in zip(masks, ends, strict=True):
+        tap("dropout_mask", unpack(mask_BHCP, end))
     return masks
 
 
@@ -83,23 +88,23 @@ def _causal(
     q_BHTK: jax.Array,
     k_BHTK: jax.Array,
     v_BHTK: jax.Array,
-    masks: list[jax.Array | None],
+    masks: list[jax.Array] | list[None],
     rate: float,
     keep_weights: bool,
 ) -> jax.Array:
-    """Attention in blocks of queries, each with the keys up to its end, so that 5/8 of the square of scores is
-    computed; `masks` are the dropout masks of the blocks' weights, packed, or None."""
+    """In blocks of queries, each with the keys up to its end, so that of the square of scores 5/8 are computed."""
     return _causal_forward(q_BHTK, k_BHTK, v_BHTK, masks, rate, keep_weights)[0]
 
 
 def _causal_forward(q_BHTK, k_BHTK, v_BHTK, masks, rate, keep_weights):
     if not keep_weights:
-        # Without it XLA would unpack the masks of all layers before the first.
+        # Without the barrier XLA unpacks the masks of all layers at once, ahead of the first.
         q_BHTK, masks = jax.lax.optimization_barrier((q_BHTK, masks))
     outs, kept = [], []
-    for (begin, end), mask in zip(_blocks(q_BHTK.shape[2]), masks, strict=True):
-        w_BHCS = _block_weights(q_BHTK[:, :, begin:end], k_BHTK, begin, end)
-        outs.append(jnp.einsum("bhcs,bhsk->bhck", _drop(w_BHCS, mask, rate).astype(v_BHTK.dtype), v_BHTK[:, :, :end]))
+    for (begin, end), mask_BHCP in zip(_blocks(q_BHTK.shape[2]), masks, strict=True):
+        w_BHCS = _block_weights(q_BHTK[:, :, begin:end], k_BHTK, begin)
+        dropped_BHCS = _drop(w_BHCS, mask_BHCP, rate).astype(v_BHTK.dtype)
+        outs.append(jnp.einsum("bhcs,bhsk->bhck", dropped_BHCS, v_BHTK[:, :, :end]))
         kept.append(w_BHCS.astype(v_BHTK.dtype) if keep_weights else None)
     out_BHTK = jnp.concatenate(outs, axis=2)
     return out_BHTK, (q_BHTK, k_BHTK, v_BHTK, out_BHTK, masks, kept)
@@ -107,28 +112,29 @@ def _causal_forward(q_BHTK, k_BHTK, v_BHTK, masks, rate, keep_weights):
 
 def _causal_backward(rate, keep_weights, residuals, dout_BHTK):
     """What autodiff would do, with the softmax's sum over the keys taken over the head size instead: the weights
-    times their gradients add up to the output times its own (Dao et al. 2022, "FlashAttention", appendix B)."""
+    times their gradients add up to the output times its own, with dropout too (Dao et al. 2022, "FlashAttention",
+    appendix B)."""
     q_BHTK, k_BHTK, v_BHTK, out_BHTK, masks, kept = residuals
     if not keep_weights:
-        # Without it XLA would recognise the forward pass's weights in those computed here, and keep them after all.
+        # Without the barrier XLA finds the forward pass's weights in those computed here, and keeps them after all.
         q_BHTK, k_BHTK, dout_BHTK, masks = jax.lax.optimization_barrier((q_BHTK, k_BHTK, dout_BHTK, masks))
     dtype, wide = q_BHTK.dtype, jnp.promote_types(q_BHTK.dtype, jnp.float32)
     product = functools.partial(jnp.einsum, preferred_element_type=wide)
     sums_BHT1 = jnp.sum(dout_BHTK.astype(wide) * out_BHTK, axis=-1, keepdims=True)
     blocks = _blocks(q_BHTK.shape[2])
     dq, dk, dv = [], [[] for _ in blocks], [[] for _ in blocks]
-    for (begin, end), mask, w_BHCS in zip(blocks, masks, kept, strict=True):
+    for (begin, end), mask_BHCP, w_BHCS in zip(blocks, masks, kept, strict=True):
         q_BHCK, dout_BHCK = q_BHTK[:, :, begin:end], dout_BHTK[:, :, begin:end]
         if not keep_weights:
-            # Nor may the blocks be computed side by side.
+            # One block after the other, so that the scores of one are in memory at a time.
             q_BHCK, dout_BHCK, dq = jax.lax.optimization_barrier((q_BHCK, dout_BHCK, dq))
-            w_BHCS = _block_weights(q_BHCK, k_BHTK, begin, end)
-        dw_BHCS = _drop(product("bhck,bhsk->bhcs", dout_BHCK, v_BHTK[:, :, :end]), mask, rate)
+            w_BHCS = _block_weights(q_BHCK, k_BHTK, begin)
+        dw_BHCS = _drop(product("bhck,bhsk->bhcs", dout_BHCK, v_BHTK[:, :, :end]), mask_BHCP, rate)
         dscores_BHCS = w_BHCS * (dw_BHCS - sums_BHT1[:, :, begin:end]) / math.sqrt(q_BHTK.shape[-1])
         dscores_BHCS = dscores_BHCS.astype(dtype)
         dq.append(jnp.einsum("bhcs,bhsk->bhck", dscores_BHCS, k_BHTK[:, :, :end]))
         dk_BHSK = product("bhcs,bhck->bhsk", dscores_BHCS, q_BHCK)
-        dv_BHSK = product("bhcs,bhck->bhsk", _drop(w_BHCS, mask, rate).astype(dtype), dout_BHCK)
+        dv_BHSK = product("bhcs,bhck->bhsk", _drop(w_BHCS, mask_BHCP, rate).astype(dtype), dout_BHCK)
         # A block of keys gets its gradient from every block of queries that sees it.
         for number, (first, last) in enumerate(blocks):
             if last <= end:
@@ -141,13 +147,14 @@ def _causal_backward(rate, keep_weights, residuals, dout_BHTK):
 _causal.defvjp(_causal_forward, _causal_backward)
 
 
-def _block_weights(q_BHCK: jax.Array, k_BHTK: jax.Array, begin: int, end: int) -> jax.Array:
-    mask_CS = _causal_mask(k_BHTK.shape[2])[begin:end, :end]
-    return _weights(q_BHCK, k_BHTK[:, :, :end], mask_CS)
+def _block_weights(q_BHCK: jax.Array, k_BHTK: jax.Array, begin: int) -> jax.Array:
+    """Softmax weights (B, H, C, S) of the C queries from `begin` on, over the S keys up to the last of them."""
+    end = begin + q_BHCK.shape[2]
+    return _weights(q_BHCK, k_BHTK[:, :, :end], _causal_mask(end)[begin:])
 
 
-def _drop(x: jax.Array, mask: jax.Array | None, rate: float) -> jax.Array:
-    return x if mask is None else drop(x, mask, rate)
+def _drop(x_BHCS: jax.Array, mask_BHCP: jax.Array | None, rate: float) -> jax.Array:
+    return x_BHCS if mask_BHCP is None else drop(x_BHCS, mask_BHCP, rate)
 
 
 def _blocks(T: int) -> list[tuple[int, int]]:

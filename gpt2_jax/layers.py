@@ -1,41 +1,79 @@
 """The layers GPT-2 is made of, as NNX modules whose parameters bear GPT-2's own names and their logical axes.
 
-Shapes: D features. Parameters are kept in `param_dtype`; a layer computes in the dtype of its input, a layer norm in
-float32 at least, leaving it in `dtype`.
+Shapes: M rows (batch x time), D features, I and O features in and out. Parameters are kept in `param_dtype`; a layer
+computes in the dtype of its input, a layer norm in float32 at least, leaving it in `dtype`. Gradients of parameters
+have the parameters' dtype from the product that makes them on: nothing is added up in bfloat16.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-
-from gpt2_jax.sharding import constrain, gather, ways
 
 # Which axis of a bias goes with which output axis of a weight.
 _BIAS_AXIS = {"embed": "embed", "heads": "heads_bias", "mlp": "mlp_bias", None: None}
 
 
 class Linear(nnx.Module):
-    """x W + b. `shape` is (in, out) or, for several projections side by side, (in, n, out)."""
+    """x W + b. `shape` is (in, out) or, for n projections of one input, (in, n, out)."""
 
     def __init__(self, shape, axes, *, std: float, bias: bool, param_dtype, rngs: nnx.Rngs) -> None:
         weight = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-        self.weight = nnx.Param(weight.astype(param_dtype), logical_axes=axes)
+        self.weight = nnx.Param(weight.astype(param_dtype), logical_axes=axes, narrow=True)
         bias_axes = (*axes[1:-1], _BIAS_AXIS[axes[-1]])
         self.bias = nnx.Param(jnp.zeros(shape[1:], param_dtype), logical_axes=bias_axes) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x (..., in) -> (..., out)."""
+        return self._project(x, [self.weight[...]], None if self.bias is None else [self.bias[...]])[0]
+
+    def split(self, x: jax.Array) -> list[jax.Array]:
+        """x (..., in) -> n arrays (..., out), each a product of its own: side by side they would have to be taken apart
+        and their gradients put together, a copy each way."""
+        n = self.weight.shape[1]
+        biases = None if self.bias is None else [self.bias[i] for i in range(n)]
+        return self._project(x, [self.weight[:, i] for i in range(n)], biases)
+
+    def _project(self, x, weights, biases) -> list[jax.Array]:
         # Leading axes are flattened: XLA's CPU matrix products are three times slower on three axes than on two.
-        flat = x.reshape(-1, x.shape[-1])
-        weight = gather(self.weight).astype(x.dtype)
-        # So are those of the weight, or its gradient comes out transposed, at twice the price; but not where the mesh
-        # splits the last of them, which flattening would have to undo.
-        shape = weight.shape[1:]
-        if ways(self.weight.get_metadata()["logical_axes"][-1]) == 1:
-            weight = weight.reshape(weight.shape[0], -1)
-        out = jax.lax.dot_general(flat, weight, (((1,), (0,)), ((), ()))).reshape(-1, *shape)
-        if self.bias is not None:
-            out = out + gather(self.bias).astype(x.dtype)
-        return out.reshape(*x.shape[:-1], *shape)
+        outs = _project(x.reshape(-1, x.shape[-1]), weights, biases)
+        return [out.reshape(*x.shape[:-1], -1) for out in outs]
+
+
+@jax.custom_vjp
+def _project(x_MI: jax.Array, weights: list[jax.Array], biases: list[jax.Array] | None) -> list[jax.Array]:
+    """x W + b for each of the weights (I, O) and biases (O,), in the dtype of x."""
+    outs = [x_MI @ w_IO.astype(x_MI.dtype) for w_IO in weights]
+    if biases is None:
+        return outs
+    return [out_MO + b_O.astype(out_MO.dtype) for out_MO, b_O in zip(outs, biases, strict=True)]
+
+
+def _project_forward(x_MI, weights, biases):
+    return _project(x_MI, weights, biases), (x_MI, weights, biases)
+
+
+def _project_backward(saved, douts):
+    """dx = sum of dout W^T, added up in the weights' dtype and rounded once; dW = x^T dout and db = sum of dout, in the
+    weights' dtype."""
+    x_MI, weights, biases = saved
+    wide = weights[0].dtype if len(weights) > 1 else x_MI.dtype
+    dx_MI = sum(
+        jax.lax.dot_general(dout_MO, w_IO.astype(x_MI.dtype), (((1,), (1,)), ((), ())), preferred_element_type=wide)
+        for dout_MO, w_IO in zip(douts, weights, strict=True)
+    )
+    dweights = [
+        jax.lax.dot_general(x_MI, dout_MO, (((0,), (0,)), ((), ())), preferred_element_type=w_IO.dtype)
+        for dout_MO, w_IO in zip(douts, weights, strict=True)
+    ]
+    dbiases = None
+    if biases is not None:
+        dbiases = [jnp.sum(dout_MO.astype(b_O.dtype), axis=0) for dout_MO, b_O in zip(douts, biases, strict=True)]
+    return dx_MI.astype(x_MI.dtype), dweights, dbiases
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 class LayerNorm(nnx.Module):
@@ -50,13 +88,42 @@ class LayerNorm(nnx.Module):
         self.epsilon, self.dtype = epsilon, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = x - x.mean(axis=-1, keepdims=True)
-        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        out = centred * jax.lax.rsqrt(variance + self.epsilon) * gather(self.weight)
-        if self.bias is not None:
-            out = out + gather(self.bias)
-        return out.astype(self.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        return _layer_norm(x, self.weight[...], bias, self.epsilon, self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _layer_norm(x: jax.Array, w_D: jax.Array, b_D: jax.Array | None, epsilon: float, dtype) -> jax.Array:
+    normalized, _ = _normalize(x, epsilon)
+    out = normalized * w_D
+    return (out if b_D is None else out + b_D).astype(dtype)
+
+
+def _layer_norm_forward(x, w_D, b_D, epsilon, dtype):
+    return _layer_norm(x, w_D, b_D, epsilon, dtype), (x, w_D, b_D)
+
+
+def _layer_norm_backward(epsilon, dtype, saved, dout):
+    x, w_D, b_D = saved
+    normalized, scale = _normalize(x, epsilon)
+    dout = dout.astype(normalized.dtype)
+    dnormalized = dout * w_D
+    dx = dnormalized - dnormalized.mean(axis=-1, keepdims=True)
+    dx = scale * (dx - normalized * (dnormalized * normalized).mean(axis=-1, keepdims=True))
+    rows = tuple(range(x.ndim - 1))
+    db_D = None if b_D is None else dout.sum(axis=rows).astype(b_D.dtype)
+    return dx.astype(x.dtype), (dout * normalized).sum(axis=rows).astype(w_D.dtype), db_D
+
+
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def _normalize(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """x centred and divided by its standard deviation, and one over that, in float32 at least."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = x - x.mean(axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
+    return centred * scale, scale
 
 
 class RMSNorm(nnx.Module):
@@ -69,39 +136,22 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.square(x).mean(axis=-1, keepdims=True)
-        return (x * jax.lax.rsqrt(mean_square + self.epsilon) * gather(self.weight)).astype(self.dtype)
+        return (x * jax.lax.rsqrt(mean_square + self.epsilon) * self.weight[...]).astype(self.dtype)
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, for `look_up`; rows from `used` on are zero and never looked up (see model.py)."""
+    """A table of vectors, called with ids; rows from `used` on are zero and never looked up (see model.py).
 
-    def __init__(self, rows: int, size: int, axes, *, used: int, std: float, param_dtype, rngs: nnx.Rngs) -> None:
+    `narrow` says that the table is only multiplied with, and never looked up.
+    """
+
+    def __init__(
+        self, rows: int, size: int, axes, *, used: int, std: float, param_dtype, rngs: nnx.Rngs, narrow: bool = False
+    ) -> None:
         table = std * jax.random.normal(rngs.params(), (used, size), jnp.float32)
         table = jnp.pad(table, ((0, rows - used), (0, 0)))
-        self.weight = nnx.Param(table.astype(param_dtype), logical_axes=axes)
+        self.weight = nnx.Param(table.astype(param_dtype), logical_axes=axes, narrow=narrow)
 
-    def table(self) -> jax.Array:
-        """The table, (rows, D)."""
-        return gather(self.weight)
-
-    def spread(self) -> jax.Array:
-        """The table once for each way in which the mesh splits the batch, (S, rows, D): no device holds another's.
-
-        A gradient by it is each way's own, which all that uses the table adds to, before the ways are summed: devices
-        exchange one gradient for the token embeddings and the head that are tied to them, and not two.
-        """
-        table = self.table()
-        rows, _ = self.weight.get_metadata()["logical_axes"]
-        return constrain(jnp.broadcast_to(table, (ways("batch"), *table.shape)), "batch", rows, None)
-
-
-def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """The rows (..., D) of a table (rows, D) at the ids.
-
-    Of a table that is spread, (S, rows, D), at ids (B, T): for each way, those of its own sequences.
-    """
-    if table.ndim == 2:
-        return jnp.take(table, ids, axis=0)
-    ids_SbT = constrain(ids.reshape(len(table), -1, ids.shape[-1]), "batch", None, None)
-    rows_SbTD = jax.vmap(look_up)(table, ids_SbT)
-    return constrain(rows_SbTD, "batch", None, None, None).reshape(*ids.shape, -1)
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """The rows (..., D) at the ids."""
+        return jnp.take(self.weight[...], ids, axis=0)

@@ -1,8 +1,7 @@
 """The head and its cross-entropy, fused: logits exist for one chunk of the tokens at a time, and never all together.
 
-Shapes: B sequences, T time, D embedding, V vocabulary (padded). A chunk is C places of every sequence. S is the number
-of ways in which the mesh splits the batch, of which each has b sequences: S x b = B; n chunks of C places make T. The
-head comes once for each way (gpt2_jax.layers.Embedding.spread), and so does its gradient.
+Shapes: B sequences, T time, D embedding, V vocabulary (padded). A chunk is C tokens of every sequence; n chunks of C
+tokens make T.
 """
 
 import functools
@@ -12,95 +11,93 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_core.batches import IGNORED
-from gpt2_jax.sharding import constrain, ways
+from gpt2_jax.sharding import constrain
 
-# Of a chunk's float32 logits on one device. Larger chunks make the matrix products no faster on CPU or GPU; smaller
-# ones read and write the head's gradient more often.
-CHUNK_BYTES = 256 << 20
+# Of a chunk's logits. Larger chunks hold more memory; smaller ones read and write the head's gradient more often.
+CHUNK_BYTES = 512 << 20
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def summed_cross_entropy(x_BTD: jax.Array, head_SVD: jax.Array, targets_BT: jax.Array, vocab_size: int) -> jax.Array:
+def summed_cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, vocab_size: int) -> jax.Array:
     """Sum over the targets that aren't IGNORED of -log softmax(x head^T)[target], in float32 at least.
 
     The products take operands of x's dtype and accumulate in float32 at least. Rows of `head` from `vocab_size` on are
     padding and get no probability. Differentiated, the gradient is made along with the loss, while a chunk's logits are
     there: they are computed once, as without chunks.
     """
+    narrow_VD = head_VD.astype(x_BTD.dtype)
 
     def add(total, chunk):
-        loss, _ = _chunk_loss(*chunk, head_SVD, vocab_size)
-        return total + loss, None
+        return total + _chunk_loss(*chunk, narrow_VD, vocab_size)[0], None
 
-    return jax.lax.scan(add, jnp.zeros((), _wide(x_BTD)), _chunks(x_BTD, targets_BT, head_SVD))[0]
+    return jax.lax.scan(add, jnp.zeros((), _wide(x_BTD)), _chunks(x_BTD, targets_BT, len(head_VD)))[0]
 
 
-def _forward(x_BTD: jax.Array, head_SVD: jax.Array, targets_BT: jax.Array, vocab_size: int):
+def _forward(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, vocab_size: int):
     """The loss, and its gradients by x and by the head."""
+    # Once, and not in every chunk.
+    narrow_VD = head_VD.astype(x_BTD.dtype)
 
     def add(totals, chunk):
-        x_SbCD, targets_SbC = chunk
-        loss, by_logits = _chunk_loss(x_SbCD, targets_SbC, head_SVD, vocab_size)
-        by_logits_SbCV = by_logits().astype(x_SbCD.dtype)
-        by_x_SbCD = jnp.einsum("sbcv,svd->sbcd", by_logits_SbCV, head_SVD.astype(x_SbCD.dtype))
-        by_head_SVD = jnp.einsum("sbcv,sbcd->svd", by_logits_SbCV, x_SbCD, preferred_element_type=totals[1].dtype)
-        return (totals[0] + loss, totals[1] + _split(by_head_SVD)), by_x_SbCD
+        total, dhead_VD = totals
+        x_BCD, targets_BC = chunk
+        loss, dlogits_BCV = _chunk_loss(x_BCD, targets_BC, narrow_VD, vocab_size)
+        dlogits_BCV = dlogits_BCV().astype(x_BCD.dtype)
+        dx_BCD = jnp.einsum("bcv,vd->bcd", dlogits_BCV, narrow_VD)
+        dhead_VD += jnp.einsum("bcv,bcd->vd", dlogits_BCV, x_BCD, preferred_element_type=dhead_VD.dtype)
+        return (total + loss, constrain(dhead_VD, "vocab", None)), dx_BCD
 
-    # Each way of the batch adds up its own: no chunk waits for another device.
-    start = (jnp.zeros((), _wide(x_BTD)), _split(jnp.zeros(head_SVD.shape, _wide(x_BTD))))
-    (loss, by_head_SVD), by_x_nSbCD = jax.lax.scan(add, start, _chunks(x_BTD, targets_BT, head_SVD))
+    start = (jnp.zeros((), _wide(x_BTD)), jnp.zeros(head_VD.shape, _wide(x_BTD)))
+    (loss, dhead_VD), dx_nBCD = jax.lax.scan(add, start, _chunks(x_BTD, targets_BT, len(head_VD)))
     B, T, D = x_BTD.shape
-    by_x_BTD = by_x_nSbCD.transpose(1, 2, 0, 3, 4).reshape(B, -1, D)[:, :T]
-    return loss, (constrain(by_x_BTD, "batch", None, None), by_head_SVD.astype(head_SVD.dtype))
+    dx_BTD = dx_nBCD.transpose(1, 0, 2, 3).reshape(B, -1, D)[:, :T]
+    return loss, (dx_BTD, dhead_VD.astype(head_VD.dtype))
 
 
 def _backward(vocab_size: int, grads, g: jax.Array):
-    by_x_BTD, by_head_SVD = grads
-    return (by_x_BTD * g.astype(by_x_BTD.dtype), by_head_SVD * g.astype(by_head_SVD.dtype), None)
+    dx_BTD, dhead_VD = grads
+    return dx_BTD * g.astype(dx_BTD.dtype), dhead_VD * g.astype(dhead_VD.dtype), None
 
 
 summed_cross_entropy.defvjp(_forward, _backward)
 
 
-def _chunk_loss(x_SbCD: jax.Array, targets_SbC: jax.Array, head_SVD: jax.Array, vocab_size: int):
+def _chunk_loss(x_BCD: jax.Array, targets_BC: jax.Array, head_VD: jax.Array, vocab_size: int):
     """The summed loss of a chunk, and a function that gives its gradient by the logits."""
-    wide = _wide(x_SbCD)
-    logits_SbCV = jnp.einsum("sbcd,svd->sbcv", x_SbCD, head_SVD.astype(x_SbCD.dtype), preferred_element_type=wide)
-    logits_SbCV = constrain(logits_SbCV, "batch", None, None, "vocab")
-    ids_V = jnp.arange(head_SVD.shape[1])
-    logits_SbCV = jnp.where(ids_V < vocab_size, logits_SbCV, -jnp.inf)
-    counts_SbC1 = (targets_SbC != IGNORED)[..., None]
-    # A comparison in the place of an index: it fuses, and it needs no gather over a sharded vocabulary.
-    is_target_SbCV = ids_V == targets_SbC[..., None]
-    normalizer_SbC1 = jax.nn.logsumexp(logits_SbCV, axis=-1, keepdims=True)
-    target_SbC1 = jnp.sum(jnp.where(is_target_SbCV, logits_SbCV, 0.0), axis=-1, keepdims=True)
-    loss = jnp.sum(jnp.where(counts_SbC1, normalizer_SbC1 - target_SbC1, 0.0))
+    logits_BCV = jnp.einsum("bcd,vd->bcv", x_BCD, head_VD, preferred_element_type=_wide(x_BCD))
+    logits_BCV = constrain(logits_BCV, "batch", None, "vocab")
+    ids_V = jnp.arange(len(head_VD))
+    logits_BCV = jnp.where(ids_V < vocab_size, logits_BCV, -jnp.inf)
+    counts_BC1 = (targets_BC != IGNORED)[..., None]
+    # A comparison instead of an index: it fuses, and it needs no gather over a sharded vocabulary.
+    is_target_BCV = ids_V == targets_BC[..., None]
+    normalizer_BC1 = jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
+    target_BC1 = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1, keepdims=True)
+    loss = jnp.sum(jnp.where(counts_BC1, normalizer_BC1 - target_BC1, 0.0))
 
-    def by_logits():
-        by_logits_SbCV = jnp.exp(logits_SbCV - normalizer_SbC1) - is_target_SbCV
-        return jnp.where(counts_SbC1, by_logits_SbCV, 0.0)
+    def dlogits() -> jax.Array:
+        return jnp.where(counts_BC1, jnp.exp(logits_BCV - normalizer_BC1) - is_target_BCV, 0.0)
 
-    return loss, by_logits
+    return loss, dlogits
 
 
-def _chunks(x_BTD: jax.Array, targets_BT: jax.Array, head_SVD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x as (n, S, b, C, D) and the targets as (n, S, b, C), filled up with targets that don't count."""
+def _chunks(x_BTD: jax.Array, targets_BT: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """x as (n, B, C, D) and the targets as (n, B, C), filled up with targets that don't count."""
     B, T, D = x_BTD.shape
-    S = head_SVD.shape[0]
-    rows = head_SVD.shape[1] // ways("vocab")
-    places = max(1, CHUNK_BYTES // (4 * rows * (B // S)))
-    n = math.ceil(T / places)
-    C = math.ceil(T / n)
+    C = _chunk_length(B, T, rows * _wide(x_BTD).itemsize)
+    n = math.ceil(T / C)
     missing = n * C - T
     x_BTD = jnp.pad(x_BTD, ((0, 0), (0, missing), (0, 0)))
     targets_BT = jnp.pad(targets_BT, ((0, 0), (0, missing)), constant_values=IGNORED)
-    x_nSbCD = x_BTD.reshape(S, B // S, n, C, D).transpose(2, 0, 1, 3, 4)
-    targets_nSbC = targets_BT.reshape(S, B // S, n, C).transpose(2, 0, 1, 3)
-    return constrain(x_nSbCD, None, "batch", None, None, None), constrain(targets_nSbC, None, "batch", None, None)
+    return x_BTD.reshape(B, n, C, D).transpose(1, 0, 2, 3), targets_BT.reshape(B, n, C).transpose(1, 0, 2)
 
 
-def _split(by_head_SVD: jax.Array) -> jax.Array:
-    return constrain(by_head_SVD, "batch", "vocab", None)
+def _chunk_length(B: int, T: int, bytes_of_token: int) -> int:
+    """Tokens of a sequence in a chunk: as many as CHUNK_BYTES allow, in chunks of one length, powers of two if possible,
+    so that tiles of matrix units are full and no chunk is padded."""
+    most = max(1, min(T, CHUNK_BYTES // (bytes_of_token * B)))
+    power = 1 << (most.bit_length() - 1)
+    return power if most < T and T % power == 0 else math.ceil(T / math.ceil(T / most))
 
 
 def _wide(x: jax.Array) -> jnp.dtype:

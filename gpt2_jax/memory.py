@@ -9,7 +9,7 @@ from gpt2_core.config import TrainConfig
 from gpt2_core.errors import UserError
 from gpt2_core.memory import host_memory, of_batch, out_of_memory
 from gpt2_jax.model import Definition
-from gpt2_jax.sharding import ways
+from gpt2_jax.sharding import num_shards
 from gpt2_jax.train_step import compile_train_step
 
 
@@ -48,12 +48,11 @@ def memory_errors(config: TrainConfig, definition: Definition, mesh: jax.shardin
 
 
 def _sentence(config: TrainConfig, definition: Definition, mesh: jax.sharding.Mesh) -> UserError:
-    with jax.set_mesh(mesh):
-        ways_of_batch = ways("batch")
+    shards = num_shards(mesh, "batch")
 
     def planner(sequences: int, accumulation: int) -> int:
-        smaller = of_batch(config, sequences * ways_of_batch, accumulation)
+        smaller = of_batch(config, sequences * shards, accumulation)
         return bytes_needed(compile_train_step(smaller, definition, mesh))
 
     device = mesh.devices.flat[0].device_kind
-    return out_of_memory(config, planner, ways=ways_of_batch, available=bytes_available(mesh), device=device)
+    return out_of_memory(config, planner, ways=shards, available=bytes_available(mesh), device=device)

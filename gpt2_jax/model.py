@@ -5,6 +5,7 @@ N layers. M is B x T.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from gpt2_core.weights.layouts import JAX
 from gpt2_jax.attention import Kernel, cached_attention, causal_attention
 from gpt2_jax.capture import is_tapping, scope, tap
 from gpt2_jax.dropout import dropout, site
-from gpt2_jax.layers import Embedding, LayerNorm, Linear, RMSNorm, look_up
+from gpt2_jax.layers import Embedding, LayerNorm, Linear, RMSNorm
 from gpt2_jax.loss import summed_cross_entropy
 from gpt2_jax.products import wide_einsum
 from gpt2_jax.rope import rotate
@@ -75,11 +76,12 @@ class CausalSelfAttention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         config = self.config
         B, T, D = x_BTD.shape
-        qkv_BT3HK = self.c_attn(x_BTD).reshape(B, T, 3, config.n_head, config.head_size)
-        # Split, and not indexed: the gradients are then put side by side, and not each padded and all added.
         q_BHTK, k_BHTK, v_BHTK = (
-            constrain(x_BT1HK.squeeze(2).transpose(0, 2, 1, 3), "batch", "heads", None, None)
-            for x_BT1HK in jnp.split(qkv_BT3HK, 3, axis=2)
+            constrain(
+                out_BTD.reshape(B, T, config.n_head, config.head_size).transpose(0, 2, 1, 3),
+                "batch", "heads", None, None,
+            )
+            for out_BTD in self.c_attn.split(x_BTD)
         )
         if config.qk_norm:
             q_BHTK, k_BHTK = self.q_norm(q_BHTK), self.k_norm(k_BHTK)
@@ -112,9 +114,9 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array, *, key: jax.Array | None) -> jax.Array:
         a_BTF = tap("mlp.c_fc", self.c_fc(x_BTD))
         if self.config.mlp == "swiglu":
-            a_BTF = jax.nn.silu(tap("mlp.c_gate", self.c_gate(x_BTD))) * a_BTF
+            a_BTF = _recomputed(_silu_gated)(tap("mlp.c_gate", self.c_gate(x_BTD)), a_BTF)
         else:
-            a_BTF = jax.nn.gelu(a_BTF, approximate=self.config.mlp == "gelu_tanh")
+            a_BTF = _recomputed(functools.partial(jax.nn.gelu, approximate=self.config.mlp == "gelu_tanh"))(a_BTF)
         a_BTF = tap("mlp.activation", constrain(a_BTF, "batch", None, "mlp"))
         return dropout(tap("mlp.c_proj", self.c_proj(a_BTF)), self.config.dropout, key)
 
@@ -157,43 +159,39 @@ class GPT2(nnx.Module):
         self.wpe = Embedding(*places, used=config.block_size, **make) if config.position == "learned" else None
         self.h = nnx.List([Block(config, execution, rngs) for _ in range(config.n_layer)])
         self.ln_f = make_norm(config, execution)
-        self.lm_head = None if config.tie_embeddings else Embedding(*table, used=V, **make)
+        self.lm_head = None if config.tie_embeddings else Embedding(*table, used=V, narrow=True, **make)
         self.config, self.execution = config, execution
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Logits (B, T, V), in float32 at least."""
         return self.logits(self.hidden(tokens_BT))
 
-    def loss(self, tokens_BT: jax.Array, targets_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+    def loss(self, tokens_BT: jax.Array, targets_BT: jax.Array, *, dropout_keys_B: jax.Array | None = None) -> jax.Array:
         """Summed cross-entropy of the targets that aren't IGNORED, in float32 at least."""
-        # One table for both its uses, if they are tied: their gradients are then added before devices exchange them.
-        wte_SVD = self.wte.spread()
-        x_BTD = self.hidden(tokens_BT, dropout_key=dropout_key, wte=wte_SVD)
-        return summed_cross_entropy(x_BTD, self._head(wte_SVD), targets_BT, self.config.vocab_size)
+        x_BTD = self.hidden(tokens_BT, dropout_keys_B=dropout_keys_B)
+        return summed_cross_entropy(x_BTD, self._head(), targets_BT, self.config.vocab_size)
 
-    def hidden(
-        self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None, wte: jax.Array | None = None
-    ) -> jax.Array:
-        """What the head sees: (B, T, D) after the last layer norm; `wte` is the embeddings' table, if it is at hand."""
+    def hidden(self, tokens_BT: jax.Array, *, dropout_keys_B: jax.Array | None = None) -> jax.Array:
+        """What the head sees: (B, T, D) after the last layer norm."""
         positions_T = jnp.arange(tokens_BT.shape[1])
-        x_BTD = self._embed(tokens_BT, positions_T, wte)
-        x_BTD = dropout(tap("embeddings", x_BTD), self.config.dropout, site(dropout_key, 0))
+        x_BTD = self._embed(tokens_BT, positions_T)
+        x_BTD = dropout(tap("embeddings", x_BTD), self.config.dropout, site(dropout_keys_B, 0))
         if is_tapping() and (self.execution.scan_layers or self.execution.remat):
             raise ValueError(
                 "intermediate values are tapped in unrolled layers only: scan_layers and remat must be off"
             )
         if self.execution.scan_layers:
-            x_BTD = self._scan_blocks(x_BTD, positions_T, dropout_key)
+            x_BTD = self._scan_blocks(x_BTD, positions_T, dropout_keys_B)
         else:
             for number, block in enumerate(self.h, start=1):
                 graph, state = nnx.split(block)
                 with scope(f"h.{number - 1}."):
-                    x_BTD = self._block_function(graph)(state, x_BTD, positions_T, site(dropout_key, number))
+                    x_BTD = self._block_function(graph)(state, x_BTD, positions_T, site(dropout_keys_B, number))
         return tap("ln_f", self.ln_f(x_BTD))
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head's scores of the vocabulary."""
-        head_VD = self._head(self.wte.table()).astype(x_BTD.dtype)
+        head_VD = self._head().astype(x_BTD.dtype)
         # Cut afterwards: the head without its padding would be a copy of it, at each token that is generated.
         return tap("logits", wide_einsum("btd,vd->btv", x_BTD, head_VD)[..., : self.config.vocab_size])
 
@@ -212,17 +210,15 @@ class GPT2(nnx.Module):
             grown.append(cache)
         return self.ln_f(x_BTD), grown
 
-    def _embed(self, tokens_BT: jax.Array, positions: jax.Array, wte: jax.Array | None = None) -> jax.Array:
-        x_BTD = look_up(self.wte.table() if wte is None else wte, tokens_BT)
+    def _embed(self, tokens_BT: jax.Array, positions: jax.Array) -> jax.Array:
+        x_BTD = self.wte(tokens_BT)
         if self.wpe is not None:
-            x_BTD = x_BTD + look_up(self.wpe.table(), positions)
+            x_BTD = x_BTD + self.wpe(positions)
         return constrain(x_BTD, "batch", None, None)
 
-    def _head(self, wte: jax.Array) -> jax.Array:
-        """The head's weights, laid out as the embeddings' table that is given: (V, D) or (S, V, D)."""
-        if self.lm_head is None:
-            return wte
-        return self.lm_head.table() if wte.ndim == 2 else self.lm_head.spread()
+    def _head(self) -> jax.Array:
+        """The head's weights (V, D)."""
+        return (self.wte if self.lm_head is None else self.lm_head).weight[...]
 
     def _block_function(self, graph: nnx.GraphDef):
         """A block as a pure function of its parameters."""
@@ -232,13 +228,13 @@ class GPT2(nnx.Module):
 
         return jax.checkpoint(apply) if self.execution.remat else apply
 
-    def _scan_blocks(self, x_BTD: jax.Array, positions_T: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    def _scan_blocks(self, x_BTD: jax.Array, positions_T: jax.Array, dropout_keys_B: jax.Array | None) -> jax.Array:
         graphs, states = zip(*(nnx.split(block) for block in self.h), strict=True)
         apply = self._block_function(graphs[0])
 
         def step(x_BTD, layer):
             number, state = layer
-            return apply(state, x_BTD, positions_T, site(dropout_key, number)), None
+            return apply(state, x_BTD, positions_T, site(dropout_keys_B, number)), None
 
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         numbers = jnp.arange(1, len(states) + 1)
@@ -258,6 +254,8 @@ class Definition:
     graph: nnx.GraphDef
     abstract: Mapping[str, jax.ShapeDtypeStruct]
     logical_axes: Mapping[str, Axes]
+    narrow: frozenset[str]
+    """Names of the parameters that are rounded to the compute dtype wherever they are used."""
 
     def merge(self, params: Mapping[str, jax.Array]) -> GPT2:
         """The model with these parameters; free inside a traced function."""
@@ -286,6 +284,7 @@ def define(config: ModelConfig, execution: Execution) -> Definition:
         graph,
         {name: variable.get_value() for name, variable in variables.items()},
         {name: variable.get_metadata()["logical_axes"] for name, variable in variables.items()},
+        frozenset(name for name, variable in variables.items() if variable.get_metadata().get("narrow")),
     )
 
 
@@ -294,6 +293,16 @@ def padded_vocab_size(vocab_size: int) -> int:
     zero, take no part in any softmax and never leave this package."""
     multiple = JAX.vocabulary_multiple
     return math.ceil(vocab_size / multiple) * multiple
+
+
+def _silu_gated(gate_BTF: jax.Array, value_BTF: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate_BTF) * value_BTF
+
+
+def _recomputed(activation):
+    """An elementwise function whose backward pass keeps nothing but its inputs: reading them again costs less memory
+    traffic than the intermediate values that autodiff would keep."""
+    return jax.checkpoint(activation)
 
 
 def _residual_std(config: ModelConfig) -> float:

@@ -5,7 +5,9 @@ Shapes: A accumulation, B sequences computed at once, T time.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from gpt2_core.batches import IGNORED, Batch
 from gpt2_core.config import TrainConfig
 from gpt2_jax.model import Definition, Params
 from gpt2_jax.optimizer import clip_by_global_norm, make_optimizer
-from gpt2_jax.sharding import sharding, spec
+from gpt2_jax.sharding import exchange, gather, is_exchanging, per_shard, sharding, spec, sum_over_shards
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
@@ -101,21 +103,27 @@ def make_train_step(
     """
     optimizer = make_optimizer(config.optimizer, config.model)
     shardings = state_shardings(definition, optimizer, mesh)
+    tokens, dropout = (None, "batch", None), config.model.dropout > 0
+    sharded_loss_and_grads = per_shard(
+        functools.partial(loss_and_grads, definition, exchange_dtype=_exchange_dtype(config)),
+        mesh,
+        (definition.logical_axes, tokens, tokens, (None, "batch") if dropout else None),
+        ((), definition.logical_axes),
+    )
 
     def step(state: TrainState, inputs_ABT: jax.Array, targets_ABT: jax.Array, learning_rate: jax.Array):
-        key = step_key(config.seed, state.step) if config.model.dropout > 0 else None
-        loss, grads = loss_and_grads(definition, state.params, inputs_ABT, targets_ABT, dropout_key=key)
+        keys_AB = dropout_keys(config.seed, state.step, inputs_ABT.shape[:2]) if dropout else None
+        loss, grads = sharded_loss_and_grads(state.params, inputs_ABT, targets_ABT, keys_AB)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         grads, grad_norm = clip_by_global_norm(grads, config.optimizer.clip_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
         return TrainState(params, opt_state, state.step + 1), Metrics(loss, grad_norm)
 
-    replicated = NamedSharding(mesh, PartitionSpec())
-    tokens = batch_sharding(mesh)
+    replicated, where = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
     return jax.jit(
         step,
-        in_shardings=(shardings, tokens, tokens, replicated),
+        in_shardings=(shardings, where, where, replicated),
         out_shardings=(shardings, Metrics(replicated, replicated)),
         donate_argnums=0,
     )
@@ -142,14 +150,11 @@ def compile_eval_step(config: TrainConfig, definition: Definition, mesh: Mesh) -
         return make_eval_step(definition, mesh).lower(dict(definition.abstract), tokens, tokens).compile()
 
 
-def step_key(seed: int, step: int | jax.Array) -> jax.Array:
-    """The key of all that is random in a step."""
-    return jax.random.fold_in(jax.random.key(seed), step)
-
-
-def part_key(key: jax.Array, number: int | jax.Array) -> jax.Array:
-    """The key of one part of a step's batch."""
-    return jax.random.fold_in(key, number)
+def dropout_keys(seed: int, step: int | jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """The keys of a step's dropout masks, (A, B): one for each sequence, whichever device computes it."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    numbers_AB = jnp.arange(math.prod(shape)).reshape(shape)
+    return jax.vmap(jax.vmap(functools.partial(jax.random.fold_in, key)))(numbers_AB)
 
 
 def loss_and_grads(
@@ -157,37 +162,66 @@ def loss_and_grads(
     params: Params,
     inputs_ABT: jax.Array,
     targets_ABT: jax.Array,
+    dropout_keys_AB: jax.Array | None = None,
     *,
-    dropout_key: jax.Array | None = None,
+    exchange_dtype: str | None = None,
 ) -> tuple[jax.Array, Params]:
-    """Mean loss over all targets that count, and its gradient, computed one of the A parts at a time."""
-    count = jnp.sum(targets_ABT != IGNORED)
+    """Mean loss over all targets that count, and its gradient, computed one of the A parts at a time.
 
-    def part_loss(params: Params, part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        number, inputs_BT, targets_BT = part
-        key = None if dropout_key is None else part_key(dropout_key, number)
-        return definition.merge(params).loss(inputs_BT, targets_BT, dropout_key=key) / count
+    Inside `gpt2_jax.sharding.per_shard` the arguments are one device's, and the loss is that of all devices. Weights
+    are gathered before the first part and gradients exchanged after the last, however many there are, as
+    `exchange_dtype` (None: as they are).
+    """
+    count = sum_over_shards(jnp.sum(targets_ABT != IGNORED))
 
-    of_part = jax.value_and_grad(part_loss)
-    parts = (jnp.arange(inputs_ABT.shape[0]), inputs_ABT, targets_ABT)
-    first = jax.tree.map(lambda x: x[0], parts)
-    if inputs_ABT.shape[0] == 1:
-        return of_part(params, first)
+    def part_loss(whole: Params, part: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        inputs_BT, targets_BT, keys_B = part
+        return definition.merge(whole).loss(inputs_BT, targets_BT, dropout_keys_B=keys_B) / count
 
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, of_part(params, part)), None
+    whole = gather(params, definition.logical_axes, definition.narrow, definition.execution.dtype)
+    parts = (inputs_ABT, targets_ABT, dropout_keys_AB)
+    loss, grads = _sum_over_parts(functools.partial(jax.value_and_grad(part_loss), whole), parts)
+    return sum_over_shards(loss), exchange(grads, definition.logical_axes, exchange_dtype)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, params, first))
-    return jax.lax.scan(add, zeros, parts)[0]
+
+def _sum_over_parts(of_part: Callable[[Any], Any], parts: Any) -> Any:
+    """The sum of a function of each part, one after the other.
+
+    The last stands after the loop over the others: it is what the exchange of the sum can overlap with.
+    """
+    last = len(jax.tree.leaves(parts)[0]) - 1
+    if last == 0:
+        return of_part(jax.tree.map(lambda x: x[0], parts))
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_part(part)), None
+
+    shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    if not is_exchanging():
+        return jax.lax.scan(add, zeros, parts)[0]
+    total, _ = jax.lax.scan(add, zeros, jax.tree.map(lambda x: x[:last], parts))
+    return add(total, jax.tree.map(lambda x: x[last], parts))[0]
+
+
+def _exchange_dtype(config: TrainConfig) -> str | None:
+    return "bfloat16" if config.gradient_exchange == "bfloat16" else None
 
 
 def make_eval_step(definition: Definition, mesh: Mesh) -> Callable[..., jax.Array]:
     """The jitted function (params, inputs_BT, targets_BT) -> summed loss of the targets that count."""
-    params = {name: sharding(mesh, axes) for name, axes in definition.logical_axes.items()}
-    tokens = NamedSharding(mesh, spec(("batch", None)))
+
+    def summed_loss(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        whole = gather(params, definition.logical_axes, definition.narrow, definition.execution.dtype)
+        return sum_over_shards(definition.merge(whole).loss(inputs_BT, targets_BT))
+
+    tokens = ("batch", None)
     return jax.jit(
-        lambda params, inputs_BT, targets_BT: definition.merge(params).loss(inputs_BT, targets_BT),
-        in_shardings=(params, tokens, tokens),
+        per_shard(summed_loss, mesh, (definition.logical_axes, tokens, tokens), ()),
+        in_shardings=(
+            {name: sharding(mesh, axes) for name, axes in definition.logical_axes.items()},
+            *2 * [NamedSharding(mesh, spec(tokens))],
+        ),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
 

@@ -229,13 +229,17 @@ def _gate_and_value_swapped(call):
 
 
 def _untied(head):
-    return lambda self, wte: head(self, wte) + 0.02 * jax.random.normal(jax.random.key(7), wte.shape[-2:], wte.dtype)
+    def wrong(self):
+        tied = head(self)
+        return tied + 0.02 * jax.random.normal(jax.random.key(7), tied.shape, tied.dtype)
+
+    return wrong
 
 
 def _shifted_twice(loss):
-    def wrong(self, tokens, targets, *, dropout_key=None):
+    def wrong(self, tokens, targets, **options):
         again = jnp.concatenate([targets[:, 1:], jnp.full_like(targets[:, :1], IGNORED)], axis=1)
-        return loss(self, tokens, again, dropout_key=dropout_key)
+        return loss(self, tokens, again, **options)
 
     return wrong
 
@@ -253,8 +257,8 @@ def _mean_of_means(accumulate):
 
 
 def _sum_over_shards(loss_and_grads):
-    def wrong(definition, params, inputs, targets, **options):
-        loss, grads = loss_and_grads(definition, params, inputs, targets, **options)
+    def wrong(definition, *arguments, **options):
+        loss, grads = loss_and_grads(definition, *arguments, **options)
         mesh = jax.sharding.get_abstract_mesh()
         shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
         return loss, jax.tree.map(lambda g: g * shards, grads)
@@ -533,7 +537,7 @@ FAULTS = (
         "the head uses a copy of the embedding: right until the first update",
         "gradients",
         "wte weight",
-        replacing(gpt2_jax.model.GPT2, "_head", lambda head: lambda self, wte: jax.lax.stop_gradient(head(self, wte))),
+        replacing(gpt2_jax.model.GPT2, "_head", lambda head: lambda self: jax.lax.stop_gradient(head(self))),
     ),
     Fault(
         "positions from one",
@@ -544,8 +548,8 @@ FAULTS = (
             gpt2_jax.model.GPT2,
             "_embed",
             lambda embed: (
-                lambda self, tokens, positions, *table: embed(
-                    self, tokens, jnp.minimum(positions + 1, self.config.block_size - 1), *table
+                lambda self, tokens, positions: embed(
+                    self, tokens, jnp.minimum(positions + 1, self.config.block_size - 1)
                 )
             ),
         ),
@@ -602,7 +606,7 @@ FAULTS = (
         "rows that pad the vocabulary take part in the normalisation",
         "gradients",
         "ln_f",
-        replacing(gpt2_jax.model, "summed_cross_entropy", lambda loss: lambda x, w, t, v: loss(x, w, t, w.shape[1])),
+        replacing(gpt2_jax.model, "summed_cross_entropy", lambda loss: lambda x, w, t, v: loss(x, w, t, len(w))),
     ),
     Fault(
         "decay on biases and norms",

@@ -147,7 +147,7 @@ class JaxSide:
         definition = define(config.model, Execution("float64"))
 
         @jax.jit
-        def masks(params, key, inputs, targets):
+        def masks(params, keys_B, inputs, targets):
             found: list[jax.Array] = []
 
             def keep(name, value):
@@ -156,15 +156,15 @@ class JaxSide:
                 return value
 
             with tapping(keep):
-                definition.merge(params).loss(inputs, targets, dropout_key=key)
+                definition.merge(params).loss(inputs, targets, dropout_keys_B=keys_B)
             return found
 
         def of_step(step: int, batch: Batch) -> list[list[np.ndarray]]:
             parts = [x.reshape(config.accumulation, -1, x.shape[-1]) for x in batch]
-            key = gpt2_jax.train_step.step_key(config.seed, step)
+            keys_AB = gpt2_jax.train_step.dropout_keys(config.seed, step, parts[0].shape[:2])
             return [
-                [np.asarray(m) for m in masks(self.params, gpt2_jax.train_step.part_key(key, number), *part)]
-                for number, part in enumerate(zip(*parts, strict=True))
+                [np.asarray(mask) for mask in masks(self.params, keys_B, *part)]
+                for keys_B, *part in zip(keys_AB, *parts, strict=True)
             ]
 
         return [of_step(step, batch) for step, batch in enumerate(batches)]

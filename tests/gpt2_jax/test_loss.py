@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import gpt2_jax.loss
 from gpt2_core.batches import IGNORED
 from gpt2_core.config import parse_mesh
-from gpt2_jax.sharding import make_mesh, sharding, ways
+from gpt2_jax.loss import summed_cross_entropy
+from gpt2_jax.sharding import make_mesh, sharding
 
 B, T, D, V, PADDED = 8, 13, 16, 100, 128
 
@@ -23,12 +24,6 @@ def inputs(dtype=np.float64):
     targets_BT[0, 3:] = IGNORED
     targets_BT[5] = IGNORED
     return x_BTD, head_VD, targets_BT
-
-
-def summed_cross_entropy(x_BTD, head_VD, targets_BT, vocab_size):
-    """Of a head that comes once, spread as the model spreads it."""
-    head_SVD = jnp.broadcast_to(head_VD, (ways("batch"), *head_VD.shape))
-    return gpt2_jax.loss.summed_cross_entropy(x_BTD, head_SVD, targets_BT, vocab_size)
 
 
 def by_torch(x_BTD, head_VD, targets_BT):

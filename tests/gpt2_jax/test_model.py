@@ -64,8 +64,8 @@ def test_scanning_and_recomputing_change_nothing_but_rounding(x64, how):
 
     def loss_and_grads(**how):
         definition, params = build(config, dtype="float64", **how)
-        key = jax.random.key(3)
-        loss = jax.value_and_grad(lambda p: definition.merge(p).loss(TOKENS, TARGETS, dropout_key=key))
+        keys_B = jax.random.split(jax.random.key(3), len(TOKENS))
+        loss = jax.value_and_grad(lambda p: definition.merge(p).loss(TOKENS, TARGETS, dropout_keys_B=keys_B))
         return jax.jit(loss)(params)
 
     (a_loss, a), (b_loss, b) = loss_and_grads(), loss_and_grads(**how)
@@ -109,30 +109,33 @@ def test_no_float64_hides_in_a_float32_model(x64):
     # With x64 on, a stray numpy scalar would turn arrays into float64; Python's own scalars stay scalars.
     definition, params = build()
     batch = TOKENS.astype(np.int32), TARGETS.astype(np.int32)
-    jaxpr = jax.make_jaxpr(lambda p: definition.merge(p).loss(*batch, dropout_key=jax.random.key(0)))(params)
+    keys_B = jax.random.split(jax.random.key(0), len(TOKENS))
+    jaxpr = jax.make_jaxpr(lambda p: definition.merge(p).loss(*batch, dropout_keys_B=keys_B))(params)
     assert not re.search(r"f64\[\d", str(jaxpr))
 
 
 def test_dropout_keeps_the_share_it_should_and_the_mean():
-    key = jax.random.key(0)
-    kept = dropout_mask(key, (1000, 1000), 0.3).mean()
+    keys_B = jax.random.split(jax.random.key(0), 1000)
+    kept = dropout_mask(keys_B, (1000, 1000), 0.3).mean()
     assert abs(float(kept) - 0.7) < 5 * (0.7 * 0.3) ** 0.5 / 1000
-    out = dropout(jnp.ones((1000, 1000)), 0.3, key)
+    out = dropout(jnp.ones((1000, 1000)), 0.3, keys_B)
     assert set(np.unique(np.asarray(out))) == {0.0, np.float32(1 / 0.7)}
     assert dropout(out, 0.3, None) is out
 
 
-def test_dropout_differs_between_layers_sites_keys_and_not_between_precisions(monkeypatch):
+def test_dropout_differs_between_layers_sites_sequences_and_keys(monkeypatch):
     config = dataclasses.replace(CONFIG, dropout=0.5)
     masks = []
     monkeypatch.setattr(
         "gpt2_jax.dropout.dropout_mask",
-        lambda key, shape, rate: masks.append(jax.random.key_data(key)) or jnp.ones(shape, bool),
+        lambda keys_B, shape, rate: masks.extend(jax.random.key_data(keys_B)) or jnp.ones(shape, bool),
     )
     definition, params = build(config)
     with jax.disable_jit():
         for key in (0, 1):
-            definition.merge(params).loss(TOKENS, TARGETS, dropout_key=jax.random.key(key))
-    # Embedding, and in each layer attention weights and two residual branches; each with a key of its own.
-    assert len(masks) == 2 * (1 + 3 * 2)
+            keys_B = jax.random.split(jax.random.key(key), len(TOKENS))
+            definition.merge(params).loss(TOKENS, TARGETS, dropout_keys_B=keys_B)
+    # Embedding, and in each layer attention weights and two residual branches; each with a key of its own, and each
+    # sequence too.
+    assert len(masks) == 2 * (1 + 3 * 2) * len(TOKENS)
     assert len({tuple(np.asarray(m).tolist()) for m in masks}) == len(masks)
