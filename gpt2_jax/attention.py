@@ -1,8 +1,8 @@
 """Causal attention: cuDNN's flash kernel where there is one, and a form that runs everywhere in every dtype.
 
-Shapes: B batch, T queries, S keys, H heads, K head size, C queries of a block, P bytes of a packed dropout mask. The XLA
-form works on (B, H, T, K), on CPU three times faster than jax.nn.dot_product_attention on (B, T, H, K), and takes its
-softmax in float64 for float64 inputs, which that function doesn't.
+Shapes: B batch, T queries, S keys, H heads, K head size, C queries of a block, P bytes of a packed dropout mask. The
+XLA form works on (B, H, T, K), on CPU three times faster than jax.nn.dot_product_attention on (B, T, H, K), and takes
+its softmax in float64 for float64 inputs, which that function doesn't.
 """
 
 import functools
@@ -19,8 +19,8 @@ from gpt2_jax.dropout import drop, dropout_mask, unpack
 from gpt2_jax.products import wide_einsum
 from gpt2_jax.sharding import constrain
 
-# The last two are one computation. "xla" keeps the weights for the backward pass, B H T T of them; "recompute" keeps its
-# inputs alone and computes the weights again.
+# The last two are one computation. "xla" keeps the weights for the backward pass, B H T T of them; "recompute" keeps
+# inputs and output alone and computes the weights again.
 Kernel = Literal["cudnn", "recompute", "xla"]
 
 # The XLA form computes long sequences in blocks of queries. More blocks save little more and compile longer.

@@ -56,7 +56,7 @@ drop.defvjp(lambda x, mask, rate: (drop(x, mask, rate), mask), _drop_backward)
 
 
 def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
-    """`x` (B, ..., N) with elements dropped and the rest scaled by 1 / (1 - rate); without keys or a rate, `x` itself."""
+    """`x` (B, ..., N) with elements dropped and the rest scaled by 1 / (1 - rate); without keys or rate, `x` itself."""
     if keys_B is None or rate == 0.0:
         return x
     mask = dropout_mask(keys_B, x.shape, rate)
