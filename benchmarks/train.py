@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks.measure import Session, interleave, positive, ratio, sides, write_json
 from benchmarks.trainings import JaxTraining, TorchTraining, add_options, configuration, with_sizes
 from gpt2_core.cli import Parser
-from gpt2_core.config import PRESETS, TrainConfig, from_dict
+from gpt2_core.config import PRESETS, TrainConfig, dtype_of, from_dict
 from gpt2_core.errors import UserError
 from gpt2_core.memory import peak_memory
 from gpt2_core.runlog import peak_flops
@@ -122,7 +122,7 @@ def _jax_matmul(precision: str, platform: str) -> float:
     import jax.numpy as jnp
 
     n = _MATMUL["cpu" if platform == "cpu" else "gpu"]
-    x = jnp.ones((n, n), precision)
+    x = jnp.ones((n, n), dtype_of(precision))
     multiply = jax.jit(lambda a, b: a @ b)
     return _fastest(lambda: multiply(x, x).block_until_ready(), 2 * n**3)
 
@@ -131,7 +131,7 @@ def _torch_matmul(precision: str, device) -> float:
     import torch
 
     n = _MATMUL["cpu" if device.type == "cpu" else "gpu"]
-    x = torch.ones((n, n), dtype=getattr(torch, precision), device=device)
+    x = torch.ones((n, n), dtype=getattr(torch, dtype_of(precision)), device=device)
 
     def multiply() -> None:
         x @ x

@@ -17,6 +17,7 @@ from gpt2_core.errors import UserError
 from gpt2_jax.capture import tap
 from gpt2_jax.dropout import drop, dropout_mask, unpack
 from gpt2_jax.products import wide_einsum
+from gpt2_jax.runtime import nvidia_capability
 from gpt2_jax.sharding import constrain
 
 # The last two are one computation. "xla" keeps the weights for the backward pass, B H T T of them; "recompute" keeps
@@ -40,11 +41,11 @@ def choose_kernel(requested: str, *, precision: str, dropout: float, head_size: 
 
 
 def _why_not_cudnn(precision: str, dropout: float, head_size: int) -> str | None:
-    device = jax.devices()[0]
-    if jax.default_backend() != "gpu" or "NVIDIA" not in device.device_kind:
+    capability = nvidia_capability()
+    if capability is None:
         return "needs an NVIDIA GPU, and JAX finds none here"
-    if float(device.compute_capability) < 8.0:
-        return f"needs compute capability 8.0, and this {device.device_kind} has {device.compute_capability}"
+    if capability < 8.0:
+        return f"needs compute capability 8.0, and this {jax.devices()[0].device_kind} has {capability}"
     if head_size % 8 or head_size > 128:
         return f"needs a head size that is a multiple of 8 and at most 128, and n_embd / n_head is {head_size}"
     if precision != "bfloat16":
