@@ -273,6 +273,9 @@ class TrainConfig:
     """JAX: attention kernel: cudnn (flash attention of NVIDIA GPUs, bfloat16, no dropout), or in every dtype xla (keeps
     the weights for the backward pass) or recompute (computes them again, in much less memory); auto takes cudnn where
     it works, else xla on CPU and recompute on accelerators, and prints which."""
+    norm_kernel: Literal["auto", "triton", "xla"] = "auto"
+    """JAX: layer norm kernel: triton (one pass over memory for a layer norm and the addition before it, on NVIDIA GPUs)
+    or xla (everywhere, every dtype); auto takes triton where it works and prints which."""
     scan_layers: bool = False
     """JAX: one compiled block scanned over the layers in place of unrolled layers: compiles faster, runs slower."""
     remat: bool = False

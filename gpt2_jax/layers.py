@@ -1,8 +1,8 @@
 """The layers GPT-2 is made of, as NNX modules whose parameters bear GPT-2's own names and their logical axes.
 
-Shapes: M rows (batch x time), D features, I and O features in and out. Parameters are kept in `param_dtype`; a layer
-computes in the dtype of its input, a layer norm in float32 at least, leaving it in `dtype`. Gradients of parameters
-have the parameters' dtype from the product that makes them on: nothing is added up in bfloat16.
+Shapes: M rows (batch x time), D features, N projections, I and O features in and out. Parameters are kept in
+`param_dtype`; a layer computes in the dtype of its input, a layer norm in float32 at least, leaving it in `dtype`.
+Gradients of parameters are made in the parameters' dtype: none is summed in bfloat16.
 """
 
 import functools
@@ -10,6 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from gpt2_jax.norm_kernels import NormKernel, add_layer_norm
+from gpt2_jax.sharding import is_tensor_parallel
 
 # Which axis of a bias goes with which output axis of a weight.
 _BIAS_AXIS = {"embed": "embed", "heads": "heads_bias", "mlp": "mlp_bias", None: None}
@@ -26,51 +29,56 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., out)."""
-        return self._project(x, [self.weight[...]], None if self.bias is None else [self.bias[...]])[0]
+        bias = None if self.bias is None else self.bias[None]
+        return self._project(x, self.weight[:, None], bias)[0]
 
     def split(self, x: jax.Array) -> list[jax.Array]:
         """x (..., in) -> n arrays (..., out), each a product of its own: side by side they would have to be taken apart
         and their gradients put together, a copy each way."""
-        n = self.weight.shape[1]
-        biases = None if self.bias is None else [self.bias[i] for i in range(n)]
-        return self._project(x, [self.weight[:, i] for i in range(n)], biases)
+        return self._project(x, self.weight[...], None if self.bias is None else self.bias[...])
 
-    def _project(self, x, weights, biases) -> list[jax.Array]:
+    def _project(self, x, weight, bias) -> list[jax.Array]:
         # Leading axes are flattened: XLA's CPU matrix products are three times slower on three axes than on two.
-        outs = _project(x.reshape(-1, x.shape[-1]), weights, biases)
+        outs = _project(x.reshape(-1, x.shape[-1]), weight, bias)
         return [out.reshape(*x.shape[:-1], -1) for out in outs]
 
 
 @jax.custom_vjp
-def _project(x_MI: jax.Array, weights: list[jax.Array], biases: list[jax.Array] | None) -> list[jax.Array]:
-    """x W + b for each of the weights (I, O) and biases (O,), in the dtype of x."""
-    outs = [x_MI @ w_IO.astype(x_MI.dtype) for w_IO in weights]
-    if biases is None:
-        return outs
-    return [out_MO + b_O.astype(out_MO.dtype) for out_MO, b_O in zip(outs, biases, strict=True)]
+def _project(x_MI: jax.Array, w_INO: jax.Array, b_NO: jax.Array | None) -> list[jax.Array]:
+    """The N projections x W + b, in x's dtype."""
+    outs = [x_MI @ w_INO[:, n].astype(x_MI.dtype) for n in range(w_INO.shape[1])]
+    return outs if b_NO is None else [out_MO + b_NO[n].astype(out_MO.dtype) for n, out_MO in enumerate(outs)]
 
 
-def _project_forward(x_MI, weights, biases):
-    return _project(x_MI, weights, biases), (x_MI, weights, biases)
+def _project_forward(x_MI, w_INO, b_NO):
+    return _project(x_MI, w_INO, b_NO), (x_MI, w_INO, b_NO)
 
 
 def _project_backward(saved, douts):
     """dx = sum of dout W^T, added up in the weights' dtype and rounded once; dW = x^T dout and db = sum of dout, in the
     weights' dtype."""
-    x_MI, weights, biases = saved
-    wide = weights[0].dtype if len(weights) > 1 else x_MI.dtype
-    dx_MI = sum(
-        jax.lax.dot_general(dout_MO, w_IO.astype(x_MI.dtype), (((1,), (1,)), ((), ())), preferred_element_type=wide)
-        for dout_MO, w_IO in zip(douts, weights, strict=True)
+    x_MI, w_INO, b_NO = saved
+    w_narrow_INO = w_INO.astype(x_MI.dtype)
+    if is_tensor_parallel():
+        # One product, because devices then exchange one sum.
+        dx_MI = jnp.einsum("mno,ino->mi", jnp.stack(douts, axis=1), w_narrow_INO)
+    else:
+        wide = w_INO.dtype if len(douts) > 1 else x_MI.dtype
+        products = [
+            jax.lax.dot_general(dout_MO, w_narrow_INO[:, n], (((1,), (1,)), ((), ())), preferred_element_type=wide)
+            for n, dout_MO in enumerate(douts)
+        ]
+        # A product plus a sum, in this order: XLA has cuBLAS add each sum to the next product.
+        dx_MI = functools.reduce(lambda total_MI, product_MI: product_MI + total_MI, products)
+    dw_INO = jnp.stack(
+        [
+            jax.lax.dot_general(x_MI, dout_MO, (((0,), (0,)), ((), ())), preferred_element_type=w_INO.dtype)
+            for dout_MO in douts
+        ],
+        axis=1,
     )
-    dweights = [
-        jax.lax.dot_general(x_MI, dout_MO, (((0,), (0,)), ((), ())), preferred_element_type=w_IO.dtype)
-        for dout_MO, w_IO in zip(douts, weights, strict=True)
-    ]
-    dbiases = None
-    if biases is not None:
-        dbiases = [jnp.sum(dout_MO.astype(b_O.dtype), axis=0) for dout_MO, b_O in zip(douts, biases, strict=True)]
-    return dx_MI.astype(x_MI.dtype), dweights, dbiases
+    db_NO = None if b_NO is None else jnp.stack([jnp.sum(dout_MO.astype(b_NO.dtype), axis=0) for dout_MO in douts])
+    return dx_MI.astype(x_MI.dtype), dw_INO, db_NO
 
 
 _project.defvjp(_project_forward, _project_backward)
@@ -82,10 +90,10 @@ class LayerNorm(nnx.Module):
     Flax's own computes it as E[x^2] - E[x]^2, which at a mean of 30 loses 29 times PyTorch's accuracy.
     """
 
-    def __init__(self, size: int, *, epsilon: float, bias: bool, dtype, param_dtype) -> None:
+    def __init__(self, size: int, *, epsilon: float, bias: bool, dtype, param_dtype, kernel: NormKernel) -> None:
         self.weight = nnx.Param(jnp.ones(size, param_dtype), logical_axes=("embed",))
         self.bias = nnx.Param(jnp.zeros(size, param_dtype), logical_axes=("embed",)) if bias else None
-        self.epsilon, self.dtype = epsilon, dtype
+        self.epsilon, self.dtype, self.kernel = epsilon, dtype, kernel
 
     def __call__(self, x: jax.Array) -> jax.Array:
         bias = None if self.bias is None else self.bias[...]
@@ -104,7 +112,8 @@ def _layer_norm_forward(x, w_D, b_D, epsilon, dtype):
 
 
 def _layer_norm_backward(epsilon, dtype, saved, dout):
-    x, w_D, b_D = saved
+    # A barrier, or XLA would see the forward pass's computation here and keep its float32 values for it.
+    x, w_D, b_D = jax.lax.optimization_barrier(saved)
     normalized, scale = _normalize(x, epsilon)
     dout = dout.astype(normalized.dtype)
     dnormalized = dout * w_D
@@ -137,6 +146,15 @@ class RMSNorm(nnx.Module):
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.square(x).mean(axis=-1, keepdims=True)
         return (x * jax.lax.rsqrt(mean_square + self.epsilon) * self.weight[...]).astype(self.dtype)
+
+
+def add_norm(norm: LayerNorm | RMSNorm, x: jax.Array, branch: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """x + branch, and its norm; without a branch the sum is x itself. One pass over memory where there is a kernel."""
+    if isinstance(norm, LayerNorm) and norm.kernel == "triton":
+        bias = None if norm.bias is None else norm.bias[...]
+        return add_layer_norm(x, branch, norm.weight[...], bias, norm.epsilon, norm.dtype)
+    x = x if branch is None else x + branch
+    return x, norm(x)
 
 
 class Embedding(nnx.Module):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_core.batches import IGNORED
-from gpt2_jax.sharding import constrain
+from gpt2_jax.sharding import constrain, is_tensor_parallel
 
 # Of a chunk's logits. Larger chunks hold more memory; smaller ones read and write the head's gradient more often.
 CHUNK_BYTES = 512 << 20
@@ -67,18 +67,49 @@ def _chunk_loss(x_BCD: jax.Array, targets_BC: jax.Array, head_VD: jax.Array, voc
     logits_BCV = jnp.einsum("bcd,vd->bcv", x_BCD, head_VD, preferred_element_type=_wide(x_BCD))
     logits_BCV = constrain(logits_BCV, "batch", None, "vocab")
     ids_V = jnp.arange(len(head_VD))
-    logits_BCV = jnp.where(ids_V < vocab_size, logits_BCV, -jnp.inf)
     counts_BC1 = (targets_BC != IGNORED)[..., None]
     # A comparison instead of an index: it fuses, and it needs no gather over a sharded vocabulary.
     is_target_BCV = ids_V == targets_BC[..., None]
-    normalizer_BC1 = jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
-    target_BC1 = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1, keepdims=True)
+    logits_BCV = jnp.where(ids_V < vocab_size, logits_BCV, -jnp.inf)
+    normalizer_BC1, target_BC1 = _normalizer_and_target(logits_BCV, is_target_BCV)
     loss = jnp.sum(jnp.where(counts_BC1, normalizer_BC1 - target_BC1, 0.0))
 
     def dlogits() -> jax.Array:
         return jnp.where(counts_BC1, jnp.exp(logits_BCV - normalizer_BC1) - is_target_BCV, 0.0)
 
     return loss, dlogits
+
+
+def _normalizer_and_target(logits_BCV: jax.Array, is_target_BCV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each row, with a last axis of 1: log sum exp, and the logit of the target (0 without one)."""
+    if is_tensor_parallel():
+        # The partitioner can split a sum over the vocabulary, and no reduction by a function of ours.
+        return _in_two_passes(logits_BCV, is_target_BCV)
+    return jax.lax.platform_dependent(logits_BCV, is_target_BCV, cuda=_in_one_pass, default=_in_two_passes)
+
+
+def _in_two_passes(logits_BCV: jax.Array, is_target_BCV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest logit, then the sum of exponentials: vectorised on CPU."""
+    target_BC1 = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1, keepdims=True)
+    return jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True), target_BC1
+
+
+def _in_one_pass(logits_BCV: jax.Array, is_target_BCV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both at once, rescaling the sum when a larger logit comes (Milakov & Gimelshein 2018, "Online normalizer
+    calculation for softmax"): on a GPU the logits are read from memory once less."""
+
+    def join(a, b):
+        (a_max, a_sum, a_target), (b_max, b_sum, b_target) = a, b
+        largest = jnp.maximum(a_max, b_max)
+        total = a_sum * jnp.exp(a_max - largest) + b_sum * jnp.exp(b_max - largest)
+        return largest, total, a_target + b_target
+
+    dtype = logits_BCV.dtype
+    # The lowest finite number and not -inf, whose difference from itself is no number.
+    start = jnp.finfo(dtype).min.astype(dtype), jnp.zeros((), dtype), jnp.zeros((), dtype)
+    rows = logits_BCV, jnp.ones_like(logits_BCV), jnp.where(is_target_BCV, logits_BCV, 0.0)
+    largest, total, target = jax.lax.reduce(rows, start, join, (logits_BCV.ndim - 1,))
+    return (largest + jnp.log(total))[..., None], target[..., None]
 
 
 def _chunks(x_BTD: jax.Array, targets_BT: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
@@ -93,8 +124,8 @@ def _chunks(x_BTD: jax.Array, targets_BT: jax.Array, rows: int) -> tuple[jax.Arr
 
 
 def _chunk_length(B: int, T: int, bytes_of_token: int) -> int:
-    """Tokens of a sequence in a chunk: as many as CHUNK_BYTES allow, in chunks of one length, powers of two if possible,
-    so that tiles of matrix units are full and no chunk is padded."""
+    """Tokens of a sequence in a chunk: as many as CHUNK_BYTES allow, in chunks of one length. If possible a power of
+    two: tiles of matrix units are then full, and no chunk is padded."""
     most = max(1, min(T, CHUNK_BYTES // (bytes_of_token * B)))
     power = 1 << (most.bit_length() - 1)
     return power if most < T and T % power == 0 else math.ceil(T / math.ceil(T / most))

@@ -19,8 +19,9 @@ from gpt2_core.weights.layouts import JAX
 from gpt2_jax.attention import Kernel, cached_attention, causal_attention
 from gpt2_jax.capture import is_tapping, scope, tap
 from gpt2_jax.dropout import dropout, site
-from gpt2_jax.layers import Embedding, LayerNorm, Linear, RMSNorm
+from gpt2_jax.layers import Embedding, LayerNorm, Linear, RMSNorm, add_norm
 from gpt2_jax.loss import summed_cross_entropy
+from gpt2_jax.norm_kernels import NormKernel
 from gpt2_jax.products import wide_einsum
 from gpt2_jax.rope import rotate
 from gpt2_jax.sharding import Axes, constrain
@@ -37,6 +38,7 @@ class Execution:
     attention: Kernel = "xla"
     scan_layers: bool = False
     remat: bool = False
+    norm: NormKernel = "xla"
 
     @property
     def param_dtype(self) -> jnp.dtype:
@@ -55,7 +57,7 @@ def make_norm(config: ModelConfig, execution: Execution) -> LayerNorm | RMSNorm:
     make = {"epsilon": config.layer_norm_epsilon, "dtype": execution.dtype, "param_dtype": execution.param_dtype}
     if config.norm == "rmsnorm":
         return RMSNorm(config.n_embd, axis="embed", **make)
-    return LayerNorm(config.n_embd, bias=config.bias, **make)
+    return LayerNorm(config.n_embd, bias=config.bias, kernel=execution.norm, **make)
 
 
 class CausalSelfAttention(nnx.Module):
@@ -79,7 +81,10 @@ class CausalSelfAttention(nnx.Module):
         q_BHTK, k_BHTK, v_BHTK = (
             constrain(
                 out_BTD.reshape(B, T, config.n_head, config.head_size).transpose(0, 2, 1, 3),
-                "batch", "heads", None, None,
+                "batch",
+                "heads",
+                None,
+                None,
             )
             for out_BTD in self.c_attn.split(x_BTD)
         )
@@ -122,7 +127,11 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention, then MLP, each behind a layer norm and added to the residual stream."""
+    """Attention, then MLP, each behind a layer norm and added to the residual stream.
+
+    The residual stream comes and goes in two parts, x and a branch that the next norm adds to it, because the two can
+    be one pass over memory.
+    """
 
     def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs) -> None:
         self.ln_1 = make_norm(config, execution)
@@ -133,18 +142,24 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
+        branch_BTD: jax.Array | None,
         positions: jax.Array,
         *,
         cache: LayerCache | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, jax.Array | None, LayerCache | None]:
         """`positions` are (T,), or with a cache (B, T): each sequence's own."""
-        a_BTD = tap("ln_1", self.ln_1(x_BTD))
-        out_BTD, cache = self.attn(a_BTD, cache=cache, positions=positions, key=site(key, 0))
-        x_BTD = tap("residual_1", constrain(x_BTD + out_BTD, "batch", None, None))
-        out_BTD = self.mlp(tap("ln_2", self.ln_2(x_BTD)), key=site(key, 1))
-        x_BTD = tap("residual_2", constrain(x_BTD + out_BTD, "batch", None, None))
-        return x_BTD, cache
+        x_BTD, a_BTD = add_norm(self.ln_1, x_BTD, branch_BTD)
+        out_BTD, cache = self.attn(tap("ln_1", a_BTD), cache=cache, positions=positions, key=site(key, 0))
+        x_BTD, a_BTD = add_norm(self.ln_2, *_residual("residual_1", x_BTD, out_BTD))
+        out_BTD = self.mlp(tap("ln_2", a_BTD), key=site(key, 1))
+        return *_residual("residual_2", x_BTD, out_BTD), cache
+
+
+def _residual(name: str, x_BTD: jax.Array, branch_BTD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The residual stream in two parts; in one while values are tapped, so that there is a sum to see."""
+    branch_BTD = constrain(branch_BTD, "batch", None, None)
+    return (tap(name, x_BTD + branch_BTD), None) if is_tapping() else (x_BTD, branch_BTD)
 
 
 class GPT2(nnx.Module):
@@ -166,7 +181,9 @@ class GPT2(nnx.Module):
         """Logits (B, T, V), in float32 at least."""
         return self.logits(self.hidden(tokens_BT))
 
-    def loss(self, tokens_BT: jax.Array, targets_BT: jax.Array, *, dropout_keys_B: jax.Array | None = None) -> jax.Array:
+    def loss(
+        self, tokens_BT: jax.Array, targets_BT: jax.Array, *, dropout_keys_B: jax.Array | None = None
+    ) -> jax.Array:
         """Summed cross-entropy of the targets that aren't IGNORED, in float32 at least."""
         x_BTD = self.hidden(tokens_BT, dropout_keys_B=dropout_keys_B)
         return summed_cross_entropy(x_BTD, self._head(), targets_BT, self.config.vocab_size)
@@ -180,14 +197,17 @@ class GPT2(nnx.Module):
             raise ValueError(
                 "intermediate values are tapped in unrolled layers only: scan_layers and remat must be off"
             )
+        branch_BTD = None
         if self.execution.scan_layers:
-            x_BTD = self._scan_blocks(x_BTD, positions_T, dropout_keys_B)
+            x_BTD, branch_BTD = self._scan_blocks(x_BTD, positions_T, dropout_keys_B)
         else:
             for number, block in enumerate(self.h, start=1):
                 graph, state = nnx.split(block)
                 with scope(f"h.{number - 1}."):
-                    x_BTD = self._block_function(graph)(state, x_BTD, positions_T, site(dropout_keys_B, number))
-        return tap("ln_f", self.ln_f(x_BTD))
+                    x_BTD, branch_BTD = self._block_function(graph)(
+                        state, x_BTD, branch_BTD, positions_T, site(dropout_keys_B, number)
+                    )
+        return tap("ln_f", add_norm(self.ln_f, x_BTD, branch_BTD)[1])
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head's scores of the vocabulary."""
@@ -203,12 +223,12 @@ class GPT2(nnx.Module):
         The caches take their keys and values; a sequence may be rewound by giving a smaller start later.
         """
         positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
-        x_BTD = self._embed(tokens_BT, positions_BT)
+        x_BTD, branch_BTD = self._embed(tokens_BT, positions_BT), None
         grown = []
         for block, cache in zip(self.h, caches, strict=True):
-            x_BTD, cache = block(x_BTD, positions_BT, cache=cache)
+            x_BTD, branch_BTD, cache = block(x_BTD, branch_BTD, positions_BT, cache=cache)
             grown.append(cache)
-        return self.ln_f(x_BTD), grown
+        return add_norm(self.ln_f, x_BTD, branch_BTD)[1], grown
 
     def _embed(self, tokens_BT: jax.Array, positions: jax.Array) -> jax.Array:
         x_BTD = self.wte(tokens_BT)
@@ -223,22 +243,25 @@ class GPT2(nnx.Module):
     def _block_function(self, graph: nnx.GraphDef):
         """A block as a pure function of its parameters."""
 
-        def apply(state, x_BTD, positions_T, key):
-            return nnx.merge(graph, state)(x_BTD, positions_T, key=key)[0]
+        def apply(state, x_BTD, branch_BTD, positions_T, key):
+            return nnx.merge(graph, state)(x_BTD, branch_BTD, positions_T, key=key)[:2]
 
         return jax.checkpoint(apply) if self.execution.remat else apply
 
-    def _scan_blocks(self, x_BTD: jax.Array, positions_T: jax.Array, dropout_keys_B: jax.Array | None) -> jax.Array:
+    def _scan_blocks(
+        self, x_BTD: jax.Array, positions_T: jax.Array, dropout_keys_B: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         graphs, states = zip(*(nnx.split(block) for block in self.h), strict=True)
         apply = self._block_function(graphs[0])
 
-        def step(x_BTD, layer):
+        def step(residual, layer):
             number, state = layer
-            return apply(state, x_BTD, positions_T, site(dropout_keys_B, number)), None
+            return apply(state, *residual, positions_T, site(dropout_keys_B, number)), None
 
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         numbers = jnp.arange(1, len(states) + 1)
-        return jax.lax.scan(step, x_BTD, (numbers, stacked))[0]
+        branch_BTD = jnp.zeros(x_BTD.shape, self.execution.dtype)
+        return jax.lax.scan(step, (x_BTD, branch_BTD), (numbers, stacked))[0]
 
 
 @dataclasses.dataclass(frozen=True)

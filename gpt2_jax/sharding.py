@@ -1,7 +1,7 @@
-"""How arrays lie on the mesh: logical axis names, the one table that maps them to mesh axes, and what devices exchange.
+"""How arrays lie on the mesh: logical axis names, one table that maps them to mesh axes, and what devices exchange.
 
-A step computes inside `per_shard`: there `data` and `fsdp` are manual axes, each device sees its own share of the batch,
-and what is exchanged over them stands in this file, no more and no less. `tensor` stays with the partitioner.
+A step computes inside `per_shard`: there `data` and `fsdp` are manual axes, a device sees its own share of the batch,
+and what it exchanges over them is in this file and nowhere else. `tensor` is left to XLA's partitioner.
 """
 
 import math
@@ -55,7 +55,8 @@ def num_shards(mesh: Mesh, axis: str) -> int:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Say how an activation lies on the surrounding mesh, as far as the partitioner decides it; without a mesh, nothing."""
+    """Tell the partitioner how an activation lies on the surrounding mesh; without one, or inside `per_shard` for the
+    manual axes, there is nothing to tell."""
     mesh = jax.sharding.get_abstract_mesh()
     names = [tuple(n for n in _mesh_axes(axis) if n in mesh.auto_axes) for axis in axes]
     if mesh.empty or not any(names):
@@ -63,18 +64,23 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(found or None for found in names)))
 
 
+def is_tensor_parallel() -> bool:
+    """Whether the surrounding mesh splits layers over `tensor`."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
+
+
 def per_shard(function: Callable[..., Any], mesh: Mesh, in_axes: Any, out_axes: Any) -> Callable[..., Any]:
     """`function` on each shard of the batch by itself: `shard_map` over `data` and `fsdp`.
 
-    `in_axes` and `out_axes` are trees of logical axes, one tuple an array. On a mesh that doesn't use `tensor`, that
-    axis is manual too, and nothing is left to the partitioner.
+    `in_axes` and `out_axes` are trees of logical axes, one tuple an array, of what is split inside. On a mesh that
+    doesn't use `tensor`, that axis is manual too, and nothing is left to the partitioner.
     """
 
     def is_axes(tree: Any) -> bool:
         return isinstance(tree, tuple) and all(axis is None or isinstance(axis, str) for axis in tree)
 
     def specs(tree: Any) -> Any:
-        return jax.tree.map(lambda axes: _manual_spec(axes, mesh), tree, is_leaf=is_axes)
+        return jax.tree.map(spec, tree, is_leaf=is_axes)
 
     manual = set(MESH_AXES) if mesh.shape["tensor"] == 1 else {"data", "fsdp"}
     return jax.shard_map(
@@ -82,48 +88,51 @@ def per_shard(function: Callable[..., Any], mesh: Mesh, in_axes: Any, out_axes: 
     )
 
 
-def sum_over_shards(x: jax.Array) -> jax.Array:
-    """The sum of each batch shard's own value; outside of `per_shard` there is one shard."""
-    names = _exchanging("batch")
-    return jax.lax.psum(x, names) if names else x
-
-
-def is_exchanging() -> bool:
-    """Whether there is more than one batch shard around."""
-    return bool(_exchanging("batch"))
-
-
 def gather(
-    params: Mapping[str, jax.Array], axes: Mapping[str, Axes], narrow: Collection[str], dtype: Any
+    params: Mapping[str, jax.Array], axes: Mapping[str, Axes], mesh: Mesh, narrow: Collection[str], dtype: Any
 ) -> dict[str, jax.Array]:
-    """Parameters made whole along what `fsdp` splits (Rajbhandari et al. 2020, "ZeRO", stage 3).
+    """Parameters made whole along what `fsdp` splits (Rajbhandari et al. 2020, "ZeRO", stage 3), outside `per_shard`.
 
     Those in `narrow` are rounded to `dtype` wherever they are used, so they travel in it. They come back in their own
     dtype, so that their gradients have it; XLA removes the conversion there and back.
     """
+    if mesh.shape["fsdp"] == 1:
+        return dict(params)
 
     def whole(name: str, x: jax.Array) -> jax.Array:
-        split = _split_axis(axes[name])
-        if split is None:
-            return x
         sent = x.astype(dtype if name in narrow else x.dtype)
-        return jax.lax.all_gather(sent, "fsdp", axis=split, tiled=True).astype(x.dtype)
+        return jax.lax.with_sharding_constraint(sent, NamedSharding(mesh, spec(_without_fsdp(axes[name])))).astype(
+            x.dtype
+        )
 
     return {name: whole(name, x) for name, x in params.items()}
 
 
+def is_exchanging() -> bool:
+    """Whether there is more than one batch shard around."""
+    return bool(_exchanging())
+
+
+def sum_over_shards(x: jax.Array) -> jax.Array:
+    """The sum of each batch shard's own value; outside of `per_shard` there is one shard."""
+    names = _exchanging()
+    return jax.lax.psum(x, names) if names else x
+
+
 def exchange(grads: Mapping[str, jax.Array], axes: Mapping[str, Axes], dtype: Any) -> dict[str, jax.Array]:
-    """Gradients summed over all batch shards, each device keeping its share of what `fsdp` splits.
+    """Gradients summed over all batch shards, each device keeping what `exchanged_axes` says.
 
     They travel as `dtype` (None: as they are): reduce-scattered over `fsdp`, all-reduced over `data`.
     """
 
     def summed(name: str, grad: jax.Array) -> jax.Array:
-        names = _exchanging("batch")
+        names = _exchanging()
         if not names:
             return grad
-        sent, split = grad if dtype is None else grad.astype(dtype), _split_axis(axes[name])
-        if split is not None:
+        sent = grad if dtype is None else grad.astype(dtype)
+        kept = exchanged_axes(axes[name], jax.sharding.get_abstract_mesh())
+        if "fsdp" in names and any(kept):
+            split = next(number for number, axis in enumerate(kept) if axis)
             sent = jax.lax.psum_scatter(sent, "fsdp", scatter_dimension=split, tiled=True)
             names = tuple(n for n in names if n != "fsdp")
         return (jax.lax.psum(sent, names) if names else sent).astype(grad.dtype)
@@ -131,37 +140,29 @@ def exchange(grads: Mapping[str, jax.Array], axes: Mapping[str, Axes], dtype: An
     return {name: summed(name, grad) for name, grad in grads.items()}
 
 
+def exchanged_axes(axes: Axes, mesh: Any) -> Axes:
+    """How a gradient lies after `exchange`: split over `fsdp` as its parameter is.
+
+    Beside `tensor` it is whole along `fsdp`, because XLA's partitioner makes an array whole along `tensor` before a
+    manual reduce-scatter; the gradient is then split outside of `per_shard`.
+    """
+    if mesh.shape["tensor"] > 1:
+        return (None,) * len(axes)
+    return tuple(axis if "fsdp" in _mesh_axes(axis) else None for axis in axes)
+
+
+def _without_fsdp(axes: Axes) -> Axes:
+    """An axis of a parameter while a layer computes with it: still split along what `tensor` splits."""
+    whole = {"embed": None, "heads_bias": "heads", "mlp_bias": "mlp"}
+    return tuple(whole.get(axis, axis) for axis in axes)
+
+
 def _mesh_axes(axis: str | None) -> tuple[str, ...]:
     names = None if axis is None else RULES[axis]
     return (names,) if isinstance(names, str) else names or ()
 
 
-def _exchanging(axis: str) -> tuple[str, ...]:
-    """The manual mesh axes of the surrounding `per_shard` that split a logical axis."""
+def _exchanging() -> tuple[str, ...]:
+    """The manual mesh axes of the surrounding `per_shard` that split the batch."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tuple(name for name in _mesh_axes(axis) if name in mesh.manual_axes and mesh.shape[name] > 1)
-
-
-def _split_axis(axes: Axes) -> int | None:
-    """Which axis of a parameter `fsdp` splits inside the surrounding `per_shard`, if any."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if "fsdp" not in mesh.manual_axes or mesh.shape["fsdp"] == 1:
-        return None
-    found = [number for number, name in enumerate(_manual_spec(axes, mesh)) if name == "fsdp"]
-    return found[0] if found else None
-
-
-def _manual_spec(axes: Axes, mesh: Any) -> PartitionSpec:
-    """The part of a partition that `per_shard` sees.
-
-    An axis that `tensor` splits as well is left to the partitioner, which makes it whole along `fsdp`: only biases
-    have one.
-    """
-
-    def manual(axis: str | None) -> str | tuple[str, ...] | None:
-        names = tuple(name for name in _mesh_axes(axis) if mesh.shape[name] > 1)
-        if "tensor" in names:
-            return None
-        return names[0] if len(names) == 1 else names or None
-
-    return PartitionSpec(*map(manual, axes))
+    return tuple(name for name in _mesh_axes("batch") if name in mesh.manual_axes and mesh.shape[name] > 1)

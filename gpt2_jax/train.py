@@ -24,6 +24,7 @@ from gpt2_jax.checkpoints import CheckpointWriter, restore
 from gpt2_jax.generate import Generator
 from gpt2_jax.memory import check_memory, memory_errors
 from gpt2_jax.model import Definition, Execution, define
+from gpt2_jax.norm_kernels import choose_norm_kernel
 from gpt2_jax.optimizer import make_optimizer
 from gpt2_jax.runtime import resolve_mesh, resolve_precision
 from gpt2_jax.sharding import make_mesh
@@ -46,13 +47,18 @@ def resolve(config: TrainConfig) -> TrainConfig:
     check_mesh(sizes, config)
     model = config.model
     kernel = choose_kernel(config.attention, precision=precision, dropout=model.dropout, head_size=model.head_size)
-    return dataclasses.replace(config, precision=precision, mesh=format_mesh(sizes), attention=kernel)
+    norm_kernel = choose_norm_kernel(config.norm_kernel, precision=precision, norm=model.norm)
+    return dataclasses.replace(
+        config, precision=precision, mesh=format_mesh(sizes), attention=kernel, norm_kernel=norm_kernel
+    )
 
 
 def define_model(config: TrainConfig) -> Definition:
     """The model of a resolved configuration."""
-    execution = Execution(dtype_of(config.precision), config.attention, config.scan_layers, config.remat)
-    return define(config.model, execution)
+    return define(
+        config.model,
+        Execution(dtype_of(config.precision), config.attention, config.scan_layers, config.remat, config.norm_kernel),
+    )
 
 
 def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] = lambda config: None) -> RunFolder:
@@ -85,7 +91,8 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
         with log:
             log.introduce(
                 f"jax {jax.__version__} on {mesh.size} x {device} ({config.mesh}), {config.precision}, "
-                f"{config.attention} attention; {config.model.parameter_count:,} parameters; {tokens.source}; run "
+                f"{config.attention} attention, {config.norm_kernel} layer norm; {config.model.parameter_count:,} "
+                f"parameters; {tokens.source}; run "
                 f"{folder.path}" + (f", from step {plan.step}" if plan.checkpoint else "")
             )
             _Loop(config, definition, mesh, tokens, folder, log, training, evaluating).run(state, plan)

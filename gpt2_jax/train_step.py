@@ -19,7 +19,17 @@ from gpt2_core.batches import IGNORED, Batch
 from gpt2_core.config import TrainConfig
 from gpt2_jax.model import Definition, Params
 from gpt2_jax.optimizer import clip_by_global_norm, make_optimizer
-from gpt2_jax.sharding import exchange, gather, is_exchanging, per_shard, sharding, spec, sum_over_shards
+from gpt2_jax.sharding import (
+    Axes,
+    exchange,
+    exchanged_axes,
+    gather,
+    is_exchanging,
+    per_shard,
+    sharding,
+    spec,
+    sum_over_shards,
+)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
@@ -107,13 +117,14 @@ def make_train_step(
     sharded_loss_and_grads = per_shard(
         functools.partial(loss_and_grads, definition, exchange_dtype=_exchange_dtype(config)),
         mesh,
-        (definition.logical_axes, tokens, tokens, (None, "batch") if dropout else None),
-        ((), definition.logical_axes),
+        (_whole(definition), tokens, tokens, (None, "batch") if dropout else None),
+        ((), {name: exchanged_axes(axes, mesh) for name, axes in definition.logical_axes.items()}),
     )
 
     def step(state: TrainState, inputs_ABT: jax.Array, targets_ABT: jax.Array, learning_rate: jax.Array):
         keys_AB = dropout_keys(config.seed, state.step, inputs_ABT.shape[:2]) if dropout else None
-        loss, grads = sharded_loss_and_grads(state.params, inputs_ABT, targets_ABT, keys_AB)
+        whole = gather_parameters(definition, state.params, mesh)
+        loss, grads = sharded_loss_and_grads(whole, inputs_ABT, targets_ABT, keys_AB)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         grads, grad_norm = clip_by_global_norm(grads, config.optimizer.clip_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -168,19 +179,17 @@ def loss_and_grads(
 ) -> tuple[jax.Array, Params]:
     """Mean loss over all targets that count, and its gradient, computed one of the A parts at a time.
 
-    Inside `gpt2_jax.sharding.per_shard` the arguments are one device's, and the loss is that of all devices. Weights
-    are gathered before the first part and gradients exchanged after the last, however many there are, as
-    `exchange_dtype` (None: as they are).
+    Inside `gpt2_jax.sharding.per_shard` the batch is one shard's, and loss and gradients are those of all shards.
+    Gradients are exchanged after the last part, however many there are, as `exchange_dtype` (None: as they are).
     """
     count = sum_over_shards(jnp.sum(targets_ABT != IGNORED))
 
-    def part_loss(whole: Params, part: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+    def part_loss(params: Params, part: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
         inputs_BT, targets_BT, keys_B = part
-        return definition.merge(whole).loss(inputs_BT, targets_BT, dropout_keys_B=keys_B) / count
+        return definition.merge(params).loss(inputs_BT, targets_BT, dropout_keys_B=keys_B) / count
 
-    whole = gather(params, definition.logical_axes, definition.narrow, definition.execution.dtype)
     parts = (inputs_ABT, targets_ABT, dropout_keys_AB)
-    loss, grads = _sum_over_parts(functools.partial(jax.value_and_grad(part_loss), whole), parts)
+    loss, grads = _sum_over_parts(functools.partial(jax.value_and_grad(part_loss), params), parts)
     return sum_over_shards(loss), exchange(grads, definition.logical_axes, exchange_dtype)
 
 
@@ -204,6 +213,16 @@ def _sum_over_parts(of_part: Callable[[Any], Any], parts: Any) -> Any:
     return add(total, jax.tree.map(lambda x: x[last], parts))[0]
 
 
+def gather_parameters(definition: Definition, params: Params, mesh: Mesh) -> Params:
+    """The parameters as every batch shard computes with them."""
+    return gather(params, definition.logical_axes, mesh, definition.narrow, definition.execution.dtype)
+
+
+def _whole(definition: Definition) -> dict[str, Axes]:
+    """The axes of gathered parameters inside `per_shard`."""
+    return {name: (None,) * len(axes) for name, axes in definition.logical_axes.items()}
+
+
 def _exchange_dtype(config: TrainConfig) -> str | None:
     return "bfloat16" if config.gradient_exchange == "bfloat16" else None
 
@@ -211,13 +230,15 @@ def _exchange_dtype(config: TrainConfig) -> str | None:
 def make_eval_step(definition: Definition, mesh: Mesh) -> Callable[..., jax.Array]:
     """The jitted function (params, inputs_BT, targets_BT) -> summed loss of the targets that count."""
 
-    def summed_loss(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        whole = gather(params, definition.logical_axes, definition.narrow, definition.execution.dtype)
-        return sum_over_shards(definition.merge(whole).loss(inputs_BT, targets_BT))
-
     tokens = ("batch", None)
+    sharded_loss = per_shard(
+        lambda params, *batch: sum_over_shards(definition.merge(params).loss(*batch)),
+        mesh,
+        (_whole(definition), tokens, tokens),
+        (),
+    )
     return jax.jit(
-        per_shard(summed_loss, mesh, (definition.logical_axes, tokens, tokens), ()),
+        lambda params, *batch: sharded_loss(gather_parameters(definition, params, mesh), *batch),
         in_shardings=(
             {name: sharding(mesh, axes) for name, axes in definition.logical_axes.items()},
             *2 * [NamedSharding(mesh, spec(tokens))],

@@ -137,20 +137,20 @@ def _additive_mask(weights):
 
 
 def _post_norm(call):
-    def wrong(self, x, positions, *, cache=None, key=None):
+    def wrong(self, x, branch, positions, *, cache=None, key=None):
         out, cache = self.attn(x, cache=cache, positions=positions, key=None)
         x = tap("residual_1", tap("ln_1", self.ln_1(x + out)))
-        return tap("residual_2", tap("ln_2", self.ln_2(x + self.mlp(x, key=None)))), cache
+        return tap("residual_2", tap("ln_2", self.ln_2(x + self.mlp(x, key=None)))), None, cache
 
     return wrong
 
 
 def _residual_after_norm(call):
-    def wrong(self, x, positions, *, cache=None, key=None):
+    def wrong(self, x, branch, positions, *, cache=None, key=None):
         a = tap("ln_1", self.ln_1(x))
         out, cache = self.attn(a, cache=cache, positions=positions, key=None)
         x = tap("residual_1", a + out)
-        return tap("residual_2", x + self.mlp(tap("ln_2", self.ln_2(x)), key=None)), cache
+        return tap("residual_2", x + self.mlp(tap("ln_2", self.ln_2(x)), key=None)), None, cache
 
     return wrong
 

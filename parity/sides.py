@@ -28,6 +28,7 @@ from gpt2_core.weights import Weights
 from gpt2_jax.attention import choose_kernel
 from gpt2_jax.capture import perturb, record, tapping
 from gpt2_jax.model import Execution, define
+from gpt2_jax.norm_kernels import choose_norm_kernel
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.weights import from_canonical
 from gpt2_torch.weights import build
@@ -61,7 +62,8 @@ class JaxSide:
     def __init__(self, weights: Weights, dtype: str = "float64") -> None:
         self.config = weights.config
         kernel = choose_kernel("auto", precision=dtype, dropout=self.config.dropout, head_size=self.config.head_size)
-        self.definition = define(weights.config, Execution(dtype, kernel))
+        norm = choose_norm_kernel("auto", precision=dtype, norm=self.config.norm)
+        self.definition = define(weights.config, Execution(dtype, kernel, norm=norm))
         self.params = from_canonical(weights, self.definition.execution.param_dtype)
         self._generator = gpt2_jax.generate.Generator(self.definition)
 

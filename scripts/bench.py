@@ -1,4 +1,4 @@
-"""Measure speed: python scripts/bench.py train|generate|data|checkpoint|scaling|start --help"""
+"""Measure speed: python scripts/bench.py train|generate|data|checkpoint|scaling|start|compiled --help"""
 
 import importlib
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "checkpoint": "what a save costs the steps around it, and how long a restore takes",
     "scaling": "how a step grows with the model, the batch and the number of devices",
     "start": "from the command to the first step, beside a bare import of the libraries",
+    "compiled": "the program that a GPU would run, without a GPU: kernels, bytes, exchanges, the least time of a step",
 }
 
 

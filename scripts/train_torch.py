@@ -12,7 +12,9 @@ def main(arguments: list[str]) -> None:
         arguments,
         command="train_torch.py",
         framework="Torch",
-        elsewhere=dict.fromkeys(("mesh", "attention", "scan_layers", "remat"), only_in_jax),
+        elsewhere=dict.fromkeys(
+            ("mesh", "attention", "norm_kernel", "scan_layers", "remat", "gradient_exchange"), only_in_jax
+        ),
     )
     from gpt2_torch.train import train
 

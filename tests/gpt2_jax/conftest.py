@@ -17,6 +17,7 @@ def mesh_config(make_config):
     """A configuration as gpt2_jax.train.resolve leaves it."""
 
     def make(name="run", mesh=1, precision="float32", **overrides):
-        return make_config(name, mesh=format_mesh(parse_mesh(mesh)), precision=precision, attention="xla", **overrides)
+        resolved = {"mesh": format_mesh(parse_mesh(mesh)), "precision": precision, "attention": "xla"}
+        return make_config(name, **resolved, norm_kernel="xla", **overrides)
 
     return make

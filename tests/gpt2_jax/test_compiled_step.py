@@ -56,9 +56,10 @@ def test_parts_of_a_batch_add_their_gradients_up_in_place(mesh_config):
         return step.memory_analysis().temp_size_in_bytes
 
     # A sequence at a time: hardly anything but gradients. With a buffer for their sum and another for a part's own it
-    # would be twice as much.
+    # would be twice as much. c_attn's is put together from three products, which exist beside it.
     one, two = map(temporary, (1, 2))
-    assert gradients <= one < two < 1.4 * gradients
+    side_by_side = 4 * model.n_layer * 3 * model.n_embd**2
+    assert gradients <= one < two < 1.4 * gradients + side_by_side
 
 
 def exchanged(instructions) -> dict[str, int]:

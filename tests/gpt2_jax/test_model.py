@@ -99,11 +99,11 @@ def test_bfloat16_is_for_products_and_float32_for_what_is_kept():
 
     def outputs(params):
         model = definition.merge(params)
-        residual, _ = model.h[0](jnp.ones((1, 8, 16), jnp.float32), jnp.arange(8))
-        return model.hidden(TOKENS), model(TOKENS), model.loss(TOKENS, TARGETS), residual
+        residual, branch, _ = model.h[0](jnp.ones((1, 8, 16), jnp.float32), None, jnp.arange(8))
+        return model.hidden(TOKENS), model(TOKENS), model.loss(TOKENS, TARGETS), residual, branch
 
     dtypes = [str(x.dtype) for x in jax.eval_shape(outputs, params)]
-    assert dtypes == ["bfloat16", "float32", "float32", "float32"]
+    assert dtypes == ["bfloat16", "float32", "float32", "float32", "bfloat16"]
 
 
 def test_no_float64_hides_in_a_float32_model(x64):
