@@ -19,8 +19,8 @@ from gpt2_core.run_folder import RECENT, RunFolder, read_metrics
 from gpt2_core.summary import model_table
 from gpt2_core.trackers import Tracker, open_tracker
 
-# Dense bfloat16 matrix rates from NVIDIA's datasheets, in FLOP/s, by what the driver calls the device. Those of TF32 are
-# half as high in each of them (A100: 156, H100 PCIe: 378, H100 and H200: 494.7 TFLOP/s).
+# Dense bfloat16 matrix rates from NVIDIA's datasheets, in FLOP/s, by what the driver calls the device. TF32's are half
+# as high in each of them (A100: 156, H100 PCIe: 378, H100 and H200: 494.7 TFLOP/s).
 _PEAK_BFLOAT16_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,

@@ -358,7 +358,7 @@ class _GivenMasks(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _mask_of_weights(self, shape: torch.Size) -> np.ndarray:
-        """The mask (B, H, T, T) of attention weights: JAX draws one for each block of queries, over the keys it sees."""
+        """The mask (B, H, T, T) of attention weights: JAX draws one for each block of queries, over its keys."""
         whole, rows = np.zeros(shape, bool), 0
         while rows < shape[-2]:
             mask = next(self._masks)
