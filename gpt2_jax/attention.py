@@ -65,6 +65,11 @@ def causal_attention(
         q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHTK, k_BHTK, v_BHTK))
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
         return out.transpose(0, 2, 1, 3)
+    if kernel == "recompute" and key is not None:
+        # Each layer's masks after its queries: left to itself XLA draws and unpacks those of all layers ahead of the
+        # first, gigabytes of them.
+        q_BHTK, key_data = jax.lax.optimization_barrier((q_BHTK, jax.random.key_data(key)))
+        key = jax.random.wrap_key_data(key_data)
     masks = _dropout_masks(q_BHTK.shape[:3], rate, key)
     return _causal(q_BHTK, k_BHTK, v_BHTK, masks, rate, kernel == "xla")
 
@@ -98,9 +103,6 @@ def _causal(
 
 
 def _causal_forward(q_BHTK, k_BHTK, v_BHTK, masks, rate, keep_weights):
-    if not keep_weights:
-        # Without the barrier XLA unpacks the masks of all layers at once, ahead of the first.
-        q_BHTK, masks = jax.lax.optimization_barrier((q_BHTK, masks))
     outs, kept = [], []
     for (begin, end), mask_BHCP in zip(_blocks(q_BHTK.shape[2]), masks, strict=True):
         w_BHCS = _block_weights(q_BHTK[:, :, begin:end], k_BHTK, begin)
