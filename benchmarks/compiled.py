@@ -183,7 +183,8 @@ def _show_program(console: Console, config: TrainConfig, results: dict[str, Any]
     console.print(f"{model.parameter_count:,} parameters, {model.n_layer} layers x {model.n_embd}")
     console.print(
         f"batch {config.batch_size} x {model.block_size}, accumulation {config.accumulation}, mesh {config.mesh}, "
-        f"vocabulary {model.vocab_size}, {config.attention} attention, {config.norm_kernel} layer norm, {config.precision}"
+        f"vocabulary {model.vocab_size}, {config.attention} attention, {config.norm_kernel} layer norm, "
+        f"{config.precision}"
     )
     console.print(f"{results['target']}; {versions}")
     console.print(

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     for batch in batches:
         spec = {"model": dataclasses.asdict(model), "batch": batch, "prompt": options.prompt}
         spec |= {"device": options.device, "precision": options.precision}
-        spec["uncached_length"] = options.prompt + uncached
+        spec |= {"tokens": options.tokens, "uncached_length": options.prompt + uncached}
         tokens = {name: uncached if name.endswith("no cache") else options.tokens for name in chosen}
         functions = {name: (SIDES[name][0], spec | SIDES[name][1]) for name in chosen}
         with sides(functions, console) as started:
@@ -116,7 +116,7 @@ def jax_session(spec: dict[str, Any]) -> Session:
         for _ in generator(params, prompts, uniforms, Sampling(greedy=True)):
             pass
 
-    work(2)  # both compiled functions
+    work(spec["tokens"])  # compiles what so many tokens take: prefill, and decoding for each size of the cache
     return Session(facts, work)
 
 

@@ -212,7 +212,7 @@ def _share_sent(kind: str, devices: int) -> float:
 
 def _group_size(i: Instruction, devices: int) -> int:
     """Devices that exchange with each other, from any of the forms in which HLO writes its groups."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", i.attributes):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}", i.attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         # An axis is named whole, or as a part of it: 'axis':(what comes before)size.
         named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])

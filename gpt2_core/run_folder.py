@@ -20,7 +20,16 @@ RECENT = 10
 
 # What may differ between a run and its continuation: where and how it computes, what it shows and keeps, how long it
 # is. Everything else decides the numbers.
-_DECIDES_THE_NUMBERS = {"model", "data", "optimizer", "batch_size", "accumulation", "precision", "seed"}
+_DECIDES_THE_NUMBERS = {
+    "model",
+    "data",
+    "optimizer",
+    "batch_size",
+    "accumulation",
+    "precision",
+    "gradient_exchange",
+    "seed",
+}
 # Where the text lies decides nothing either: the digest of its tokens is compared. Nor do batch_tokens and
 # device_batch_size, which have become batch_size and accumulation.
 _FREE_ON_RESUME = frozenset(f.name for f in dataclasses.fields(TrainConfig)) - _DECIDES_THE_NUMBERS

@@ -18,7 +18,7 @@ from gpt2_jax.capture import tap
 from gpt2_jax.dropout import drop, dropout_mask, unpack
 from gpt2_jax.products import wide_einsum
 from gpt2_jax.runtime import nvidia_capability
-from gpt2_jax.sharding import constrain
+from gpt2_jax.sharding import constrain, per_head_shard
 
 # The last two are one computation. "xla" keeps the weights for the backward pass, B H T T of them; "recompute" keeps
 # inputs and output alone and computes the weights again.
@@ -62,9 +62,7 @@ def causal_attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K) + causal mask) v, shape (B, H, T, K); `rate` and `key` are the dropout of its weights."""
     if kernel == "cudnn":
-        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHTK, k_BHTK, v_BHTK))
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-        return out.transpose(0, 2, 1, 3)
+        return per_head_shard(_cudnn)(q_BHTK, k_BHTK, v_BHTK)
     if kernel == "recompute" and key is not None:
         # Each layer's masks after its queries: left to itself XLA draws and unpacks those of all layers ahead of the
         # first, gigabytes of them.
@@ -72,6 +70,12 @@ def causal_attention(
         key = jax.random.wrap_key_data(key_data)
     masks = _dropout_masks(q_BHTK.shape[:3], rate, key)
     return _causal(q_BHTK, k_BHTK, v_BHTK, masks, rate, kernel == "xla")
+
+
+def _cudnn(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array) -> jax.Array:
+    q_BTHK, k_BTHK, v_BTHK = (x.transpose(0, 2, 1, 3) for x in (q_BHTK, k_BHTK, v_BHTK))
+    out_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
+    return out_BTHK.transpose(0, 2, 1, 3)
 
 
 def _dropout_masks(shape: tuple[int, int, int], rate: float, keys_B: jax.Array | None) -> list[jax.Array] | list[None]:

@@ -335,10 +335,14 @@ def _residual_std(config: ModelConfig) -> float:
 
 
 def _write(cache: LayerCache, k_BHTK: jax.Array, v_BHTK: jax.Array, start_B: jax.Array) -> LayerCache:
-    def place(cached_HSK, new_HTK, start):
-        return jax.lax.dynamic_update_slice(cached_HSK, new_HTK, (0, start, 0))
+    def place(cached_SK, new_TK, start):
+        return jax.lax.dynamic_update_slice(cached_SK, new_TK, (start, 0))
 
-    return LayerCache(*(jax.vmap(place)(old, new, start_B) for old, new in zip(cache, (k_BHTK, v_BHTK), strict=True)))
+    # A start for each head makes a scatter of it at batch 1 too. Of a dynamic_update_slice that is read afterwards
+    # XLA's CPU compiler makes several copies of the whole cache, at every token.
+    start_BH = jnp.broadcast_to(start_B[:, None], k_BHTK.shape[:2])
+    place_all = jax.vmap(jax.vmap(place))
+    return LayerCache(place_all(cache.k_BHSK, k_BHTK, start_BH), place_all(cache.v_BHSK, v_BHTK, start_BH))
 
 
 def _name(path: tuple[str | int, ...]) -> str:

@@ -88,6 +88,14 @@ def per_shard(function: Callable[..., Any], mesh: Mesh, in_axes: Any, out_axes: 
     )
 
 
+def per_head_shard(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of arrays (B, H, ...) on each device's own heads: for kernels that the partitioner can't split."""
+    if not is_tensor_parallel():
+        return function
+    heads = PartitionSpec(None, RULES["heads"])
+    return jax.shard_map(function, in_specs=heads, out_specs=heads, axis_names={RULES["heads"]}, check_vma=False)
+
+
 def gather(
     params: Mapping[str, jax.Array], axes: Mapping[str, Axes], mesh: Mesh, narrow: Collection[str], dtype: Any
 ) -> dict[str, jax.Array]:
@@ -101,9 +109,10 @@ def gather(
 
     def whole(name: str, x: jax.Array) -> jax.Array:
         sent = x.astype(dtype if name in narrow else x.dtype)
-        return jax.lax.with_sharding_constraint(sent, NamedSharding(mesh, spec(_without_fsdp(axes[name])))).astype(
-            x.dtype
-        )
+        # Where it lies after the conversion is said too, or the partitioner would gather first and convert then.
+        for where in (axes[name], _without_fsdp(axes[name])):
+            sent = jax.lax.with_sharding_constraint(sent, NamedSharding(mesh, spec(where)))
+        return sent.astype(x.dtype)
 
     return {name: whole(name, x) for name, x in params.items()}
 

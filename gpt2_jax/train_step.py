@@ -210,7 +210,7 @@ def _sum_over_parts(of_part: Callable[[Any], Any], parts: Any) -> Any:
     if not is_exchanging():
         return jax.lax.scan(add, zeros, parts)[0]
     total, _ = jax.lax.scan(add, zeros, jax.tree.map(lambda x: x[:last], parts))
-    return add(total, jax.tree.map(lambda x: x[last], parts))[0]
+    return add(*jax.lax.optimization_barrier((total, jax.tree.map(lambda x: x[last], parts))))[0]
 
 
 def gather_parameters(definition: Definition, params: Params, mesh: Mesh) -> Params:

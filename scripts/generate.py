@@ -1,6 +1,7 @@
 """Generate text from a trained model: python scripts/generate.py --weights RUN --prompt TEXT"""
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Literal
@@ -42,14 +43,15 @@ def main(arguments: list[str]) -> None:
     except UnicodeEncodeError as error:
         raise UserError("--prompt: not UTF-8 text") from error
 
-    generate = _jax(weights, options) if options.backend == "jax" else _torch(weights, options)
+    end_of_text = tokenizer.end_of_text if options.stop_at_end_of_text else None
+    generate = _jax(weights, options, end_of_text) if options.backend == "jax" else _torch(weights, options)
     for number in range(options.num_samples):
         if options.num_samples > 1:
             print(f"--- sample {number + 1} of {options.num_samples}", flush=True)
         sys.stdout.write(options.prompt)
         drawn = uniforms(options.seed, number, options.max_new_tokens)[None]
         tokens = (row[0] for row in generate([prompt], drawn, sampling))
-        for text in stream_text(tokenizer, tokens):
+        for text in stream_text(tokenizer, itertools.takewhile(lambda token: token != end_of_text, tokens)):
             sys.stdout.write(text)
             sys.stdout.flush()
         print(flush=True)
@@ -58,7 +60,7 @@ def main(arguments: list[str]) -> None:
 Generate = Callable[[list[list[int]], np.ndarray, Sampling], Iterator[list[int]]]
 
 
-def _jax(weights: Weights, options) -> Generate:
+def _jax(weights: Weights, options, end_of_text: int | None) -> Generate:
     import jax
 
     from gpt2_jax.generate import Generator
@@ -68,7 +70,7 @@ def _jax(weights: Weights, options) -> Generate:
 
     execution = Execution(resolve_precision(options.precision))
     params = jax.device_put(from_canonical(weights, execution.param_dtype))
-    return functools.partial(Generator(define(weights.config, execution)), params)
+    return functools.partial(Generator(define(weights.config, execution)), params, end_of_text=end_of_text)
 
 
 def _torch(weights: Weights, options) -> Generate:
@@ -113,6 +115,9 @@ def _parser() -> Parser:
         "--top_p", type=float, help="Keep the most likely tokens that together reach this probability. Left out: all."
     )
     parser.add_argument("--greedy", action="store_true", help="Always take the most likely token.")
+    parser.add_argument(
+        "--stop_at_end_of_text", action="store_true", help="End a sample before the model's first end-of-text token."
+    )
     parser.add_argument("--num_samples", type=int, default=1, help="Samples to generate, one after the other.")
     parser.add_argument(
         "--seed",

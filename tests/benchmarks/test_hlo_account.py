@@ -203,6 +203,7 @@ def test_two_exchanges_at_once_share_the_interconnect():
         ("reduce-scatter", "{}", 4000, 3 / 4),
         ("all-to-all", "mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", 4000, 1 / 2),
         ("all-gather", "mesh['axis_0'=4] {'axis_0':(1)2}", 8000, 1 / 2),
+        ("all-gather", "mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}", 8000, 1 / 2),
         ("all-gather", "mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}", 16000, 3 / 4),
     ],
 )

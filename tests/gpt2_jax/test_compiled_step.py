@@ -115,6 +115,31 @@ def test_on_a_mesh_of_all_axes_a_device_sees_its_share_of_each_parameter(program
     assert parameters() / 2 <= found["all-gather"] < 0.6 * parameters()
 
 
+@pytest.mark.parametrize(("exchange", "dtype"), [("float32", "f32"), ("bfloat16", "bf16")])
+def test_gradients_are_exchanged_in_the_dtype_asked_for(mesh_config, exchange, dtype):
+    config = mesh_config(
+        model=MODEL, batch_size=8, mesh="data=2,fsdp=2", precision="bfloat16", gradient_exchange=exchange
+    )
+    lowered = lower(config).as_text()
+    found = re.findall(r'"stablehlo\.(?:all_reduce|reduce_scatter)".*?\(tensor<(.*?)>\) -> tensor', lowered, re.DOTALL)
+    arrays = [kind for kind in found if "x" in kind]  # the rest are scalars: the loss, the count of targets
+    # Each gradient is scattered over fsdp, and each device's share then summed over data.
+    assert len(arrays) == 2 * len(MODEL.parameter_shapes)
+    assert {kind.rpartition("x")[2] for kind in arrays} == {dtype}
+
+
+def lower(config, platform: str = "cpu"):
+    """A train step lowered for a platform, which need not be here."""
+    definition, mesh = define_model(config), make_mesh(parse_mesh(config.mesh))
+    state = abstract_state(definition, make_optimizer(config.optimizer, config.model), mesh)
+    shape = (config.accumulation, config.microbatch_size, config.model.block_size)
+    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
+    step = make_train_step(definition, config, mesh)
+    with jax.set_mesh(mesh):
+        traced = step.trace(state, tokens, tokens, jax.ShapeDtypeStruct((), np.float32))
+        return traced.lower(lowering_platforms=(platform,))
+
+
 @pytest.mark.parametrize("mesh", [1, "data=2", "fsdp=2,tensor=2"])
 @pytest.mark.parametrize(("kernel", "calls"), [("cudnn", 1), ("xla", 0)])
 def test_lowered_for_an_nvidia_gpu_each_layer_calls_the_kernel_asked_for(mesh_config, monkeypatch, mesh, kernel, calls):
@@ -124,13 +149,7 @@ def test_lowered_for_an_nvidia_gpu_each_layer_calls_the_kernel_asked_for(mesh_co
     monkeypatch.setattr(attention, "check_compute_capability", lambda capability: None)
     config = mesh_config(model=MODEL, batch_size=8, mesh=mesh, precision="bfloat16")
     config = dataclasses.replace(config, attention=kernel)
-    definition, mesh = define_model(config), make_mesh(parse_mesh(config.mesh))
-    with jax.set_mesh(mesh):
-        state = abstract_state(definition, make_optimizer(config.optimizer, config.model), mesh)
-        tokens = jax.ShapeDtypeStruct((1, 8, MODEL.block_size), np.int32, sharding=batch_sharding(mesh))
-        rate = jax.ShapeDtypeStruct((), np.float32)
-        traced = make_train_step(definition, config, mesh).trace(state, tokens, tokens, rate)
-        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    lowered = lower(config, "cuda").as_text()
     # On more than one device the kernel stands inside a call that says how it is split.
     found = re.findall(r"custom_call @(__cudnn\$fmha\w*|CustomSPMDPartitioning)", lowered)
     assert len(found) == 2 * calls * MODEL.n_layer  # forward and backward

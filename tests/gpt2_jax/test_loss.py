@@ -72,6 +72,27 @@ def test_bfloat16_products_add_up_in_float32():
         assert np.linalg.norm(np.asarray(ours, np.float32) - theirs) < 4e-3 * np.linalg.norm(theirs)
 
 
+def test_one_pass_over_the_logits_gives_what_two_give(x64):
+    """The form that only a GPU is given."""
+    generator = np.random.default_rng(0)
+    logits = generator.standard_normal((3, 5, 300)) * 40
+    logits[0, 0, :] = -700.0  # exp(-700) is next to nothing, exp(700) overflows
+    logits[0, 1, 7] = 700.0
+    logits[..., 257:] = -np.inf  # padding of the vocabulary
+    is_target = np.arange(300) == generator.integers(0, 257, (3, 5, 1))
+    is_target[2, 4] = False  # an ignored target
+    one, two = (jax.jit(f)(logits, is_target) for f in (gpt2_jax.loss._in_one_pass, gpt2_jax.loss._in_two_passes))
+    for a, b in zip(one, two, strict=True):
+        assert a.shape == (3, 5, 1)
+        np.testing.assert_allclose(a, b, rtol=1e-14)
+
+
+@pytest.mark.parametrize(("T", "expected"), [(1024, 64), (96, 48), (100, 50), (7, 7), (1, 1)])
+def test_chunks_have_one_length_and_a_power_of_two_where_that_divides(monkeypatch, T, expected):
+    monkeypatch.setattr(gpt2_jax.loss, "CHUNK_BYTES", 4 * 1000 * 8 * (64 if T > 7 else 1000))
+    assert gpt2_jax.loss._chunk_length(8, T, 4 * 1000) == expected
+
+
 def unfused(x_BTD, head_VD, targets_BT, vocab_size):
     logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, head_VD)
     logits_BTV = jnp.where(jnp.arange(head_VD.shape[0]) < vocab_size, logits_BTV, -jnp.inf)

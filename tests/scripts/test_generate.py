@@ -28,6 +28,14 @@ def test_seeds_choose_the_text_and_greedy_needs_none(run, weights):
     assert greedy[0] == greedy[1]
 
 
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_a_sample_may_stop_at_the_end_of_its_text(run, weights, backend):
+    options = (*weights, "--max_new_tokens", "600", "--temperature", "3", "--backend", backend)
+    whole, stopped = run("generate.py", *options)[1], run("generate.py", *options, "--stop_at_end_of_text")[1]
+    text, marker, _ = whole.partition("<|endoftext|>")
+    assert marker and stopped == text + "\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
