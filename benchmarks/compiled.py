@@ -94,7 +94,9 @@ def configuration(options: Any) -> TrainConfig:
         gradient_exchange=options.gradient_exchange,
     )
     if config.attention == "cudnn" and config.model.dropout > 0:
-        raise UserError(f"--attention cudnn: has no dropout, and model.dropout is {config.model.dropout}; use xla")
+        raise UserError(
+            f"--attention cudnn: has no dropout, and model.dropout is {config.model.dropout}; use recompute"
+        )
     return config
 
 
@@ -293,7 +295,9 @@ def _parser() -> Parser:
     parser.add_argument("--mesh", type=int | str, default=1, help="As the trainer's: 8, or data=2,fsdp=4.")
     parser.add_argument("--batch", type=int, default=32, help="Sequences a step, over all devices.")
     parser.add_argument("--accumulation", type=int, default=1, help="Parts a step is computed in.")
-    parser.add_argument("--attention", type=Literal["cudnn", "xla"], default="cudnn", help="The attention kernel.")
+    parser.add_argument(
+        "--attention", type=Literal["cudnn", "recompute", "xla"], default="cudnn", help="The attention kernel."
+    )
     parser.add_argument("--norm_kernel", type=Literal["triton", "xla"], default="triton", help="The layer norm kernel.")
     parser.add_argument(
         "--gradient_exchange",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.measure import Session
+from gpt2_core.config import dtype_of
 from gpt2_core.errors import UserError
 
 # Side of the square matrices, and numbers of the array that is read and written: large enough to fill the device.
@@ -21,7 +22,7 @@ def jax_matmul(precision: str, platform: str) -> float:
     import jax.numpy as jnp
 
     n = _MATMUL["cpu" if platform == "cpu" else "gpu"]
-    a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.float32).astype(precision)
+    a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.float32).astype(dtype_of(precision))
     multiply = jax.jit(lambda a, b: a @ b)
     return 2 * n**3 / fastest(lambda: multiply(a, b).block_until_ready())
 
@@ -31,7 +32,7 @@ def torch_matmul(precision: str, device) -> float:
     import torch
 
     n = _MATMUL["cpu" if device.type == "cpu" else "gpu"]
-    a, b = torch.randn((2, n, n), device=device).to(getattr(torch, precision))
+    a, b = torch.randn((2, n, n), device=device).to(getattr(torch, dtype_of(precision)))
     return 2 * n**3 / fastest(lambda: _wait(a @ b))
 
 

@@ -62,10 +62,11 @@ class TorchTraining:
 
         from gpt2_torch.model import GPT2
         from gpt2_torch.optimizer import make_optimizer
-        from gpt2_torch.train import pick_device, resolve
+        from gpt2_torch.train import pick_device, resolve, set_matmul_precision
 
         self.device = device = pick_device(config.device)
         self.config = config = dataclasses.replace(resolve(config, device, 1), compile=compile)
+        set_matmul_precision(config.precision)
         torch.manual_seed(0)
         # JAX's model fills the vocabulary up inside, which matrix units like; users of PyTorch do it by hand.
         rows = config.model.vocab_size + -config.model.vocab_size % JAX.vocabulary_multiple
@@ -114,12 +115,14 @@ def add_options(parser: Parser, *, preset: str | None, batch: int, device: str =
     parser.add_argument("--accumulation", type=int, default=1, help="Parts a step is computed in.")
     parser.add_argument(
         "--precision",
-        type=Literal["auto", "float32", "bfloat16", "float64"],
+        type=Literal["auto", "float32", "tf32", "bfloat16", "float64"],
         default="auto",
         help="As the trainers': auto is bfloat16 on an accelerator and float32 on CPU.",
     )
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default=device, help="Where to compute.")
-    parser.add_argument("--attention", type=Literal["auto", "cudnn", "xla"], default="auto", help="JAX's kernel.")
+    parser.add_argument(
+        "--attention", type=Literal["auto", "cudnn", "recompute", "xla"], default="auto", help="JAX's kernel."
+    )
     parser.add_argument(
         "--norm_kernel", type=Literal["auto", "triton", "xla"], default="auto", help="JAX's layer norm kernel."
     )

@@ -260,17 +260,19 @@ class TrainConfig:
     """Parts a step's batch is computed in, one after the other, to save memory; must divide batch_size."""
     device_batch_size: int | None = None
     """Sequences that fit on a device at once, in place of accumulation, which then is as small as they allow."""
-    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Dtype of the matrix products; auto is bfloat16 on an accelerator and float32 on CPU. Parameters and
-    optimizer state are float32 (float64 for float64)."""
+    precision: Literal["auto", "float32", "tf32", "bfloat16", "float64"] = "auto"
+    """Of the matrix products; auto is bfloat16 on an accelerator and float32 on CPU. tf32 is float32 whose products
+    tensor cores do in TF32 (NVIDIA, Ampere or newer). Parameters and optimizer state are float32 (float64 for
+    float64)."""
     seed: int = 1337
     """Seed of the initial weights, the order of the data and the dropout masks."""
     mesh: int | str | None = None
     """JAX: devices to train on: a number (data parallel) or axis=n,... with the axes data, fsdp, tensor. Left out:
     all visible accelerators, else one CPU device. Without accelerators, virtual CPU devices are made."""
-    attention: Literal["auto", "cudnn", "xla"] = "auto"
-    """JAX: attention kernel: cudnn (flash attention of NVIDIA GPUs, bfloat16, no dropout) or xla (everywhere, every
-    dtype); auto takes cudnn where it works and prints which."""
+    attention: Literal["auto", "cudnn", "recompute", "xla"] = "auto"
+    """JAX: attention kernel: cudnn (flash attention of NVIDIA GPUs, bfloat16, no dropout), or in every dtype xla (keeps
+    the weights for the backward pass) or recompute (computes them again, in much less memory); auto takes cudnn where
+    it works, else xla on CPU and recompute on accelerators, and prints which."""
     norm_kernel: Literal["auto", "triton", "xla"] = "auto"
     """JAX: layer norm kernel: triton (one pass over memory for a layer norm and the addition before it, on NVIDIA GPUs)
     or xla (everywhere, every dtype); auto takes triton where it works and prints which."""
@@ -346,6 +348,11 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.model.block_size
+
+
+def dtype_of(precision: str) -> str:
+    """The dtype of arrays in a resolved precision: tf32 is a way to multiply float32 ones."""
+    return "float32" if precision == "tf32" else precision
 
 
 def accumulate(config: TrainConfig, devices: int) -> TrainConfig:

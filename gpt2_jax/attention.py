@@ -1,11 +1,12 @@
 """Causal attention: cuDNN's flash kernel where there is one, and a form that runs everywhere in every dtype.
 
-Shapes: B batch, T queries, S keys, H heads, K head size, C queries of a block. The XLA form works on (B, H, T, K),
-on CPU three times faster than jax.nn.dot_product_attention on (B, T, H, K), and takes its softmax in float64 for
-float64 inputs, which that function doesn't.
+Shapes: B batch, T queries, S keys, H heads, K head size, C queries of a block, P bytes of a packed dropout mask. The
+XLA form works on (B, H, T, K), on CPU three times faster than jax.nn.dot_product_attention on (B, T, H, K), and takes
+its softmax in float64 for float64 inputs, which that function doesn't.
 """
 
 import functools
+import itertools
 import math
 from typing import Literal
 
@@ -13,11 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_core.errors import UserError
-from gpt2_jax.dropout import dropout
+from gpt2_jax.capture import tap
+from gpt2_jax.dropout import drop, dropout_mask, unpack
 from gpt2_jax.products import wide_einsum
-from gpt2_jax.sharding import per_head_shard
+from gpt2_jax.runtime import nvidia_capability
+from gpt2_jax.sharding import constrain, per_head_shard
 
-Kernel = Literal["cudnn", "xla"]
+# The last two are one computation. "xla" keeps the weights for the backward pass, B H T T of them; "recompute" keeps
+# inputs and output alone and computes the weights again.
+Kernel = Literal["cudnn", "recompute", "xla"]
 
 # The XLA form computes long sequences in blocks of queries. More blocks save little more and compile longer.
 BLOCKS = 4
@@ -28,24 +33,27 @@ def choose_kernel(requested: str, *, precision: str, dropout: float, head_size: 
     """The kernel that `--attention` means here; raises UserError if the one asked for can't do the work."""
     reason = _why_not_cudnn(precision, dropout, head_size)
     if requested == "auto":
-        return "xla" if reason else "cudnn"
+        # On a CPU arithmetic is what is scarce; on an accelerator memory is.
+        return "cudnn" if reason is None else "xla" if jax.default_backend() == "cpu" else "recompute"
     if requested == "cudnn" and reason:
-        raise UserError(f"--attention cudnn: {reason}; use --attention xla or auto")
+        raise UserError(f"--attention cudnn: {reason}; use --attention recompute, xla or auto")
     return requested
 
 
 def _why_not_cudnn(precision: str, dropout: float, head_size: int) -> str | None:
-    device = jax.devices()[0]
-    if jax.default_backend() != "gpu" or "NVIDIA" not in device.device_kind:
+    capability = nvidia_capability()
+    if capability is None:
         return "needs an NVIDIA GPU, and JAX finds none here"
-    if float(device.compute_capability) < 8.0:
-        return f"needs compute capability 8.0, and this {device.device_kind} has {device.compute_capability}"
+    if capability < 8.0:
+        return f"needs compute capability 8.0, and this {jax.devices()[0].device_kind} has {capability}"
     if head_size % 8 or head_size > 128:
         return f"needs a head size that is a multiple of 8 and at most 128, and n_embd / n_head is {head_size}"
     if precision != "bfloat16":
         return f"computes in bfloat16, not {precision}"
     if dropout > 0:
-        return f"has no dropout, and model.dropout is {dropout}"
+        # The kernel's own draws from a counter that the process holds: other masks after a restart, the same masks on
+        # every device of a mesh, and no way to know them.
+        return f"has no dropout whose masks a run could repeat, and model.dropout is {dropout}"
     return None
 
 
@@ -54,10 +62,15 @@ def causal_attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K) + causal mask) v, shape (B, H, T, K); `rate` and `key` are the dropout of its weights."""
     if kernel == "cudnn":
+        assert key is None or rate == 0, "choose_kernel gives cuDNN no dropout"
         return per_head_shard(_cudnn)(q_BHTK, k_BHTK, v_BHTK)
-    if key is not None and rate > 0:
-        return _attend(q_BHTK, k_BHTK, v_BHTK, _causal_mask(q_BHTK.shape[2]), rate, key)
-    return _causal(q_BHTK, k_BHTK, v_BHTK)
+    if kernel == "recompute" and key is not None:
+        # Each layer's masks after its queries: left to itself XLA draws and unpacks those of all layers ahead of the
+        # first, gigabytes of them.
+        q_BHTK, key_data = jax.lax.optimization_barrier((q_BHTK, jax.random.key_data(key)))
+        key = jax.random.wrap_key_data(key_data)
+    masks = _dropout_masks(q_BHTK.shape[:3], rate, key)
+    return _causal(q_BHTK, k_BHTK, v_BHTK, masks, rate, kernel == "xla")
 
 
 def _cudnn(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array) -> jax.Array:
@@ -66,50 +79,90 @@ def _cudnn(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array) -> jax.Array
     return out_BTHK.transpose(0, 2, 1, 3)
 
 
-@jax.custom_vjp
-def _causal(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array) -> jax.Array:
-    """In blocks of queries: one sees no key behind its own end, so that of the square of scores 5/8 are computed."""
-    return _causal_forward(q_BHTK, k_BHTK, v_BHTK)[0]
+def _dropout_masks(shape: tuple[int, int, int], rate: float, keys_B: jax.Array | None) -> list[jax.Array] | list[None]:
+    """The packed mask (B, H, C, P) of each block's weights, if any are dropped."""
+    B, H, T = shape
+    ends = [end for _, end in _blocks(T)]
+    if keys_B is None or rate == 0.0:
+        return [None for _ in ends]
+    # Drawn at once, side by side: a draw is hundreds of instructions, which XLA compiles for each.
+    widths = [math.ceil(end / 8) for end in ends]
+    drawn_BHCP = constrain(dropout_mask(keys_B, (B, H, ends[0], 8 * sum(widths)), rate), "batch", "heads", None, None)
+    masks = jnp.split(drawn_BHCP, list(itertools.accumulate(widths))[:-1], axis=-1)
+    for mask_BHCP, end in zip(masks, ends, strict=True):
+        tap("dropout_mask", unpack(mask_BHCP, end))
+    return masks
 
 
-def _causal_forward(q_BHTK, k_BHTK, v_BHTK):
-    mask_TS = _causal_mask(q_BHTK.shape[2])
-    outs, weights = [], []
-    for begin, end in _blocks(q_BHTK.shape[2]):
-        w_BHCS = _weights(q_BHTK[:, :, begin:end], k_BHTK[:, :, :end], mask_TS[begin:end, :end]).astype(v_BHTK.dtype)
-        outs.append(jnp.einsum("bhcs,bhsk->bhck", w_BHCS, v_BHTK[:, :, :end]))
-        weights.append(w_BHCS)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _causal(
+    q_BHTK: jax.Array,
+    k_BHTK: jax.Array,
+    v_BHTK: jax.Array,
+    masks: list[jax.Array] | list[None],
+    rate: float,
+    keep_weights: bool,
+) -> jax.Array:
+    """In blocks of queries, each with the keys up to its end, so that of the square of scores 5/8 are computed."""
+    return _causal_forward(q_BHTK, k_BHTK, v_BHTK, masks, rate, keep_weights)[0]
+
+
+def _causal_forward(q_BHTK, k_BHTK, v_BHTK, masks, rate, keep_weights):
+    outs, kept = [], []
+    for (begin, end), mask_BHCP in zip(_blocks(q_BHTK.shape[2]), masks, strict=True):
+        w_BHCS = _block_weights(q_BHTK[:, :, begin:end], k_BHTK, begin)
+        dropped_BHCS = _drop(w_BHCS, mask_BHCP, rate).astype(v_BHTK.dtype)
+        outs.append(jnp.einsum("bhcs,bhsk->bhck", dropped_BHCS, v_BHTK[:, :, :end]))
+        kept.append(w_BHCS.astype(v_BHTK.dtype) if keep_weights else None)
     out_BHTK = jnp.concatenate(outs, axis=2)
-    return out_BHTK, (q_BHTK, k_BHTK, v_BHTK, out_BHTK, weights)
+    return out_BHTK, (q_BHTK, k_BHTK, v_BHTK, out_BHTK, masks, kept)
 
 
-def _causal_backward(saved, g_BHTK):
-    """What autodiff would do, with the softmax's sum over the keys taken over the head size in its place: the weights
-    times their gradients add up to the output times its own (Dao et al. 2022, "FlashAttention", appendix B)."""
-    q_BHTK, k_BHTK, v_BHTK, out_BHTK, weights = saved
+def _causal_backward(rate, keep_weights, residuals, dout_BHTK):
+    """What autodiff would do, with the softmax's sum over the keys taken over the head size instead: the weights
+    times their gradients add up to the output times its own, with dropout too (Dao et al. 2022, "FlashAttention",
+    appendix B)."""
+    q_BHTK, k_BHTK, v_BHTK, out_BHTK, masks, kept = residuals
+    if not keep_weights:
+        # Without the barrier XLA finds the forward pass's weights in those computed here, and keeps them after all.
+        q_BHTK, k_BHTK, dout_BHTK, masks = jax.lax.optimization_barrier((q_BHTK, k_BHTK, dout_BHTK, masks))
     dtype, wide = q_BHTK.dtype, jnp.promote_types(q_BHTK.dtype, jnp.float32)
     product = functools.partial(jnp.einsum, preferred_element_type=wide)
-    sums_BHT1 = jnp.sum(g_BHTK.astype(wide) * out_BHTK, axis=-1, keepdims=True)
+    sums_BHT1 = jnp.sum(dout_BHTK.astype(wide) * out_BHTK, axis=-1, keepdims=True)
     blocks = _blocks(q_BHTK.shape[2])
-    by_q, by_k, by_v = [], [[] for _ in blocks], [[] for _ in blocks]
-    for (begin, end), w_BHCS in zip(blocks, weights, strict=True):
-        q_BHCK, g_BHCK = q_BHTK[:, :, begin:end], g_BHTK[:, :, begin:end]
-        by_w_BHCS = product("bhck,bhsk->bhcs", g_BHCK, v_BHTK[:, :, :end])
-        by_scores_BHCS = w_BHCS * (by_w_BHCS - sums_BHT1[:, :, begin:end]) / math.sqrt(q_BHTK.shape[-1])
-        by_scores_BHCS = by_scores_BHCS.astype(dtype)
-        by_q.append(jnp.einsum("bhcs,bhsk->bhck", by_scores_BHCS, k_BHTK[:, :, :end]))
-        of_k_BHSK = product("bhcs,bhck->bhsk", by_scores_BHCS, q_BHCK)
-        of_v_BHSK = product("bhcs,bhck->bhsk", w_BHCS, g_BHCK)
+    dq, dk, dv = [], [[] for _ in blocks], [[] for _ in blocks]
+    for (begin, end), mask_BHCP, w_BHCS in zip(blocks, masks, kept, strict=True):
+        q_BHCK, dout_BHCK = q_BHTK[:, :, begin:end], dout_BHTK[:, :, begin:end]
+        if not keep_weights:
+            # One block after the other, so that the scores of one are in memory at a time.
+            q_BHCK, dout_BHCK, dq = jax.lax.optimization_barrier((q_BHCK, dout_BHCK, dq))
+            w_BHCS = _block_weights(q_BHCK, k_BHTK, begin)
+        dw_BHCS = _drop(product("bhck,bhsk->bhcs", dout_BHCK, v_BHTK[:, :, :end]), mask_BHCP, rate)
+        dscores_BHCS = w_BHCS * (dw_BHCS - sums_BHT1[:, :, begin:end]) / math.sqrt(q_BHTK.shape[-1])
+        dscores_BHCS = dscores_BHCS.astype(dtype)
+        dq.append(jnp.einsum("bhcs,bhsk->bhck", dscores_BHCS, k_BHTK[:, :, :end]))
+        dk_BHSK = product("bhcs,bhck->bhsk", dscores_BHCS, q_BHCK)
+        dv_BHSK = product("bhcs,bhck->bhsk", _drop(w_BHCS, mask_BHCP, rate).astype(dtype), dout_BHCK)
         # A block of keys gets its gradient from every block of queries that sees it.
         for number, (first, last) in enumerate(blocks):
             if last <= end:
-                by_k[number].append(of_k_BHSK[:, :, first:last])
-                by_v[number].append(of_v_BHSK[:, :, first:last])
-    by_k_BHTK, by_v_BHTK = (jnp.concatenate([sum(parts) for parts in by], axis=2).astype(dtype) for by in (by_k, by_v))
-    return jnp.concatenate(by_q, axis=2), by_k_BHTK, by_v_BHTK
+                dk[number].append(dk_BHSK[:, :, first:last])
+                dv[number].append(dv_BHSK[:, :, first:last])
+    dk_BHTK, dv_BHTK = (jnp.concatenate([sum(parts) for parts in by], axis=2).astype(dtype) for by in (dk, dv))
+    return jnp.concatenate(dq, axis=2), dk_BHTK, dv_BHTK, None
 
 
 _causal.defvjp(_causal_forward, _causal_backward)
+
+
+def _block_weights(q_BHCK: jax.Array, k_BHTK: jax.Array, begin: int) -> jax.Array:
+    """Softmax weights (B, H, C, S) of the C queries from `begin` on, over the S keys up to the last of them."""
+    end = begin + q_BHCK.shape[2]
+    return _weights(q_BHCK, k_BHTK[:, :, :end], _causal_mask(end)[begin:])
+
+
+def _drop(x_BHCS: jax.Array, mask_BHCP: jax.Array | None, rate: float) -> jax.Array:
+    return x_BHCS if mask_BHCP is None else drop(x_BHCS, mask_BHCP, rate)
 
 
 def _blocks(T: int) -> list[tuple[int, int]]:
@@ -126,12 +179,8 @@ def cached_attention(q_BHTK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, po
     """Attention over a cache of S places: the query at position p sees the places 0 .. p."""
     S = k_BHSK.shape[2]
     mask_B1TS = (jnp.arange(S) <= positions_BT[:, :, None])[:, None]
-    return _attend(q_BHTK, k_BHSK, v_BHSK, mask_B1TS, 0.0, None)
-
-
-def _attend(q, k, v, mask, rate, key) -> jax.Array:
-    weights = dropout(_weights(q, k, mask), rate, key).astype(v.dtype)
-    return jnp.einsum("bhts,bhsk->bhtk", weights, v)
+    weights_BHTS = _weights(q_BHTK, k_BHSK, mask_B1TS).astype(v_BHSK.dtype)
+    return jnp.einsum("bhts,bhsk->bhtk", weights_BHTS, v_BHSK)
 
 
 def _weights(q, k, mask) -> jax.Array:

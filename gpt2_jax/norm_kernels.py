@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gpt2_core.errors import UserError
+from gpt2_jax.runtime import nvidia_capability
 
 NormKernel = Literal["triton", "xla"]
 
@@ -39,11 +40,11 @@ def choose_norm_kernel(requested: str, *, precision: str, norm: str) -> NormKern
 
 
 def _why_not_triton(precision: str, norm: str) -> str | None:
-    device = jax.devices()[0]
-    if jax.default_backend() != "gpu" or "NVIDIA" not in device.device_kind:
+    capability = nvidia_capability()
+    if capability is None:
         return "needs an NVIDIA GPU, and JAX finds none here"
-    if float(device.compute_capability) < 8.0:
-        return f"needs compute capability 8.0, and this {device.device_kind} has {device.compute_capability}"
+    if capability < 8.0:
+        return f"needs compute capability 8.0, and this {jax.devices()[0].device_kind} has {capability}"
     if precision == "float64":
         return "computes in float32, not float64"
     if norm != "layernorm":

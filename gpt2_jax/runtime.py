@@ -18,14 +18,14 @@ def configure(precision: str, mesh: int | str | None = None) -> None:
 
     Lets JAX have most of a GPU's memory (its default is three quarters; the user's own XLA_CLIENT_MEM_FRACTION wins).
     Makes as many virtual CPU devices as the mesh needs (they stay unused where there are accelerators), switches
-    float64 on for float64 alone (with it on, stray numpy scalars turn float32 arrays into float64), keeps
-    float32 matrix products from being done in TF32, as PyTorch does, and has compiled programs kept on disk.
+    float64 on for float64 alone (with it on, stray numpy scalars turn float32 arrays into float64), has
+    float32 matrix products done in TF32 for tf32 alone, as PyTorch does, and has compiled programs kept on disk.
+    Raises UserError for a precision that this machine doesn't have.
     """
     _take_gpu_memory()
     jax.config.update("jax_num_cpu_devices", 1 if mesh is None else math.prod(parse_mesh(mesh).values()))
     jax.config.update("jax_enable_x64", precision == "float64")
-    narrow = resolve_precision(precision) == "bfloat16"
-    jax.config.update("jax_default_matmul_precision", None if narrow else "highest")
+    jax.config.update("jax_default_matmul_precision", matmul_precision(resolve_precision(precision)))
     _keep_compiled_programs()
 
 
@@ -65,10 +65,29 @@ def has_accelerator() -> bool:
     return jax.default_backend() != "cpu"
 
 
+def nvidia_capability() -> float | None:
+    """The compute capability of the NVIDIA GPU that JAX computes on, None if it computes on something else."""
+    device = jax.devices()[0]
+    if jax.default_backend() != "gpu" or "NVIDIA" not in device.device_kind:
+        return None
+    return float(device.compute_capability)
+
+
 def resolve_precision(precision: str) -> str:
+    """What `auto` means on this machine; raises UserError for tf32 where there is none."""
     if precision == "auto":
         return "bfloat16" if has_accelerator() else "float32"
+    if precision == "tf32" and (nvidia_capability() or 0.0) < 8.0:
+        raise UserError(
+            f"--precision tf32: needs an NVIDIA GPU of compute capability 8.0 or newer (Ampere), and JAX computes on "
+            f"{jax.devices()[0].device_kind} here; use float32"
+        )
     return precision
+
+
+def matmul_precision(precision: str) -> str | None:
+    """JAX's name for how float32 matrix products are done in a resolved precision; None where there are none."""
+    return {"bfloat16": None, "tf32": "tensorfloat32"}.get(precision, "highest")
 
 
 def resolve_mesh(config: TrainConfig) -> dict[str, int]:

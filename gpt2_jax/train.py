@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from gpt2_core.batches import IGNORED, TrainingBatches, evaluation_batches
-from gpt2_core.config import TrainConfig, accumulate, check_mesh, format_mesh, parse_mesh
+from gpt2_core.config import TrainConfig, accumulate, check_mesh, dtype_of, format_mesh, parse_mesh
 from gpt2_core.interrupt import interruptible
 from gpt2_core.run_folder import RunFolder, RunPlan, metadata_of, plan_run
 from gpt2_core.runlog import RunLog, peak_flops
@@ -57,7 +57,7 @@ def define_model(config: TrainConfig) -> Definition:
     """The model of a resolved configuration."""
     return define(
         config.model,
-        Execution(config.precision, config.attention, config.scan_layers, config.remat, config.norm_kernel),
+        Execution(dtype_of(config.precision), config.attention, config.scan_layers, config.remat, config.norm_kernel),
     )
 
 

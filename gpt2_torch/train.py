@@ -108,6 +108,7 @@ def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] 
     device = pick_device(config.device)
     config = resolve(config, device, processes)
     check_memory(config, device, processes)
+    set_matmul_precision(config.precision)
     with memory_errors(config, device, processes), _group_of(processes, device):
         return _train(config, initial, device, rank, processes)
 
@@ -263,12 +264,27 @@ def pick_device(choice: str) -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """What `auto` means on this device; raises UserError for a dtype that it doesn't have."""
+    """What `auto` means on this device; raises UserError for a precision that it doesn't have."""
     if precision == "float64" and device.type == "mps":
         raise UserError("--precision float64: mps has no float64; use --device cpu")
+    if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        raise UserError(
+            f"--precision tf32: needs an NVIDIA GPU of compute capability 8.0 or newer (Ampere), and this is {name}; "
+            f"use float32"
+        )
     if precision == "auto":
         return "float32" if device.type == "cpu" else "bfloat16"
     return precision
+
+
+def set_matmul_precision(precision: str) -> None:
+    """Have this process do float32 matrix products in TF32 for tf32, and in true float32 otherwise.
+
+    By this function, and not torch.backends.cuda.matmul.fp32_precision: torch.compile asks for what it sets, and torch
+    raises an error if the two ways are mixed.
+    """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def resolve(config: TrainConfig, device: torch.device, processes: int) -> TrainConfig:

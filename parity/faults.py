@@ -122,10 +122,10 @@ def weights_changed(change: Callable[[str, np.ndarray], np.ndarray]) -> Patch:
 
 
 def _mask(offset: int) -> Patch:
-    def make(tril):
-        return lambda m: tril(m, offset).at[0, 0].set(True)
+    def make(causal_mask):
+        return lambda T: jnp.tril(jnp.ones((T, T), bool), offset).at[0, 0].set(True)
 
-    return replacing(gpt2_jax.attention.jnp, "tril", make)
+    return replacing(gpt2_jax.attention, "_causal_mask", make)
 
 
 def _additive_mask(weights):
@@ -376,17 +376,6 @@ def _cosine_to_zero(rate):
 
 
 # --- dropout, cache, sampler
-
-
-@contextlib.contextmanager
-def _unscaled_dropout():
-    def wrong(x, rate, key):
-        if key is None or rate == 0.0:
-            return x
-        return jnp.where(tap("dropout_mask", gpt2_jax.dropout.dropout_mask(key, x.shape, rate)), x, 0.0)
-
-    with mock.patch.object(gpt2_jax.model, "dropout", wrong), mock.patch.object(gpt2_jax.attention, "dropout", wrong):
-        yield
 
 
 def _always_training(evaluate):
@@ -705,7 +694,7 @@ FAULTS = (
         "what is kept isn't divided by 1 - rate",
         "dropout",
         "steps at rate",
-        _unscaled_dropout,
+        replacing(gpt2_jax.dropout, "keep_probability", lambda _: lambda rate: 1.0),
     ),
     Fault(
         "dropout in evaluation",

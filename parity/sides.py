@@ -127,7 +127,11 @@ class JaxSide:
     def train(self, config: TrainConfig, batches: Sequence[Batch]) -> Trained:
         """The trainer's own steps, on the mesh and in the way that `config` says, from the weights as given."""
         mesh = make_mesh(parse_mesh(config.mesh))
-        execution = Execution(config.precision, "xla", config.scan_layers, config.remat)
+        model = config.model
+        kernel = choose_kernel(
+            config.attention, precision=config.precision, dropout=model.dropout, head_size=model.head_size
+        )
+        execution = Execution(config.precision, kernel, config.scan_layers, config.remat)
         definition = define(config.model, execution)
         optimizer = gpt2_jax.train_step.make_optimizer(config.optimizer, config.model)
         state = gpt2_jax.train_step.initial_state(definition, optimizer, mesh, seed=config.seed, params=self.params)
@@ -345,16 +349,26 @@ class _GivenMasks(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.dropout:
             p, training = args[1:3] if len(args) > 2 else (kwargs["p"], kwargs["training"])
-            return self._drop(args[0], p) if training and p > 0 else args[0]
+            return _dropped(args[0], next(self._masks), p) if training and p > 0 else args[0]
         if function is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0) > 0:
             q, k, v = args
             future = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
             scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(future, -math.inf)
-            return self._drop(scores.softmax(dim=-1), kwargs["dropout_p"]) @ v
+            return _dropped(scores.softmax(dim=-1), self._mask_of_weights(scores.shape), kwargs["dropout_p"]) @ v
         return function(*args, **kwargs)
 
-    def _drop(self, x: torch.Tensor, p: float) -> torch.Tensor:
-        return x * torch.from_numpy(next(self._masks).copy()).to(x.device) / (1.0 - p)
+    def _mask_of_weights(self, shape: torch.Size) -> np.ndarray:
+        """The mask (B, H, T, T) of attention weights: JAX draws one for each block of queries, over its keys."""
+        whole, rows = np.zeros(shape, bool), 0
+        while rows < shape[-2]:
+            mask = next(self._masks)
+            whole[..., rows : rows + mask.shape[-2], : mask.shape[-1]] = mask
+            rows += mask.shape[-2]
+        return whole
+
+
+def _dropped(x: torch.Tensor, mask: np.ndarray, p: float) -> torch.Tensor:
+    return x * torch.from_numpy(mask.copy()).to(x.device) / (1.0 - p)
 
 
 def _tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

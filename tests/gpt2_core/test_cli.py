@@ -93,7 +93,7 @@ def test_every_setting_has_a_help_text():
         (("--n_layer", "3"), "did you mean --model.n_layer"),
         (("--steps", "three"), "--steps three: expected a whole number"),
         (("--compile", "maybe"), "--compile maybe: expected true or false"),
-        (("--precision", "half"), "--precision half: expected one of auto, float32, bfloat16, float64"),
+        (("--precision", "half"), "--precision half: expected one of auto, float32, tf32, bfloat16, float64"),
         (("--track", "paper"), "--track paper: expected one of wandb, tensorboard, mlflow"),
         (("--data.mixture", "web"), "--data.mixture web: expected FOLDER=WEIGHT,..."),
         (("--epochs", "0"), "--epochs 0.0: must be above 0"),

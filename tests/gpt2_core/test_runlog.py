@@ -80,4 +80,6 @@ def test_the_peak_is_known_for_the_gpus_we_build_for():
     assert peak_flops("NVIDIA H200", "bfloat16") == peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
     assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
+    tf32 = {"NVIDIA A100-SXM4-80GB": 156e12, "NVIDIA H100 PCIe": 378e12, "NVIDIA H200": 494.7e12}
+    assert {name: peak_flops(name, "tf32") for name in tf32} == tf32
     assert peak_flops("cpu", "bfloat16") is None and peak_flops("NVIDIA H200", "float32") is None

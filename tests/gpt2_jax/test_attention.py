@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 from gpt2_core.errors import UserError
 from gpt2_jax.attention import cached_attention, causal_attention, choose_kernel
+from gpt2_jax.capture import tapping
 
 
 def by_definition(q, k, v):
@@ -48,6 +51,52 @@ def test_long_sequences_in_blocks_of_queries_and_their_gradients_are_exact(x64, 
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
 
 
+def attend_with_dropout(q, k, v, kernel):
+    return causal_attention(q, k, v, kernel=kernel, rate=0.3, key=jax.random.split(jax.random.key(0), len(q)))
+
+
+@pytest.mark.parametrize(("kernel", "T"), [("xla", 68), ("recompute", 68), ("recompute", 62)])
+def test_dropout_of_weights_and_its_gradients_are_exact_for_the_masks_that_taps_show(x64, kernel, T):
+    qkv = 2 * np.random.default_rng(0).standard_normal((3, 2, 2, T, 4))
+
+    @jax.jit
+    def tapped(*qkv):
+        found = []
+        with tapping(lambda name, mask: found.append(mask) or mask):
+            attend_with_dropout(*qkv, kernel)
+        return found
+
+    masks, mask = tapped(*qkv), np.zeros((2, 2, T, T))
+    begins = np.cumsum([0, *(m.shape[2] for m in masks)])
+    for begin, m in zip(begins, masks, strict=False):
+        mask[:, :, begin : begin + m.shape[2], : m.shape[3]] = m
+    assert begins[-1] == T and 0.65 < mask[:, :, np.tri(T, dtype=bool)].mean() < 0.75
+
+    def whole(q, k, v):
+        scores = jnp.where(jnp.tril(jnp.ones((T, T), bool)), q @ k.swapaxes(-1, -2) / 2, -jnp.inf)
+        return jax.nn.softmax(scores, axis=-1) * mask / 0.7 @ v
+
+    def by(attend):
+        return jax.jit(jax.value_and_grad(lambda *qkv: (attend(*qkv) ** 2).sum(), argnums=(0, 1, 2)))(*qkv)
+
+    (ours, ours_by), (theirs, theirs_by) = by(lambda *qkv: attend_with_dropout(*qkv, kernel)), by(whole)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-13)
+    for a, b in zip(ours_by, theirs_by, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-11)
+
+
+def test_recompute_keeps_no_weights_for_the_backward_pass_and_a_bit_of_each_mask():
+    qkv = [jax.ShapeDtypeStruct((2, 2, 256, 16), jnp.float32)] * 3
+
+    def kept(kernel):
+        back = jax.eval_shape(lambda *qkv: jax.vjp(lambda *qkv: attend_with_dropout(*qkv, kernel), *qkv)[1], *qkv)
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(back))
+
+    inputs_and_output, weights = 4 * 2 * 2 * 256 * 16, 2 * 2 * 256 * 256 * 10 // 16
+    assert kept("recompute") == 4 * inputs_and_output + weights // 8
+    assert kept("xla") == 4 * inputs_and_output + weights // 8 + 4 * weights
+
+
 def test_blocks_spare_the_scores_that_no_query_sees():
     """Of four blocks' T x T scores 10/16 are computed, forward and backward."""
     T, K = 256, 64
@@ -87,7 +136,9 @@ def test_cudnn_is_taken_where_it_can_do_the_work_and_only_there(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
     assert choose_kernel("auto", precision="bfloat16", dropout=0.0, head_size=64) == "cudnn"
-    assert choose_kernel("auto", precision="float64", dropout=0.0, head_size=64) == "xla"
-    assert choose_kernel("auto", precision="bfloat16", dropout=0.0, head_size=20) == "xla"
-    with pytest.raises(UserError, match="has no dropout, and model.dropout is 0.1"):
+    assert choose_kernel("auto", precision="float64", dropout=0.0, head_size=64) == "recompute"
+    assert choose_kernel("auto", precision="bfloat16", dropout=0.0, head_size=20) == "recompute"
+    assert choose_kernel("auto", precision="bfloat16", dropout=0.1, head_size=64) == "recompute"
+    assert choose_kernel("xla", precision="bfloat16", dropout=0.1, head_size=64) == "xla"
+    with pytest.raises(UserError, match="no dropout .* model.dropout is 0.1; use --attention recompute"):
         choose_kernel("cudnn", precision="bfloat16", dropout=0.1, head_size=64)

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 from gpt2_core.batches import IGNORED
 from gpt2_core.config import ModelConfig
-from gpt2_jax.dropout import dropout, dropout_mask
+from gpt2_jax.dropout import dropout, dropout_mask, unpack
 from gpt2_jax.model import Execution, define, padded_vocab_size
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=31)
@@ -116,20 +117,43 @@ def test_no_float64_hides_in_a_float32_model(x64):
 
 def test_dropout_keeps_the_share_it_should_and_the_mean():
     keys_B = jax.random.split(jax.random.key(0), 1000)
-    kept = dropout_mask(keys_B, (1000, 1000), 0.3).mean()
-    assert abs(float(kept) - 0.7) < 5 * (0.7 * 0.3) ** 0.5 / 1000
+    kept = unpack(dropout_mask(keys_B, (1000, 999), 0.3), 999)
+    assert kept.shape == (1000, 999)
+    # So many are kept in all, and of the elements that lie at the same bit of their bytes.
+    for some in (kept, *(kept[:, place::8] for place in range(8))):
+        assert abs(float(some.mean()) - 0.7) < 5 * (0.7 * 0.3 / some.size) ** 0.5
     out = dropout(jnp.ones((1000, 1000)), 0.3, keys_B)
     assert set(np.unique(np.asarray(out))) == {0.0, np.float32(1 / 0.7)}
     assert dropout(out, 0.3, None) is out
 
 
+def test_the_gradient_of_dropout_is_dropped_by_the_same_mask():
+    x = jnp.arange(1.0, 401.0).reshape(20, 20)
+    keys_B = jax.random.split(jax.random.key(0), 20)
+    out, back = jax.vjp(lambda x: dropout(x, 0.3, keys_B), x)
+    np.testing.assert_array_equal(back(x)[0], out)
+    # What is kept for it is the mask, a bit for each element.
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(back)) == 20 * 3
+
+
+def test_a_mask_is_the_same_with_float64_on_as_without():
+    keys_B = jax.random.split(jax.random.key(0), 4)
+    mask = dropout_mask(keys_B, (4, 3, 20), 0.3)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(dropout_mask(keys_B, (4, 3, 20), 0.3), mask)
+
+
 def test_dropout_differs_between_layers_sites_sequences_and_keys(monkeypatch):
     config = dataclasses.replace(CONFIG, dropout=0.5)
     masks = []
-    monkeypatch.setattr(
-        "gpt2_jax.dropout.dropout_mask",
-        lambda keys_B, shape, rate: masks.extend(jax.random.key_data(keys_B)) or jnp.ones(shape, bool),
-    )
+    for module in ("dropout", "attention"):
+        monkeypatch.setattr(
+            f"gpt2_jax.{module}.dropout_mask",
+            lambda keys_B, shape, rate: (
+                masks.extend(jax.random.key_data(keys_B))
+                or jnp.zeros((*shape[:-1], math.ceil(shape[-1] / 8)), jnp.uint8)
+            ),
+        )
     definition, params = build(config)
     with jax.disable_jit():
         for key in (0, 1):

@@ -1,10 +1,16 @@
 import os
+import re
 import subprocess
 import sys
 
+import jax
+import pytest
 from jaxlib import xla_client
 
+from gpt2_core.config import ModelConfig, dtype_of
+from gpt2_core.errors import UserError
 from gpt2_jax import runtime
+from gpt2_jax.model import Execution, define
 
 PROGRAM = """
 import jax, jax.numpy as jnp
@@ -50,3 +56,28 @@ def test_jax_gets_most_of_a_gpus_memory_unless_the_user_says_how_much(monkeypatc
         runtime._take_gpu_memory()
         found = xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"]
         assert found == (0.92 if theirs is None else 0.5)
+
+
+@pytest.mark.parametrize(("precision", "of_dots"), [("tf32", "HIGH"), ("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_every_product_of_a_step_lowered_for_a_gpu_has_the_precision_asked_for(precision, of_dots):
+    definition = define(ModelConfig(1, 2, 16, 16, 31), Execution(dtype_of(precision), "recompute"))
+    tokens = jax.ShapeDtypeStruct((2, 16), "int32")
+    loss_and_grads = jax.value_and_grad(lambda params, tokens: definition.merge(params).loss(tokens, tokens))
+    with jax.default_matmul_precision(runtime.matmul_precision(precision)):
+        traced = jax.jit(loss_and_grads).trace(dict(definition.abstract), tokens)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    found = [re.search(r"precision = \[(\w+), (\w+)\]", line) for line in text.splitlines() if "dot_general" in line]
+    assert len(found) > 10
+    assert {match.groups() if match else ("DEFAULT", "DEFAULT") for match in found} == {(of_dots, of_dots)}
+
+
+def test_tf32_is_refused_on_older_gpus_too(monkeypatch):
+    class Gpu:
+        device_kind, compute_capability = "NVIDIA Tesla T4", "7.5"
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu])
+    with pytest.raises(UserError, match="--precision tf32: .* JAX computes on NVIDIA Tesla T4 here; use float32"):
+        runtime.resolve_precision("tf32")
+    Gpu.compute_capability = "8.0"
+    assert runtime.resolve_precision("tf32") == "tf32"

@@ -15,7 +15,14 @@ from gpt2_core.errors import UserError
 from gpt2_core.run_folder import read_metrics
 from gpt2_torch.model import GPT2
 from gpt2_torch.optimizer import make_optimizer
-from gpt2_torch.train import accumulate_gradients, pick_device, train, train_step
+from gpt2_torch.train import (
+    accumulate_gradients,
+    pick_device,
+    resolve_precision,
+    set_matmul_precision,
+    train,
+    train_step,
+)
 
 
 def losses(folder, split="train"):
@@ -155,3 +162,23 @@ def test_a_device_that_is_not_here_is_refused():
         pytest.skip("there is a GPU here")
     with pytest.raises(UserError, match="--device cuda: .* finds none here; use cpu"):
         pick_device("cuda")
+
+
+def test_float32_products_are_in_tf32_for_tf32_alone(make_config):
+    set_matmul_precision("tf32")
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    train(make_config(steps=1))  # in float32
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+
+
+@pytest.mark.parametrize(("name", "capability"), [("Tesla T4", (7, 5)), ("NVIDIA A100", (8, 0))])
+def test_tf32_is_refused_where_there_is_none(monkeypatch, name, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    if capability >= (8, 0):
+        assert resolve_precision("tf32", torch.device("cuda")) == "tf32"
+    else:
+        with pytest.raises(UserError, match="tf32: needs .* 8.0 or newer .*, and this is Tesla T4; use float32"):
+            resolve_precision("tf32", torch.device("cuda"))
+    with pytest.raises(UserError, match="and this is mps; use float32"):
+        resolve_precision("tf32", torch.device("mps"))

@@ -104,6 +104,7 @@ def test_a_run_of_no_steps_can_be_resumed_and_trained_on(script, run, recipe, tm
         (("--resume", "--run_dir", "taken"), "taken was trained with model.n_layer 2, not 1"),
         (("--resume", "--run_dir", "new"), "holds no run to go on with"),
         (("--init_from", "nowhere"), "nowhere: no such file or folder"),
+        (("--precision", "tf32", "--device", "cpu"), "--precision tf32: needs an NVIDIA GPU of compute capability 8.0"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_overwritten(run, recipe, tmp_path, arguments, words, taken):
@@ -134,6 +135,7 @@ def taken(make_config, tmp_path):
         (("--mesh", "rows=4"), "--mesh rows=4: expected a number of devices"),
         (("--device", "cpu"), "--device: not an option of train_jax.py"),
         (("--attention", "cudnn"), "--attention cudnn: needs an NVIDIA GPU"),
+        (("--precision", "tf32"), "--precision tf32: needs an NVIDIA GPU of compute capability 8.0"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(run, recipe, tmp_path, arguments, words):
