@@ -4,7 +4,6 @@ Runs in the environment that benchmarks.compiled makes, which has JAX's CUDA plu
 to FOLDER/program.txt and what the compiler says of its memory to FOLDER/facts.json.
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import math
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_core.cli import run
-from gpt2_core.config import TrainConfig, from_dict, parse_mesh
+from gpt2_core.config import from_dict, parse_mesh
 
 
 def main(arguments: list[str]) -> None:
@@ -37,18 +36,11 @@ def _compile(spec: dict[str, Any]) -> Any:
     from gpt2_jax.train_step import compile_train_step
 
     _answer_for_the_driver(tuple(spec["capability"]))
-    config = _resolved(from_dict(spec["config"]))
+    config = from_dict(spec["config"])
     sizes = parse_mesh(config.mesh)
     shape = f"1x1x{math.prod(sizes.values())}"
     topology = topologies.get_topology_desc(platform="cuda", target_config=spec["target"], topology=shape)
     return compile_train_step(config, define_model(config), make_mesh(sizes, list(topology.devices)))
-
-
-def _resolved(config: TrainConfig) -> TrainConfig:
-    """With the kernels that `auto` means on the target; the trainer's own answer is for the devices of this machine."""
-    attention = "cudnn" if config.attention == "auto" else config.attention
-    norm_kernel = "triton" if config.norm_kernel == "auto" else config.norm_kernel
-    return dataclasses.replace(config, attention=attention, norm_kernel=norm_kernel)
 
 
 def _answer_for_the_driver(capability: tuple[int, int]) -> None:

@@ -73,10 +73,11 @@ def jax_session(spec: dict[str, Any]) -> Session:
 def torch_session(spec: dict[str, Any]) -> Session:
     import torch
 
-    from gpt2_torch.train import pick_device, resolve_precision
+    from gpt2_torch.train import pick_device, resolve_precision, set_matmul_precision
 
     device = pick_device(spec["device"])
     precision = resolve_precision(spec["precision"], device)
+    set_matmul_precision(precision)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     rates = {"matmul_flops": torch_matmul(precision, device), "bandwidth": torch_bandwidth(device)}
     return Session({"device": name, "precision": precision} | rates, lambda units: None)

@@ -128,12 +128,6 @@ def add_options(parser: Parser, *, preset: str | None, batch: int, device: str =
     )
     parser.add_argument("--scan_layers", type=bool, default=False, help="JAX: scan the layers.")
     parser.add_argument("--remat", type=bool, default=False, help="JAX: recompute activations.")
-    parser.add_argument(
-        "--gradient_exchange",
-        type=Literal["float32", "bfloat16"],
-        default="float32",
-        help="JAX: dtype in which devices exchange gradients.",
-    )
 
 
 def add_json(parser: Parser) -> None:
@@ -168,7 +162,6 @@ def configuration(options: Any) -> TrainConfig:
         mesh=1,
         attention=options.attention,
         norm_kernel=options.norm_kernel,
-        gradient_exchange=options.gradient_exchange,
         scan_layers=options.scan_layers,
         remat=options.remat,
         device=options.device,

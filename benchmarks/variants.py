@@ -39,9 +39,13 @@ VARIANTS = (
         attributes={"gpt2_jax.loss:_in_one_pass": "gpt2_jax.loss:_in_two_passes"},
     ),
     Variant("chunk-256MB", "loss in chunks of 256 MB", attributes={"gpt2_jax.loss:CHUNK_BYTES": 256 << 20}),
-    Variant("chunk-512MB", "loss in chunks of 512 MB", attributes={"gpt2_jax.loss:CHUNK_BYTES": 512 << 20}),
     Variant("chunk-1GB", "loss in chunks of 1 GB", attributes={"gpt2_jax.loss:CHUNK_BYTES": 1 << 30}),
     Variant("chunk-2GB", "loss in chunks of 2 GB", attributes={"gpt2_jax.loss:CHUNK_BYTES": 2 << 30}),
+    Variant(
+        "gelu-kept",
+        "GELU's intermediate values kept for the backward pass",
+        attributes={"gpt2_jax.model:_recomputed": "benchmarks.variants:as_it_is"},
+    ),
     Variant("dropout", "`--model.dropout 0.1`", config={"model.dropout": 0.1}),
     Variant("remat", "`--remat true`", config={"remat": True}),
 )
@@ -50,11 +54,15 @@ FLAGS = (
     Variant("no-triton-gemm", "products by cuBLAS alone", flags="--xla_gpu_enable_triton_gemm=false"),
     Variant("no-command-buffers", "no CUDA graphs", flags="--xla_gpu_enable_command_buffer="),
     Variant("no-autotuning", "nothing autotuned", flags="--xla_gpu_autotune_level=0"),
-    Variant("latency-hiding", "scheduler that hides latency", flags="--xla_gpu_enable_latency_hiding_scheduler=true"),
     Variant("cudnn-layer-norm", "cuDNN's layer norm", config={"norm_kernel": "xla"},
             flags="--xla_gpu_enable_cudnn_layer_norm=true"),
     Variant("cudnn-gemm-fusion", "cuDNN's fused products", flags="--xla_gpu_cudnn_gemm_fusion_level=2"),
 )  # fmt: skip
+
+
+def as_it_is(function: Any) -> Any:
+    """What stands for a transformation that is switched off."""
+    return function
 
 
 def jax_side(name: str, config: TrainConfig, variant: Variant | None = None) -> dict[str, Any]:

@@ -244,7 +244,11 @@ class GPT2(nnx.Module):
         """A block as a pure function of its parameters."""
 
         def apply(state, x_BTD, branch_BTD, positions_T, key):
-            return nnx.merge(graph, state)(x_BTD, branch_BTD, positions_T, key=key)[:2]
+            x_BTD, branch_BTD, _ = nnx.merge(graph, state)(x_BTD, branch_BTD, positions_T, key=key)
+            if self.execution.remat and branch_BTD is not None:
+                # What is kept of a block is its input: one array, and not the two parts of it.
+                x_BTD, branch_BTD = x_BTD + branch_BTD, None
+            return x_BTD, branch_BTD
 
         return jax.checkpoint(apply) if self.execution.remat else apply
 
@@ -260,7 +264,7 @@ class GPT2(nnx.Module):
 
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         numbers = jnp.arange(1, len(states) + 1)
-        branch_BTD = jnp.zeros(x_BTD.shape, self.execution.dtype)
+        branch_BTD = None if self.execution.remat else jnp.zeros(x_BTD.shape, self.execution.dtype)
         return jax.lax.scan(step, (x_BTD, branch_BTD), (numbers, stacked))[0]
 
 

@@ -99,8 +99,10 @@ def per_head_shard(function: Callable[..., Any]) -> Callable[..., Any]:
 def gather(
     params: Mapping[str, jax.Array], axes: Mapping[str, Axes], mesh: Mesh, narrow: Collection[str], dtype: Any
 ) -> dict[str, jax.Array]:
-    """Parameters made whole along what `fsdp` splits (Rajbhandari et al. 2020, "ZeRO", stage 3), outside `per_shard`.
+    """Parameters made whole along what `fsdp` splits, outside `per_shard`.
 
+    They stay whole from the forward to the backward pass, and a device's gradients are whole until they are exchanged:
+    what is saved is the memory of parameters and optimizer state (PyTorch's FSDP calls it SHARD_GRAD_OP).
     Those in `narrow` are rounded to `dtype` wherever they are used, so they travel in it. They come back in their own
     dtype, so that their gradients have it; XLA removes the conversion there and back.
     """

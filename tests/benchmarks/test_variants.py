@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import os
 
 import pytest
@@ -18,8 +19,9 @@ def started(monkeypatch):
     """What a side of JAX would find, in place of the side."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_onednn=true")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
-    for name in ("CHUNK_BYTES", "_in_one_pass"):
-        monkeypatch.setattr(loss, name, getattr(loss, name))
+    for where in {where for variant in VARIANTS for where in variant.attributes}:
+        module, name = variants._found(where)
+        monkeypatch.setattr(module, name, getattr(module, name))  # so that it is put back
     found = {}
 
     def session(spec) -> Session:
@@ -43,6 +45,15 @@ def test_a_variant_differs_from_the_default_in_what_it_names_alone(variant, star
     assert different == named and named
     variants.jax_session(varied)
     assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_a_variants_values_are_not_the_defaults(variant):
+    for where, value in variant.attributes.items():
+        replacement = getattr(*variants._found(value)) if isinstance(value, str) else value
+        assert getattr(*variants._found(where)) != replacement
+    for name, value in variant.config.items():
+        assert functools.reduce(getattr, name.split("."), TrainConfig()) != value
 
 
 def test_attributes_and_flags_are_set_before_the_step_is_made(started):

@@ -18,6 +18,6 @@ def mesh_config(make_config):
 
     def make(name="run", mesh=1, precision="float32", **overrides):
         resolved = {"mesh": format_mesh(parse_mesh(mesh)), "precision": precision, "attention": "xla"}
-        return make_config(name, **resolved, norm_kernel="xla", **overrides)
+        return make_config(name, **resolved | {"norm_kernel": "xla"} | overrides)
 
     return make

@@ -77,7 +77,7 @@ def test_layer_norms_gradients_are_autodiffs(x64):
         centred = x - x.mean(axis=-1, keepdims=True)
         return centred / jnp.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5) * w + b
 
-    ours, theirs = (
+    theirs, ours = (
         jax.grad(lambda *a, norm=norm: (norm(*a) ** 3).sum(), argnums=(0, 1, 2))(x, w, b)
         for norm in (plain, lambda *a: _layer_norm(*a, 1e-5, jnp.float64))
     )

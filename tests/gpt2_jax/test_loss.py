@@ -93,6 +93,21 @@ def test_chunks_have_one_length_and_a_power_of_two_where_that_divides(monkeypatc
     assert gpt2_jax.loss._chunk_length(8, T, 4 * 1000) == expected
 
 
+def test_in_bfloat16_a_count_of_tokens_divides_the_gradient_in_float32():
+    """1 / 12,288 rounded to bfloat16 would scale every gradient below the head by 1.002."""
+    generator = np.random.default_rng(0)
+    x = jnp.asarray(generator.standard_normal((2, 8, D)), jnp.bfloat16)
+    head = jnp.asarray(generator.standard_normal((PADDED, D)), jnp.float32)
+    targets = generator.integers(0, V, (2, 8))
+
+    def scale(count):
+        dx = jax.grad(lambda x: summed_cross_entropy(x, head, targets, V) / count)(x).astype(jnp.float32)
+        whole = jax.grad(lambda x: summed_cross_entropy(x, head, targets, V))(x).astype(jnp.float32)
+        return float(jnp.vdot(dx, whole) / jnp.vdot(whole, whole)) * count
+
+    assert abs(scale(12_288) - 1) < 5e-4
+
+
 def unfused(x_BTD, head_VD, targets_BT, vocab_size):
     logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, head_VD)
     logits_BTV = jnp.where(jnp.arange(head_VD.shape[0]) < vocab_size, logits_BTV, -jnp.inf)

@@ -75,6 +75,20 @@ def test_scanning_and_recomputing_change_nothing_but_rounding(x64, how):
         np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-12 * np.abs(a[name]).max())
 
 
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_recomputing_keeps_one_array_of_a_block(scan_layers):
+    """Its input: not the two parts in which the residual stream comes and goes."""
+    config = dataclasses.replace(CONFIG, n_layer=4)
+    definition = define(config, Execution("bfloat16", remat=True, scan_layers=scan_layers))
+    params = jax.eval_shape(definition.initialize, jax.random.key(0))
+    _, pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: definition.merge(p).hidden(TOKENS), p), params)
+    kept = [x for x in jax.tree.leaves(pullback) if x.shape[-3:] == (2, 8, config.n_embd)]
+    arrays = {dtype: sum(x.size for x in kept if x.dtype == dtype) / TOKENS.size / config.n_embd for dtype in
+              (jnp.float32, jnp.bfloat16)}  # fmt: skip
+    # Four inputs in float32; the rest is the last norm's.
+    assert 4 <= arrays[jnp.float32] <= 6 and arrays[jnp.bfloat16] <= 2
+
+
 def test_the_padding_of_the_vocabulary_is_invisible(x64):
     definition, params = build(dtype="float64")
     logits = jax.jit(lambda p: definition.merge(p)(TOKENS))(params)
