@@ -31,9 +31,9 @@ endif
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py --mesh $(MESH)
 
-# Two processes, a file of tests each: compiling, which is most of what tests do, uses one core at a time.
+# Two processes: compiling, which is most of what tests do, uses one core at a time.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
