@@ -12,6 +12,8 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # Compiling is the slowest thing the tests do, in child processes too. The programs are tiny, and what they compute
 # doesn't hang on how fast they run; and many tests compile the same one.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# The models are tiny, and two processes of tests share the cores: PyTorch's threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="gpt2-jax-test-cache-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
