@@ -211,7 +211,7 @@ def _parser() -> Parser:
     parser.add_argument("--stages", type=str, help="Some of the stages, comma between. Left out: all.")
     parser.add_argument("--rounds", type=int, default=7, help="Turns that each side of a comparison takes.")
     parser.add_argument("--steps", type=int, default=5, help="Steps a turn, and steps that are profiled.")
-    parser.add_argument("--text", type=str, help="File to learn by heart. Left out: text of Python's own library.")
+    parser.add_argument("--text", type=str, help="Text to overfit. Left out: text of Python's own library.")
     parser.add_argument("--target_loss", type=float, default=0.01, help="Loss at which that run ends.")
     parser.add_argument("--commit", type=str, help="The commit that is measured, where git can't tell.")
     add_options(parser, preset="gpt2", batch=32, device="cuda")

@@ -18,7 +18,7 @@ from gpt2_core.files import write_atomically
 
 _ROOT = Path(__file__).parent.parent
 
-# Bytes of the text that configs/shakespeare_overfit.yaml learns by heart.
+# Bytes of the text that configs/shakespeare_overfit.yaml overfits.
 _TEXT_BYTES = 1_115_394
 
 

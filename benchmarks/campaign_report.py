@@ -232,7 +232,7 @@ def _overfit(done: dict[str, Record]) -> str:
     steps = published or list(losses)[:: max(1, len(losses) // _POINTS)]
     rows = [[f"{step}", f"{losses[step]:.4f}", f"{published[step]:.4f}" if step in published else ""]
             for step in steps if step in losses]  # fmt: skip
-    return _section("Learnt by heart", said, _table(["step", "loss", "published run"], rows))
+    return _section("Overfitting", said, _table(["step", "loss", "published run"], rows))
 
 
 def _not_done(records: list[Record]) -> str:

@@ -1,4 +1,4 @@
-"""bench.py data: how fast text becomes tokens, and tokens batches, each beside a yardstick in the same run."""
+"""bench.py data: how fast text becomes tokens, and tokens batches, each beside a baseline in the same run."""
 
 import os
 import statistics

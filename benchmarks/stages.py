@@ -41,7 +41,7 @@ class Settings:
     rounds: int
     steps: int
     text: str | None
-    """A file to learn by heart in place of the bundled text."""
+    """A file to overfit, instead of the bundled text."""
     target_loss: float
 
 

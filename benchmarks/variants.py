@@ -89,14 +89,14 @@ def torch_side(name: str, config: TrainConfig, attention: str, *, compile: bool)
 
 
 def compare(spec: dict[str, Any]) -> dict[str, Any]:
-    """Two sides in turns; the first is the one that is judged.
+    """Two sides in turns; the first is the one that is candidate.
 
     With `halve`, a batch that doesn't fit is halved until it does.
     """
-    judged, yardstick = spec["sides"]
+    candidate, baseline = spec["sides"]
     while True:
-        config = from_dict(yardstick["config"])
-        functions = {side["name"]: (side["function"], side) for side in (judged, yardstick)}
+        config = from_dict(baseline["config"])
+        functions = {side["name"]: (side["function"], side) for side in (candidate, baseline)}
         try:
             rows, seconds = train.measure(
                 functions, config, rounds=spec["rounds"], steps=spec["steps"], console=Console(soft_wrap=True)
@@ -107,9 +107,9 @@ def compare(spec: dict[str, Any]) -> dict[str, Any]:
             if not (spec.get("halve") and batch and _OUT_OF_MEMORY.search(str(error))):
                 raise
             print(f"{error}; again with a batch of {batch}", flush=True)
-            judged, yardstick = ({**side, "config": side["config"] | {"batch_size": batch}}
-                                 for side in (judged, yardstick))  # fmt: skip
-    found = ratio(seconds[judged["name"]], seconds[yardstick["name"]])
+            candidate, baseline = ({**side, "config": side["config"] | {"batch_size": batch}}
+                                 for side in (candidate, baseline))  # fmt: skip
+    found = ratio(seconds[candidate["name"]], seconds[baseline["name"]])
     return {
         "batch": config.batch_size,
         "model": dataclasses.asdict(config.model),

@@ -17,7 +17,7 @@ from gpt2_core.errors import UserError
 from gpt2_jax.capture import tap
 from gpt2_jax.dropout import drop, dropout_mask, unpack
 from gpt2_jax.products import wide_einsum
-from gpt2_jax.runtime import nvidia_capability
+from gpt2_jax.runtime import has_accelerator, why_not_ampere
 from gpt2_jax.sharding import constrain, per_head_shard
 
 # The last two are one computation. "xla" keeps the weights for the backward pass, B H T T of them; "recompute" keeps
@@ -34,18 +34,15 @@ def choose_kernel(requested: str, *, precision: str, dropout: float, head_size: 
     reason = _why_not_cudnn(precision, dropout, head_size)
     if requested == "auto":
         # On a CPU arithmetic is what is scarce; on an accelerator memory is.
-        return "cudnn" if reason is None else "xla" if jax.default_backend() == "cpu" else "recompute"
+        return "cudnn" if reason is None else "recompute" if has_accelerator() else "xla"
     if requested == "cudnn" and reason:
         raise UserError(f"--attention cudnn: {reason}; use --attention recompute, xla or auto")
     return requested
 
 
 def _why_not_cudnn(precision: str, dropout: float, head_size: int) -> str | None:
-    capability = nvidia_capability()
-    if capability is None:
-        return "needs an NVIDIA GPU, and JAX finds none here"
-    if capability < 8.0:
-        return f"needs compute capability 8.0, and this {jax.devices()[0].device_kind} has {capability}"
+    if (reason := why_not_ampere()) is not None:
+        return reason
     if head_size % 8 or head_size > 128:
         return f"needs a head size that is a multiple of 8 and at most 128, and n_embd / n_head is {head_size}"
     if precision != "bfloat16":
@@ -176,7 +173,7 @@ def _causal_mask(T: int) -> jax.Array:
 
 
 def cached_attention(q_BHTK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """Attention over a cache of S places: the query at position p sees the places 0 .. p."""
+    """Attention over a cache of S slots: the query at position p sees the slots 0 .. p."""
     S = k_BHSK.shape[2]
     mask_B1TS = (jnp.arange(S) <= positions_BT[:, :, None])[:, None]
     weights_BHTS = _weights(q_BHTK, k_BHSK, mask_B1TS).astype(v_BHSK.dtype)

@@ -74,10 +74,8 @@ class Generator:
 
         def narrow(params: Params) -> Params:
             params = {"lm_head.weight": params["wte.weight"]} | params
-            matrices = {name for name, axes in self._decoding.logical_axes.items() if len(axes) > 1}
-            matrices -= {"wte.weight", "wpe.weight"}
             dtype = self.definition.execution.dtype
-            params = {name: x.astype(dtype) if name in matrices else x for name, x in params.items()}
+            params = {name: x.astype(dtype) if name in self._decoding.narrow else x for name, x in params.items()}
             # XLA makes of a vector times a matrix a multiplication and a sum, on GPUs one kernel if what is summed lies
             # side by side; if not, it writes all products to memory and reads them back, three times the bytes.
             return _move_inputs(params, 0, -1)

@@ -1,6 +1,6 @@
 """GPT-2 as Flax NNX modules, and its definition as pure functions of a flat dict of parameters.
 
-Shapes: B batch, T time, S places of a KV cache, D embedding, H heads, K head size, F MLP width, V vocabulary,
+Shapes: B batch, T time, S slots of a KV cache, D embedding, H heads, K head size, F MLP width, V vocabulary,
 N layers. M is B x T.
 """
 
@@ -46,7 +46,7 @@ class Execution:
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of the places that one layer has seen, each (B, H, S, K)."""
+    """Keys and values of the tokens that one layer has seen, each (B, H, S, K)."""
 
     k_BHSK: jax.Array
     v_BHSK: jax.Array
@@ -170,8 +170,8 @@ class GPT2(nnx.Module):
         make = {"std": 0.02, "param_dtype": execution.param_dtype, "rngs": rngs}
         table = (padded_vocab_size(V), D, ("vocab", "embed"))
         self.wte = Embedding(*table, used=V, **make)
-        places = (config.block_size, D, ("positions", "embed"))
-        self.wpe = Embedding(*places, used=config.block_size, **make) if config.position == "learned" else None
+        positions = (config.block_size, D, ("positions", "embed"))
+        self.wpe = Embedding(*positions, used=config.block_size, **make) if config.position == "learned" else None
         self.h = nnx.List([Block(config, execution, rngs) for _ in range(config.n_layer)])
         self.ln_f = make_norm(config, execution)
         self.lm_head = None if config.tie_embeddings else Embedding(*table, used=V, narrow=True, **make)
@@ -294,8 +294,8 @@ class Definition:
         _, state = nnx.split(GPT2(self.config, self.execution, nnx.Rngs(params=key)))
         return {_name(path): variable[...] for path, variable in nnx.to_flat_state(state)}
 
-    def empty_caches(self, batch: int, places: int) -> list[LayerCache]:
-        shape = (batch, self.config.n_head, places, self.config.head_size)
+    def empty_caches(self, batch: int, slots: int) -> list[LayerCache]:
+        shape = (batch, self.config.n_head, slots, self.config.head_size)
         dtype = jnp.dtype(self.execution.dtype)
         return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.config.n_layer)]
 

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gpt2_core.errors import UserError
-from gpt2_jax.runtime import nvidia_capability
+from gpt2_jax.runtime import why_not_ampere
 
 NormKernel = Literal["triton", "xla"]
 
@@ -40,11 +40,8 @@ def choose_norm_kernel(requested: str, *, precision: str, norm: str) -> NormKern
 
 
 def _why_not_triton(precision: str, norm: str) -> str | None:
-    capability = nvidia_capability()
-    if capability is None:
-        return "needs an NVIDIA GPU, and JAX finds none here"
-    if capability < 8.0:
-        return f"needs compute capability 8.0, and this {jax.devices()[0].device_kind} has {capability}"
+    if (reason := why_not_ampere()) is not None:
+        return reason
     if precision == "float64":
         return "computes in float32, not float64"
     if norm != "layernorm":

@@ -73,6 +73,16 @@ def nvidia_capability() -> float | None:
     return float(device.compute_capability)
 
 
+def why_not_ampere() -> str | None:
+    """Why a kernel for NVIDIA GPUs since Ampere can't run here; None if it can."""
+    capability = nvidia_capability()
+    if capability is None:
+        return "needs an NVIDIA GPU, and JAX finds none here"
+    if capability < 8.0:
+        return f"needs compute capability 8.0, and this {jax.devices()[0].device_kind} has {capability}"
+    return None
+
+
 def resolve_precision(precision: str) -> str:
     """What `auto` means on this machine; raises UserError for tf32 where there is none."""
     if precision == "auto":

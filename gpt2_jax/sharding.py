@@ -119,14 +119,14 @@ def gather(
     return {name: whole(name, x) for name, x in params.items()}
 
 
-def is_exchanging() -> bool:
+def batch_is_sharded() -> bool:
     """Whether there is more than one batch shard around."""
-    return bool(_exchanging())
+    return bool(_batch_axes())
 
 
 def sum_over_shards(x: jax.Array) -> jax.Array:
     """The sum of each batch shard's own value; outside of `per_shard` there is one shard."""
-    names = _exchanging()
+    names = _batch_axes()
     return jax.lax.psum(x, names) if names else x
 
 
@@ -137,7 +137,7 @@ def exchange(grads: Mapping[str, jax.Array], axes: Mapping[str, Axes], dtype: An
     """
 
     def summed(name: str, grad: jax.Array) -> jax.Array:
-        names = _exchanging()
+        names = _batch_axes()
         if not names:
             return grad
         sent = grad if dtype is None else grad.astype(dtype)
@@ -173,7 +173,7 @@ def _mesh_axes(axis: str | None) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names or ()
 
 
-def _exchanging() -> tuple[str, ...]:
+def _batch_axes() -> tuple[str, ...]:
     """The manual mesh axes of the surrounding `per_shard` that split the batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(name for name in _mesh_axes("batch") if name in mesh.manual_axes and mesh.shape[name] > 1)

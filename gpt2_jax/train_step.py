@@ -21,10 +21,10 @@ from gpt2_jax.model import Definition, Params
 from gpt2_jax.optimizer import clip_by_global_norm, make_optimizer
 from gpt2_jax.sharding import (
     Axes,
+    batch_is_sharded,
     exchange,
     exchanged_axes,
     gather,
-    is_exchanging,
     per_shard,
     sharding,
     spec,
@@ -207,7 +207,7 @@ def _sum_over_parts(of_part: Callable[[Any], Any], parts: Any) -> Any:
 
     shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    if not is_exchanging():
+    if not batch_is_sharded():
         return jax.lax.scan(add, zeros, parts)[0]
     total, _ = jax.lax.scan(add, zeros, jax.tree.map(lambda x: x[:last], parts))
     return add(*jax.lax.optimization_barrier((total, jax.tree.map(lambda x: x[last], parts))))[0]
