@@ -204,7 +204,7 @@ def test_a_toy_campaign_on_cpu(tmp_path, capsys):
     out = tmp_path / "campaign"
     begin = time.monotonic()
     main(["--out", str(out), "--stages", "environment,train,floor", "--minutes", "4", "--commit", "abc", *TOY])
-    assert time.monotonic() - begin < 120
+    assert time.monotonic() - begin < 4 * 60  # the budget it was given
     found = {record["stage"]: record for record in read_records(out)}
     assert {name: record["status"] for name, record in found.items()} == {
         "environment": "done",
