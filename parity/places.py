@@ -1,42 +1,91 @@
 """Where two computations part: the first value, in order of computation, that differs beyond rounding."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from parity.suite import relative_to_largest
+from parity.suite import mismatch, relative_to_largest
+
+Measure = Callable[[np.ndarray, np.ndarray], float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A value of the computation, and by how much the sides differ there, relative to its largest magnitude."""
+    """A value of the computation, and by how much the sides differ there, relative to its magnitude."""
 
     name: str
     difference: float
+    """Infinite where the two can't be compared, NaN where one isn't finite."""
+    note: str = ""
+    """What a number doesn't say: a shape, where a NaN is, a constant factor between the two."""
 
 
-def compare(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> list[Place]:
-    """Every place, in the order of `ours`."""
-    return [Place(name, relative_to_largest(ours[name], theirs[name])) for name in ours]
+def compare(
+    ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], measure: Measure = relative_to_largest
+) -> list[Place]:
+    """Every place, in the order of `ours`, then those that only the other side has."""
+    names = [*ours, *(name for name in theirs if name not in ours)]
+    return [_place(name, ours.get(name), theirs.get(name), measure) for name in names]
 
 
-def first_beyond(places: list[Place], limit: float) -> str:
+def _place(name: str, ours: np.ndarray | None, theirs: np.ndarray | None, measure: Measure) -> Place:
+    if ours is None or theirs is None:
+        return Place(name, math.inf, f"missing in {'JAX' if ours is None else 'PyTorch'}")
+    if why := mismatch(ours, theirs):
+        return Place(name, math.inf, why)
+    return Place(name, measure(ours, theirs), _not_finite(ours, theirs) or _factor(ours, theirs))
+
+
+def _not_finite(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """«JAX has nan at [0, 3], 5 of 64 values aren't finite» for each side that has such values."""
+    found = []
+    for side, array in (("JAX", ours), ("PyTorch", theirs)):
+        wrong = np.argwhere(~np.isfinite(array))
+        if len(wrong):
+            value, index = array[tuple(wrong[0])], wrong[0].tolist()
+            found.append(f"{side} has {value} at {index}, {len(wrong)} of {array.size} values aren't finite")
+    return "; ".join(found)
+
+
+# Far above rounding: by how much a factor must differ from 1 to be one, and how constant it must be.
+_FACTOR, _CONSTANT = 1e-9, 1e-12
+
+
+def _factor(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """«JAX's is 1.25 times PyTorch's»: a wrong count, a sum in place of a mean."""
+    largest = np.abs(theirs).max(initial=0.0)
+    if theirs.size < 2 or largest == 0.0:
+        return ""
+    factor = np.vdot(theirs, ours) / np.vdot(theirs, theirs)
+    constant = np.abs(ours - factor * theirs).max() <= _CONSTANT * largest * abs(factor)
+    return f"JAX's is {factor:.10g} times PyTorch's" if constant and abs(factor - 1.0) > _FACTOR else ""
+
+
+def first_beyond(places: Iterable[Place], limit: float) -> str:
     """«block 2, mlp activation: relative difference 3.1e-04; everything before agrees to 2e-16», or the largest
     difference where all stay within the limit."""
+    places = list(places)
     before = 0.0
     for number, place in enumerate(places):
         if not place.difference <= limit:
             agrees = f"; everything before agrees to {before:.0e}" if number else ""
-            return f"{in_words(place.name)}: relative difference {place.difference:.1e}{agrees}"
+            return f"{in_words(place.name)}: {_difference(place)}{agrees}"
         before = max(before, place.difference)
     worst = max(places, key=lambda place: place.difference)
     return f"largest at {in_words(worst.name)}"
 
 
-def worst_of(places: list[Place]) -> float:
+def _difference(place: Place) -> str:
+    if not math.isfinite(place.difference) and place.note:
+        return place.note
+    return f"relative difference {place.difference:.1e}" + (f", {place.note}" if place.note else "")
+
+
+def worst_of(places: Iterable[Place]) -> float:
     differences = [place.difference for place in places]
-    return float("nan") if np.isnan(differences).any() else max(differences)
+    return math.nan if np.isnan(differences).any() else max(differences)
 
 
 def in_words(name: str) -> str:

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from gpt2_core.sampling import Sampling
 from gpt2_core.weights import Weights
 from gpt2_jax.attention import choose_kernel
 from gpt2_jax.capture import perturb, record, tapping
-from gpt2_jax.model import Execution, define
+from gpt2_jax.model import Definition, Execution, define
 from gpt2_jax.norm_kernels import choose_norm_kernel
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.weights import from_canonical
@@ -104,24 +105,23 @@ class JaxSide:
         loss, grads = self._loss_and_grads(self.params, *parts)
         return float(loss), self._canonical(grads)
 
-    def activation_grads(self, batch: Batch) -> Arrays:
-        """The gradient of the loss with respect to every tapped value, in order of computation."""
-        count = (batch.targets >= 0).sum()
+    def activation_grads(self, batch: Batch, accumulation: int = 1) -> Arrays:
+        """The gradient of the loss with respect to every tapped value, in order of computation: as the train step's own
+        `loss_and_grads` computes it, summed over the parts of the batch."""
+        parts = [jnp.asarray(x.reshape(accumulation, -1, x.shape[-1])) for x in batch]
         order: list[str] = []
 
-        def loss(zeros, params, batch):
-            with tapping(perturb(zeros)):
-                return self.definition.merge(params).loss(*batch) / count
-
-        def shapes(params, batch):
+        def shapes(params, inputs_BT, targets_BT):
             values: dict[str, jax.Array] = {}
             with tapping(record(values)):
-                self.definition.merge(params).loss(*batch)
+                self.definition.merge(params).loss(inputs_BT, targets_BT)
             order[:] = values
             return values
 
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(shapes, self.params, tuple(batch)))
-        grads = jax.jit(jax.grad(loss))(zeros, self.params, tuple(batch))
+        of_part = jax.eval_shape(shapes, self.params, *(x[0] for x in parts))
+        params = {"params": self.params, "zeros": {n: jnp.zeros(s.shape, s.dtype) for n, s in of_part.items()}}
+        run = jax.jit(functools.partial(gpt2_jax.train_step.loss_and_grads, _Perturbed(self.definition)))
+        grads = run(params, *parts)[1]["zeros"]
         return {name: np.asarray(grads[name]) for name in order}
 
     def train(self, config: TrainConfig, batches: Sequence[Batch]) -> Trained:
@@ -219,7 +219,8 @@ class TorchSide:
     @torch.no_grad()
     def intermediates(self, tokens_BT: np.ndarray) -> Arrays:
         """The values of a forward pass by the names that the JAX model gives them."""
-        with _Recorder(self.model) as values:
+        values: dict[str, torch.Tensor] = {}
+        with _Recorder(self.model, values.__setitem__):
             logits = self.model(_on_device(tokens_BT))
         return {name: _to_numpy(value) for name, value in values.items()} | {"logits": _to_numpy(logits)}
 
@@ -233,16 +234,21 @@ class TorchSide:
         self.model.zero_grad(set_to_none=True)
         return loss.item(), self._canonical(grads)
 
-    def activation_grads(self, batch: Batch) -> Arrays:
-        """The gradient of the loss with respect to the same values."""
-        inputs, targets = _tensors(batch)
-        with _Recorder(self.model) as values:
-            loss = self.model(inputs, targets) / (targets >= 0).sum()
-        for value in values.values():
-            value.retain_grad()
-        loss.backward()
+    def activation_grads(self, batch: Batch, accumulation: int = 1) -> Arrays:
+        """The gradient of the loss with respect to the same values, as the trainer's own `accumulate_gradients`
+        computes it, summed over the parts of the batch."""
+        grads: dict[str, torch.Tensor] = {}
+
+        def watch(name: str, value: torch.Tensor) -> None:
+            def add(grad: torch.Tensor) -> None:
+                grads[name] = grads[name] + grad if name in grads else grad
+
+            value.register_hook(add)
+
+        with _Recorder(self.model, watch):
+            gpt2_torch.train.accumulate_gradients(self.model, *_tensors(batch), accumulation=accumulation)
         self.model.zero_grad(set_to_none=True)
-        return {name: _to_numpy(value.grad) for name, value in values.items()}
+        return {name: _to_numpy(grad) for name, grad in grads.items()}
 
     def train(self, config: TrainConfig, batches: Sequence[Batch], masks: Sequence | None = None) -> Trained:
         """The trainer's own steps from the weights as given; with `masks`, those in the place of random dropout."""
@@ -283,14 +289,32 @@ class TorchSide:
         return gpt2_torch.weights.canonical_arrays(state, self.config)
 
 
+class _Perturbed:
+    """A model's definition whose parameters hold, beside the model's own, a zero for every tapped value, which is added
+    to it: what differentiates the loss by the parameters differentiates it by the values."""
+
+    def __init__(self, definition: Definition) -> None:
+        self._definition, self.logical_axes = definition, definition.logical_axes
+
+    def merge(self, params) -> SimpleNamespace:
+        model = self._definition.merge(params["params"])
+
+        def loss(*batch, **options) -> jax.Array:
+            with tapping(perturb(params["zeros"])):
+                return model.loss(*batch, **options)
+
+        return SimpleNamespace(loss=loss)
+
+
 class _Recorder(TorchFunctionMode):
-    """Sees a forward pass of the reference from outside: by hooks on its modules, and by its calls of attention."""
+    """Shows `keep` the values of the reference's forward passes, from outside: by hooks on its modules, and by its
+    calls of attention."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, keep: Callable[[str, torch.Tensor], None]) -> None:
         super().__init__()
-        self._model, self._values, self._handles, self._layer = model, {}, [], 0
+        self._model, self._keep, self._handles, self._attentions = model, keep, [], 0
 
-    def __enter__(self) -> dict[str, torch.Tensor]:
+    def __enter__(self) -> None:
         def output(name):
             return lambda _, __, out: self._keep(name, out)
 
@@ -320,7 +344,6 @@ class _Recorder(TorchFunctionMode):
             )
             self._handles.append(hook)
         super().__enter__()
-        return self._values
 
     def __exit__(self, *error) -> None:
         super().__exit__(*error)
@@ -330,13 +353,9 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             for name, value in zip("qkv", args, strict=False):
-                self._keep(f"h.{self._layer}.attn.{name}", value)
-            self._layer += 1
+                self._keep(f"h.{self._attentions % len(self._model.h)}.attn.{name}", value)
+            self._attentions += 1
         return function(*args, **(kwargs or {}))
-
-    def _keep(self, name: str, value: torch.Tensor) -> None:
-        self._values[name] = value
-
 
 class _GivenMasks(TorchFunctionMode):
     """Dropout with given masks: one list a part of the batch, each in order of computation."""
