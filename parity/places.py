@@ -89,11 +89,11 @@ def worst_of(places: Iterable[Place]) -> float:
 
 
 def in_words(name: str) -> str:
-    """«h.2.mlp.activation» as «block 2, mlp activation»."""
+    """«h.2.mlp.activation» as «block 2, mlp activation»; before it may stand what of it is meant («first moment of »)."""
+    what, of, name = name.rpartition(" of ")
     parts = name.split(".")
-    if parts[0] == "h":
-        return f"block {parts[1]}, {' '.join(parts[2:])}"
-    return " ".join(parts)
+    words = f"block {parts[1]}, {' '.join(parts[2:])}" if parts[0] == "h" else " ".join(parts)
+    return what + of + words
 
 
 def backward_order(places: list[str], parameters: list[str]) -> list[str]:

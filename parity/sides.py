@@ -45,8 +45,26 @@ _PLAIN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passe
 DEVICE = torch.device("cpu")
 
 
+class State(NamedTuple):
+    """What a training step changes, by canonical name."""
+
+    params: Arrays
+    first_moments: Arrays
+    second_moments: Arrays
+
+
+class Step(NamedTuple):
+    """One training step: what it reports, and the state that it leads to, to be read before the next step."""
+
+    loss: float
+    grad_norm: float
+    state: Callable[[], State]
+    embedding: Callable[[], np.ndarray]
+    """The token embedding alone."""
+
+
 class Trained(NamedTuple):
-    """What a few training steps gave: a row a step, and the state they led to, by canonical name."""
+    """What a few training steps gave: a row a step, and the state they led to."""
 
     losses: np.ndarray
     grad_norms: np.ndarray
@@ -55,6 +73,19 @@ class Trained(NamedTuple):
     second_moments: Arrays
     watched: list[np.ndarray]
     """The token embedding after each step."""
+
+
+def _copied(arrays: Arrays) -> Arrays:
+    """The next step writes into the memory of the state that it is given."""
+    return {name: array.copy() for name, array in arrays.items()}
+
+
+def _trained(steps: Iterator[Step]) -> Trained:
+    rows, watched = [], []
+    for step in steps:
+        rows.append((step.loss, step.grad_norm))
+        watched.append(step.embedding())
+    return Trained(*np.array(rows).T, *step.state(), watched)
 
 
 class JaxSide:
@@ -126,6 +157,10 @@ class JaxSide:
 
     def train(self, config: TrainConfig, batches: Sequence[Batch]) -> Trained:
         """The trainer's own steps, on the mesh and in the way that `config` says, from the weights as given."""
+        return _trained(self.steps(config, batches))
+
+    def steps(self, config: TrainConfig, batches: Sequence[Batch]) -> Iterator[Step]:
+        """The same, one at a time."""
         mesh = make_mesh(parse_mesh(config.mesh))
         model = config.model
         kernel = choose_kernel(
@@ -136,17 +171,21 @@ class JaxSide:
         optimizer = gpt2_jax.train_step.make_optimizer(config.optimizer, config.model)
         state = gpt2_jax.train_step.initial_state(definition, optimizer, mesh, seed=config.seed, params=self.params)
         step = gpt2_jax.train_step.make_train_step(definition, config, mesh)
-        rows, watched = [], []
-        with jax.set_mesh(mesh):
-            for number, batch in enumerate(batches):
-                rate = gpt2_jax.train.learning_rate(number, config.steps, config.optimizer)
+
+        def canonical() -> State:
+            trees = (state.params, state.opt_state[0].mu, state.opt_state[0].nu)
+            return State(*map(_copied, map(self._canonical, trees)))
+
+        def embedding() -> np.ndarray:
+            return np.array(state.params["wte.weight"][: self.config.vocab_size])
+
+        for number, batch in enumerate(batches):
+            rate = gpt2_jax.train.learning_rate(number, config.steps, config.optimizer)
+            # Set for this step alone: between two steps the caller computes without the mesh.
+            with jax.set_mesh(mesh):
                 on_device = gpt2_jax.train_step.put_batch(batch, config.accumulation, mesh)
                 state, metrics = step(state, *on_device, np.asarray(rate, execution.param_dtype))
-                rows.append((float(metrics.loss), float(metrics.grad_norm)))
-                watched.append(np.array(state.params["wte.weight"][: self.config.vocab_size]))
-        moments = state.opt_state[0]
-        trees = (self._canonical(tree) for tree in (state.params, moments.mu, moments.nu))
-        return Trained(*np.array(rows).T, *trees, watched)
+            yield Step(float(metrics.loss), float(metrics.grad_norm), canonical, embedding)
 
     def dropout_masks(self, config: TrainConfig, batches: Sequence[Batch]) -> list[list[list[np.ndarray]]]:
         """The masks that the train step draws at each step, for each part of its batch, in order of computation."""
@@ -252,6 +291,10 @@ class TorchSide:
 
     def train(self, config: TrainConfig, batches: Sequence[Batch], masks: Sequence | None = None) -> Trained:
         """The trainer's own steps from the weights as given; with `masks`, those in the place of random dropout."""
+        return _trained(self.steps(config, batches, masks))
+
+    def steps(self, config: TrainConfig, batches: Sequence[Batch], masks: Sequence | None = None) -> Iterator[Step]:
+        """The same, one at a time."""
         model = build(self.weights).to(DEVICE)
         if config.model.dropout > 0:
             with_dropout = type(model)(config.model).to(DEVICE, torch.float64)
@@ -259,7 +302,13 @@ class TorchSide:
             model = with_dropout
         model.train()
         optimizer = gpt2_torch.optimizer.make_optimizer(model, config.optimizer)
-        rows, watched = [], []
+        named = dict(model.named_parameters())
+
+        def canonical() -> State:
+            states = {name: optimizer.state[p] for name, p in named.items()}
+            moments = ({name: s[key] for name, s in states.items()} for key in ("exp_avg", "exp_avg_sq"))
+            return State(*map(_copied, map(self._canonical, (named, *moments))))
+
         for number, batch in enumerate(batches):
             with _GivenMasks(masks[number] if masks is not None else []):
                 loss, norm = gpt2_torch.train.train_step(
@@ -270,16 +319,7 @@ class TorchSide:
                     clip_norm=config.optimizer.clip_norm,
                     accumulation=config.accumulation,
                 )
-            rows.append((loss.item(), norm.item()))
-            watched.append(_to_numpy(model.wte.weight.detach()).copy())
-        named = dict(model.named_parameters())
-        states = {name: optimizer.state[p] for name, p in named.items()}
-        trees = (
-            named,
-            {name: s["exp_avg"] for name, s in states.items()},
-            {name: s["exp_avg_sq"] for name, s in states.items()},
-        )
-        return Trained(*np.array(rows).T, *map(self._canonical, trees), watched)
+            yield Step(loss.item(), norm.item(), canonical, lambda: _to_numpy(model.wte.weight.detach()).copy())
 
     def generate(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling) -> np.ndarray:
         """New tokens, shape (prompts, tokens)."""
