@@ -32,7 +32,7 @@ from gpt2_core.batches import IGNORED
 from gpt2_core.config import ModelConfig
 from gpt2_jax.capture import tap
 from parity.subjects import random_weights, real_text
-from parity.suite import Result, Subject, load
+from parity.suite import Result, Subject, in_words, load
 
 Patch = Callable[[], contextlib.AbstractContextManager]
 
@@ -79,9 +79,13 @@ def subject_of(fault: Fault | None = None) -> Subject:
 
 def judge(fault: Fault) -> Verdict:
     """Inject the fault and run the check that should catch it."""
-    subject = subject_of(fault)
-    with fault.patch():
-        results = [r for r in load(fault.check)(subject) if isinstance(r, Result)]
+    try:
+        subject = subject_of(fault)
+        with fault.patch():
+            results = [r for r in load(fault.check)(subject) if isinstance(r, Result)]
+    except Exception as error:
+        # The code that the fault was written for is no longer what it was.
+        return Verdict(fault, False, False, 0.0, f"can't be planted: {in_words(error)}")
     failed = [r for r in results if not r.passed]
     placed = [r for r in failed if fault.place in f"{r.case} {r.where}"]
     shown = (placed or failed or [None])[0]

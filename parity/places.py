@@ -89,7 +89,7 @@ def worst_of(places: Iterable[Place]) -> float:
 
 
 def in_words(name: str) -> str:
-    """«h.2.mlp.activation» as «block 2, mlp activation»; before it may stand what of it is meant («first moment of »)."""
+    """«h.2.mlp.activation» as «block 2, mlp activation», and «first moment of h.2...» likewise."""
     what, of, name = name.rpartition(" of ")
     parts = name.split(".")
     words = f"block {parts[1]}, {' '.join(parts[2:])}" if parts[0] == "h" else " ".join(parts)

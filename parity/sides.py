@@ -218,6 +218,10 @@ class JaxSide:
         """New tokens, shape (prompts, tokens)."""
         return np.array(list(self._generator(self.params, prompts, uniforms, sampling))).T
 
+    def sample(self, logits_BV: np.ndarray, uniforms_B: np.ndarray, sampling: Sampling) -> np.ndarray:
+        """Next tokens (B,)."""
+        return np.asarray(gpt2_jax.generate.sample(jnp.asarray(logits_BV), jnp.asarray(uniforms_B), sampling))
+
     def decoded_logits(self, tokens_BT: np.ndarray, pieces: Sequence[int]) -> np.ndarray:
         """Logits (B, T, V) with the tokens given to the cache in pieces of these lengths."""
 
@@ -225,16 +229,37 @@ class JaxSide:
         def run(params, caches, tokens_BT, start_B):
             model = self.definition.merge(params)
             x_BTD, caches = model.decode(tokens_BT, start_B, caches)
-            return model.logits(x_BTD), caches
+            return {"logits": model.logits(x_BTD)}, caches
 
+        return self._decoded(run, tokens_BT, pieces)["logits"]
+
+    def decoded_intermediates(self, tokens_BT: np.ndarray, pieces: Sequence[int]) -> Arrays:
+        """Every tapped value of the same, in order of computation."""
+        names: list[str] = []
+
+        @functools.partial(jax.jit, compiler_options=_PLAIN)
+        def run(params, caches, tokens_BT, start_B):
+            values: dict[str, jax.Array] = {}
+            model = self.definition.merge(params)
+            with tapping(record(values)):
+                x_BTD, caches = model.decode(tokens_BT, start_B, caches)
+                model.logits(x_BTD)
+            names[:] = values
+            return values, caches
+
+        values = self._decoded(run, tokens_BT, pieces)
+        return {name: values[name] for name in names}
+
+    def _decoded(self, run: Callable, tokens_BT: np.ndarray, pieces: Sequence[int]) -> Arrays:
+        """The values of all pieces, side by side along T, which is the last axis but one."""
         caches = self.definition.empty_caches(len(tokens_BT), self.config.block_size)
         found, start = [], 0
         for length in pieces:
             start_B = np.full(len(tokens_BT), start, np.int32)
-            logits, caches = run(self.params, caches, tokens_BT[:, start : start + length], start_B)
-            found.append(np.asarray(logits))
+            values, caches = run(self.params, caches, tokens_BT[:, start : start + length], start_B)
+            found.append(values)
             start += length
-        return np.concatenate(found, axis=1)
+        return {name: np.concatenate([np.asarray(v[name]) for v in found], axis=-2) for name in found[0]}
 
     def _canonical(self, params) -> Arrays:
         return gpt2_jax.weights.canonical_arrays(params, self.config)
@@ -325,6 +350,11 @@ class TorchSide:
         """New tokens, shape (prompts, tokens)."""
         return np.array(list(gpt2_torch.generate.generate(self.model, prompts, uniforms, sampling))).T
 
+    def sample(self, logits_BV: np.ndarray, uniforms_B: np.ndarray, sampling: Sampling) -> np.ndarray:
+        """Next tokens (B,)."""
+        given = (torch.from_numpy(x.copy()) for x in (logits_BV, uniforms_B))
+        return gpt2_torch.generate.sample(*given, sampling).numpy()
+
     def _canonical(self, state) -> Arrays:
         return gpt2_torch.weights.canonical_arrays(state, self.config)
 
@@ -396,6 +426,7 @@ class _Recorder(TorchFunctionMode):
                 self._keep(f"h.{self._attentions % len(self._model.h)}.attn.{name}", value)
             self._attentions += 1
         return function(*args, **(kwargs or {}))
+
 
 class _GivenMasks(TorchFunctionMode):
     """Dropout with given masks: one list a part of the batch, each in order of computation."""

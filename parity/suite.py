@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gpt2_core.errors import UserError
 from gpt2_core.weights import Weights
 
 Level = Literal["quick", "default", "full"]
@@ -109,11 +110,12 @@ def load(name: str) -> Check:
     return guarded(name, lambda subject: importlib.import_module(f"parity.{name}").check(subject))
 
 
-def guarded(name: str, check: Check, packages: tuple[str, ...] = ()) -> Check:
+def guarded(name: str, check: Check, *, typed: str = "") -> Check:
     """A check that ends in a failed result where `check` raises an exception or compares nothing.
 
     What came before the exception is kept. The result counts the exception: one measured, none allowed; its `where` has
-    the message and the line (see `in_words`, also for `packages`).
+    the message and the innermost line of this repository. Where the check does what the user typed, `typed` is that: a
+    module's name, whose lines are named too; a UserError is then the user's, and passes.
     """
 
     def run(subject: Subject) -> Iterator[Result | Skipped]:
@@ -122,9 +124,10 @@ def guarded(name: str, check: Check, packages: tuple[str, ...] = ()) -> Check:
             for last in check(subject):
                 yield last
         except Exception as error:
-            # Nothing that the user typed is read as late as this: it was refused before the checks.
+            if typed and isinstance(error, UserError):
+                raise
             after = f"; after {last.case}" if isinstance(last, Result) else ""
-            yield Result(name, EXCEPTIONS, 1.0, 0.0, in_words(error, packages) + after)
+            yield Result(name, EXCEPTIONS, 1.0, 0.0, in_words(error, typed) + after)
             return
         if last is None:
             yield Result(name, "cases left out", 1.0, 0.0, "the check compared nothing")
@@ -136,14 +139,14 @@ _PACKAGES = ("gpt2_core", "gpt2_jax", "gpt2_torch", "parity")
 _LONGEST = 300  # characters of a message; XLA's can be pages
 
 
-def in_words(error: Exception, packages: tuple[str, ...] = ()) -> str:
-    """«ValueError: the message (gpt2_jax/model.py:12)»: the innermost line of this repository, or of `packages`."""
+def in_words(error: Exception, module: str = "") -> str:
+    """«ValueError: the message (gpt2_jax/model.py:12)»: the innermost line of this repository, or of the module."""
     message = " ".join(str(error).split())
     message = message if len(message) <= _LONGEST else message[: _LONGEST - 3] + "..."
     lines = [
         f"{_short(frame.f_code.co_filename)}:{line}"
         for frame, line in traceback.walk_tb(error.__traceback__)
-        if frame.f_globals.get("__name__", "").partition(".")[0] in (*_PACKAGES, *packages)
+        if frame.f_globals.get("__name__", "").partition(".")[0] in (*_PACKAGES, module.partition(".")[0])
     ]
     return f"{type(error).__name__}{': ' * bool(message)}{message}" + (f" ({lines[-1]})" if lines else "")
 
