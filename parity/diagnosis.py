@@ -62,10 +62,10 @@ def hint(
     if first not in ours or first not in theirs or ours[first].shape != theirs[first].shape:
         return ""
     kind = first.partition(".")[2].partition(".")[2] if first.startswith("h.") else first
-    if kind not in _FORMULAS:
+    if kind not in FORMULAS:
         return ""
     site = Site(theirs, first.removesuffix(kind), kind, weights, tokens_BT)
-    formula, asks, mistakes = _FORMULAS[kind]
+    formula, asks, mistakes = FORMULAS[kind]
     expected = _computed(formula, site)
     if expected is None:
         return ""
@@ -221,11 +221,11 @@ def _linear(at: Site, *, bias: bool = True, transposed: bool = False, other: str
     return at.value(_INPUTS[at.kind]) @ (w.T if transposed else w) + (at.bias(f"{name}.bias") if bias else 0.0)
 
 
-def _gelu_tanh(x: np.ndarray) -> np.ndarray:
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _gelu_exact(x: np.ndarray) -> np.ndarray:
+def gelu_exact(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
@@ -237,7 +237,7 @@ def _activation(at: Site, *, function: Callable[[np.ndarray], np.ndarray] | None
     """The function of c_fc, or of the gate times c_fc."""
     a_BTF = at.value("mlp.c_fc")
     if at.config.mlp != "swiglu":
-        return (function or {"gelu_tanh": _gelu_tanh, "gelu_exact": _gelu_exact}[at.config.mlp])(a_BTF)
+        return (function or {"gelu_tanh": gelu_tanh, "gelu_exact": gelu_exact}[at.config.mlp])(a_BTF)
     gate_BTF = at.value("mlp.c_gate")
     gate_BTF, a_BTF = (a_BTF, gate_BTF) if swapped else (gate_BTF, a_BTF)
     return (function or _silu)(gate_BTF) * a_BTF
@@ -284,9 +284,12 @@ _LINEAR = _Row(
     {
         "a projection without its bias": _but(_linear, bias=False),
         "a projection by the transposed weight": _but(_linear, transposed=True),
-        "c_gate's projection": _but(_linear, other="mlp.c_gate"),
-        "c_fc's projection": _but(_linear, other="mlp.c_fc"),
     },
+)
+_GATED = _Row(
+    _linear,
+    ("bias", "mlp"),
+    _LINEAR.mistakes | {f"the projection of {name}": _but(_linear, other=f"mlp.{name}") for name in ("c_fc", "c_gate")},
 )
 _HEADS = _Row(
     _heads,
@@ -326,8 +329,8 @@ _ACTIVATION = _Row(
     _activation,
     ("mlp",),
     {
-        "erf GELU": _but(_activation, function=_gelu_exact),
-        "tanh GELU": _but(_activation, function=_gelu_tanh),
+        "erf GELU": _but(_activation, function=gelu_exact),
+        "tanh GELU": _but(_activation, function=gelu_tanh),
         "the sigmoid approximation of GELU": _but(_activation, function=_but(_silu, slope=1.702)),
         "SiLU": _but(_activation, function=_silu),
         "ReLU": _but(_activation, function=lambda x: np.maximum(x, 0.0)),
@@ -345,7 +348,7 @@ _RESIDUAL = _Row(
     },
 )
 
-_FORMULAS: dict[str, _Row] = {
+FORMULAS: dict[str, _Row] = {
     "embeddings": _Row(
         _embeddings,
         ("position",),
@@ -360,7 +363,8 @@ _FORMULAS: dict[str, _Row] = {
     **dict.fromkeys(("ln_1", "ln_2", "ln_f"), _NORM),
     **dict.fromkeys(("attn.q", "attn.k", "attn.v"), _HEADS),
     "attn.out": _ATTENTION,
-    **dict.fromkeys(_INPUTS, _LINEAR),
+    **dict.fromkeys(("attn.c_proj", "mlp.c_proj"), _LINEAR),
+    **dict.fromkeys(("mlp.c_fc", "mlp.c_gate"), _GATED),
     "mlp.activation": _ACTIVATION,
     **dict.fromkeys(("residual_1", "residual_2"), _RESIDUAL),
     "logits": _Row(

@@ -29,18 +29,18 @@ def check(subject: Subject) -> Iterator[Result]:
         a, b = (side.generate(prompts, numbers, SETTINGS[name]) for side in (ours, theirs))
         subject.evidence[f"generation {name}"] = (prompts[-1], a[-1].tolist(), b[-1].tolist())
 
-        def why(row: int, number: int, sampling: Sampling = SETTINGS[name], tokens: np.ndarray = a) -> str:
+        def explain(row: int, number: int, sampling: Sampling = SETTINGS[name], tokens: np.ndarray = a) -> str:
             ids = _context(prompts[row], tokens[row, :number], ours.config.block_size)
-            return _why(ours, theirs, ids, len(prompts[row]), numbers[row, number], sampling)
+            return why(ours, theirs, ids, len(prompts[row]), numbers[row, number], sampling)
 
-        yield _tokens(f"{name}: {len(prompts)} prompts x {count} tokens", a, b, why)
+        yield compare_tokens(f"{name}: {len(prompts)} prompts x {count} tokens", a, b, explain)
 
     # A batch of prompts of different lengths, against each by itself.
     sampling = SETTINGS["temperature 0.8, top-k 50, top-p 0.9"]
     few = range(0, len(prompts), max(1, len(prompts) // 3))
     alone = np.concatenate([ours.generate([prompts[i]], numbers[i : i + 1, :12], sampling) for i in few])
     together = ours.generate(prompts, numbers[:, :12], sampling)[list(few)]
-    yield _tokens(
+    yield compare_tokens(
         "JAX: a batch of prompts against one at a time",
         together,
         alone,
@@ -57,15 +57,15 @@ def check(subject: Subject) -> Iterator[Result]:
         yield Result("generation", case, difference, LIMIT_LOGITS, where)
 
 
-def _tokens(case: str, a: np.ndarray, b: np.ndarray, why: Callable[[int, int], str]) -> Result:
-    """Tokens (prompts, tokens) that differ; `why` is asked about the first in time, by prompt and number."""
+def compare_tokens(case: str, a: np.ndarray, b: np.ndarray, explain: Callable[[int, int], str]) -> Result:
+    """Tokens (prompts, tokens) that differ; `explain` is asked about the first in time, by prompt and number."""
     if a.shape != b.shape:
         return Result("generation", case, math.inf, LIMIT, mismatch(a, b))
     differing = np.argwhere((a != b).T)
     if not len(differing):
         return Result("generation", case, 0.0, LIMIT)
     number, row = differing[0].tolist()
-    where = f"first at prompt {row}, token {number}: {a[row, number]} against {b[row, number]}; {why(row, number)}"
+    where = f"first at prompt {row}, token {number}: {a[row, number]} against {b[row, number]}; {explain(row, number)}"
     return Result("generation", case, float(len(differing)), LIMIT, where)
 
 
@@ -77,7 +77,7 @@ def _context(prompt: list[int], generated: np.ndarray, block_size: int) -> list[
     return ids
 
 
-def _why(ours: JaxSide, theirs: TorchSide, ids: list[int], prompt: int, uniform: float, sampling: Sampling) -> str:
+def why(ours: JaxSide, theirs: TorchSide, ids: list[int], prompt: int, uniform: float, sampling: Sampling) -> str:
     """What of the next token differs: the logits, the sampler, the KV cache, or none of them by itself.
 
     `ids` is the context, of which the first `prompt` were given.

@@ -42,7 +42,8 @@ def check(subject: Subject) -> Iterator[Result]:
 
 
 def _config(subject: Subject, steps: int, clip_norm: float) -> TrainConfig:
-    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, clip_norm=float(clip_norm))
+    # A constant rate, so that what fails here is no schedule.
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, final_fraction=1.0, clip_norm=float(clip_norm))
     return TrainConfig(
         model=subject.weights.config, optimizer=optimizer, steps=steps, batch_size=4, precision="float64", mesh=1
     )

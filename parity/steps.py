@@ -55,7 +55,7 @@ def in_step(found: list[Place]) -> str:
     kind = _kind(found)
     alike = [place for place in found if place.name.startswith(kind)]
     beyond = sum(not place.difference <= LIMIT for place in alike)
-    counted = f"; so do {beyond} of {len(alike)} tensors" if len(alike) > 1 else ""
+    counted = f"; {beyond} of {len(alike)} {kind}s differ" if len(alike) > 1 else ""
     return places.first_beyond(found, LIMIT) + counted
 
 
