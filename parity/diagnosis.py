@@ -54,7 +54,7 @@ Formula = Callable[[Site], np.ndarray]
 def hint(
     places: list[Place], limit: float, ours: Values, theirs: Values, weights: Weights, tokens_BT: np.ndarray
 ) -> str:
-    """«; JAX looks like tanh GELU, and the configuration asks for mlp gelu_exact», or nothing.
+    """«; JAX looks like tanh GELU, and the configuration asks for mlp gelu_exact», or nothing where no formula is known.
 
     `ours` and `theirs` are the values of a forward pass on `tokens_BT`, by which `places` were found.
     """
@@ -73,14 +73,16 @@ def hint(
     departing = [name for name, value in sides.items() if not _fits(value, expected)]
     if not departing:
         return ""
-    asked = ", ".join(f"{name} {getattr(site.config, name)}" for name in asks) or "what GPT-2 computes"
+    settings = ", ".join(f"{name} {getattr(site.config, name)}" for name in asks)
+    right = f"what the configuration asks for ({settings})" if asks else "GPT-2's formula"
     if len(departing) == 2:
-        return f"; neither JAX nor PyTorch has what the configuration asks for ({asked})"
+        return f"; neither JAX nor PyTorch has {right}"
     for mistake, wrong in mistakes.items():
         suspected = _computed(wrong, site)
         if suspected is not None and _fits(sides[departing[0]], suspected):
-            return f"; {departing[0]} looks like {mistake}, and the configuration asks for {asked}"
-    return f"; {departing[0]} departs from what the configuration asks for ({asked})"
+            asked = f", and the configuration asks for {settings}" if asks else ""
+            return f"; {departing[0]} looks like {mistake}{asked}"
+    return f"; {departing[0]} departs from {right}"
 
 
 def _computed(formula: Formula, site: Site) -> np.ndarray | None:
