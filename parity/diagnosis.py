@@ -54,7 +54,9 @@ Formula = Callable[[Site], np.ndarray]
 def hint(
     places: list[Place], limit: float, ours: Values, theirs: Values, weights: Weights, tokens_BT: np.ndarray
 ) -> str:
-    """«; JAX looks like tanh GELU, and the configuration asks for mlp gelu_exact», or nothing where no formula is known.
+    """«; JAX looks like tanh GELU, and the configuration asks for mlp gelu_exact».
+
+    Nothing where no formula is known, or both sides have what it gives.
 
     `ours` and `theirs` are the values of a forward pass on `tokens_BT`, by which `places` were found.
     """

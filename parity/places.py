@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from parity.suite import mismatch, relative_to_largest
+from parity.suite import SIDES, mismatch, relative_to_largest
 
 Measure = Callable[[np.ndarray, np.ndarray], float]
 
@@ -19,29 +19,35 @@ class Place:
     difference: float
     """Infinite where the two can't be compared, NaN where one isn't finite."""
     note: str = ""
-    """What a number doesn't say: a shape, where a NaN is, a constant factor between the two."""
+    """What the number doesn't say: shapes, where a NaN is, a constant factor between the two."""
 
 
 def compare(
-    ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], measure: Measure = relative_to_largest
+    ours: Mapping[str, np.ndarray],
+    theirs: Mapping[str, np.ndarray],
+    measure: Measure = relative_to_largest,
+    sides: tuple[str, str] = SIDES,
 ) -> list[Place]:
-    """Every place, in the order of `ours`, then those that only the other side has."""
+    """Every place, in the order of `ours`, then those that only the other side has; `sides` are their names."""
     names = [*ours, *(name for name in theirs if name not in ours)]
-    return [_place(name, ours.get(name), theirs.get(name), measure) for name in names]
+    return [_place(name, ours.get(name), theirs.get(name), measure, sides) for name in names]
 
 
-def _place(name: str, ours: np.ndarray | None, theirs: np.ndarray | None, measure: Measure) -> Place:
+def _place(name: str, ours: np.ndarray | None, theirs: np.ndarray | None, measure: Measure, sides) -> Place:
     if ours is None or theirs is None:
-        return Place(name, math.inf, f"missing in {'JAX' if ours is None else 'PyTorch'}")
-    if why := mismatch(ours, theirs):
+        return Place(name, math.inf, f"missing in {sides[0] if ours is None else sides[1]}")
+    if why := mismatch(ours, theirs, sides):
         return Place(name, math.inf, why)
-    return Place(name, measure(ours, theirs), _not_finite(ours, theirs) or _factor(ours, theirs))
+    note = _not_finite({sides[0]: ours, sides[1]: theirs})
+    if not note and (factor := _factor(ours, theirs)):
+        note = f"{factor:.10g} times as large in {sides[0]} as in {sides[1]}"
+    return Place(name, measure(ours, theirs), note)
 
 
-def _not_finite(ours: np.ndarray, theirs: np.ndarray) -> str:
+def _not_finite(arrays: Mapping[str, np.ndarray]) -> str:
     """«JAX has nan at [0, 3], 5 of 64 values aren't finite» for each side that has such values."""
     found = []
-    for side, array in (("JAX", ours), ("PyTorch", theirs)):
+    for side, array in arrays.items():
         wrong = np.argwhere(~np.isfinite(array))
         if len(wrong):
             value, index = array[tuple(wrong[0])], wrong[0].tolist()
@@ -53,14 +59,15 @@ def _not_finite(ours: np.ndarray, theirs: np.ndarray) -> str:
 _FACTOR, _CONSTANT = 1e-9, 1e-12
 
 
-def _factor(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """«JAX's is 1.25 times PyTorch's»: a wrong count, a sum in place of a mean."""
+def _factor(ours: np.ndarray, theirs: np.ndarray) -> float | None:
+    """The one factor between all values, if there is one: a wrong count, a sum in the place of a mean."""
     largest = np.abs(theirs).max(initial=0.0)
     if theirs.size < 2 or largest == 0.0:
-        return ""
-    factor = np.vdot(theirs, ours) / np.vdot(theirs, theirs)
-    constant = np.abs(ours - factor * theirs).max() <= _CONSTANT * largest * abs(factor)
-    return f"JAX's is {factor:.10g} times PyTorch's" if constant and abs(factor - 1.0) > _FACTOR else ""
+        return None
+    a, b = ours / largest, theirs / largest
+    factor = np.vdot(b, a) / np.vdot(b, b)
+    constant = np.abs(a - factor * b).max() <= _CONSTANT * abs(factor)
+    return float(factor) if constant and abs(factor - 1.0) > _FACTOR else None
 
 
 def first_beyond(places: Iterable[Place], limit: float) -> str:

@@ -178,13 +178,16 @@ def _foundations(name: str) -> set[str]:
     return direct.union(*map(_foundations, direct))
 
 
-def mismatch(ours: np.ndarray, theirs: np.ndarray) -> str:
+SIDES = ("JAX", "PyTorch")
+
+
+def mismatch(ours: np.ndarray, theirs: np.ndarray, sides: tuple[str, str] = SIDES) -> str:
     """Why two arrays can't be compared by their values: shapes or dtypes differ; "" where they can. numpy would make
     their shapes equal by repeating the smaller one."""
     for what in ("shape", "dtype"):
         a, b = getattr(ours, what), getattr(theirs, what)
         if a != b:
-            return f"{what} {a} in JAX, {b} in PyTorch"
+            return f"{what} {a} in {sides[0]}, {b} in {sides[1]}"
     return ""
 
 

@@ -163,7 +163,7 @@ def test_a_value_of_one_side_only_and_a_value_that_cannot_be_compared_are_named(
 def test_a_constant_factor_is_named_and_rounding_is_not_one():
     x = np.random.default_rng(0).standard_normal((3, 4))
     (found,) = places.compare({"x": 1.25 * x}, {"x": x})
-    assert found.note == "JAX's is 1.25 times PyTorch's"
+    assert found.note == "1.25 times as large in JAX as in PyTorch"
     for other in (x * (1 + 1e-15), x + np.eye(3, 4)):
         assert places.compare({"x": other}, {"x": x})[0].note == ""
 
@@ -262,7 +262,7 @@ def test_a_wrong_count_of_targets_is_found_at_the_last_value(monkeypatch):
     weights = random_weights(TINY)
     result = next(gradients.compare(JaxSide(weights), TorchSide(weights), _batch(), 1))
     assert result.where.startswith("ln_f: relative difference") and "already the loss" in result.where
-    assert "JAX's is 0.75 times PyTorch's" in result.where
+    assert "0.75 times as large in JAX as in PyTorch" in result.where
 
 
 # --- steps of training
