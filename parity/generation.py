@@ -106,7 +106,7 @@ def _cache_differs(
     ours: JaxSide, tokens_BT: np.ndarray, pieces: list[int], cached: np.ndarray, whole: np.ndarray
 ) -> str:
     """The first position whose logits differ, and the first value in order of computation."""
-    beyond_T = ~(np.abs(cached - whole).max(axis=(0, 2)) <= LIMIT_LOGITS * np.abs(whole).max())
+    beyond_T = ~(np.abs(cached - whole).max(axis=(0, 2)) <= LIMIT_LOGITS * np.nanmax(np.abs(whole), initial=0.0))
     decoded, recomputed = ours.decoded_intermediates(tokens_BT, pieces), ours.intermediates(tokens_BT)
     found = places.compare(decoded, {n: recomputed[n] for n in decoded}, sides=("the cache", "recomputation"))
     return f"position {np.argmax(beyond_T)}; {places.first_beyond(found, LIMIT_LOGITS)}"
