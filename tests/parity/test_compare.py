@@ -51,21 +51,47 @@ def test_the_quick_form_proves_the_models_the_same_and_writes_its_report(run, tm
     assert "loss_curve" in svg and "@font-face" not in svg and "url(http" not in svg
 
 
-def test_a_users_weights_are_compared_and_a_failure_is_exit_code_1(run, tmp_path):
+@pytest.fixture
+def run_with(tmp_path):
+    """The command, after a line of Python that breaks something."""
+
+    def run(fault: str, *arguments: str) -> subprocess.CompletedProcess:
+        script = tmp_path / "faulty.py"
+        script.write_text(
+            f"import sys, runpy\n{fault}\nsys.argv[0] = {str(ROOT / 'parity' / 'compare.py')!r}\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        )
+        return subprocess.run([sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True)
+
+    return run
+
+
+def test_a_users_weights_are_compared_and_a_failure_is_exit_code_1(run, run_with, tmp_path):
     weights = random_weights(TINY)
     write_safetensors(weights, tmp_path / "w.safetensors")
     arguments = ("--weights", "w.safetensors", "--checks", "forward", "--report", "mine")
     assert run(*arguments).returncode == 0
-    fault = "import torch.nn.functional as F; g = F.gelu; F.gelu = lambda x, approximate: g(x)\n"
-    script = tmp_path / "faulty.py"
-    script.write_text(
-        "import sys, runpy\n" + fault + f"sys.argv[0] = {str(ROOT / 'parity' / 'compare.py')!r}\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    done = subprocess.run([sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    fault = "import torch.nn.functional as F; g = F.gelu; F.gelu = lambda x, approximate: g(x)"
+    done = run_with(fault, *arguments)
     assert done.returncode == 1 and "FAIL" in done.stdout
+    assert "look first at forward" in done.stdout and "PyTorch looks like erf GELU" in done.stdout
     report = json.loads((tmp_path / "mine" / "report.json").read_text())
     assert report["passed"] is False and not any(c["passed"] for c in report["checks"])
+
+
+def test_an_exception_in_a_check_is_a_failed_case_and_nothing_else_is_lost(run_with, tmp_path):
+    write_safetensors(random_weights(TINY), tmp_path / "w.safetensors")
+    fault = "import torch.nn.functional as F; F.gelu = lambda x: x"
+    done = run_with(fault, "--weights", "w.safetensors", "--quick", "--checks", "weights,forward,mesh,schedule")
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done.stderr
+    report = json.loads((tmp_path / "parity_report" / "report.json").read_text())
+    failed = {c["check"]: c for c in report["checks"] if not c["passed"]}
+    assert set(failed) == {"forward", "mesh", "schedule"} and any(c["check"] == "weights" for c in report["checks"])
+    for c in failed.values():
+        assert (c["case"], c["measured"], c["limit"]) == ("exceptions", 1.0, 0.0)
+        assert "TypeError" in c["where"] and "approximate" in c["where"] and "gpt2_torch/model.py:" in c["where"]
+    assert report["explanation"].startswith("look first at forward, exceptions: TypeError")
+    assert "TypeError" in (tmp_path / "parity_report" / "index.html").read_text()
 
 
 @pytest.mark.slow
