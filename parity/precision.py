@@ -50,6 +50,8 @@ class Drawn:
 
 
 def check(subject: Subject) -> Iterator[Result]:
+    yield from programs(subject)
+    yield _residual_stream(subject)
     weights = [subject.weights]
     if subject.weights.source.startswith("random"):
         weights += [random_weights(subject.weights.config, seed) for seed in subject.at((), (1, 2))]
@@ -64,8 +66,6 @@ def check(subject: Subject) -> Iterator[Result]:
                 tf32 = _by_jax(weights, batches, dtype)
         yield from compare(subject, dtype, ours, theirs, truths, tf32)
         yield _loss(dtype, batches * len(weights), ours, theirs, truths)
-    yield _residual_stream(subject)
-    yield from programs(subject)
 
 
 def compare(
