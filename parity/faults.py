@@ -844,13 +844,6 @@ FAULTS = (
         replacing(gpt2_jax.train_step, "_sum_over_parts", _narrow_parts),
     ),
     Fault(
-        "loss summed in bfloat16",
-        "cross-entropy of logits in the compute dtype, summed over a thousand tokens",
-        "precision",
-        "bfloat16 loss",
-        replacing(gpt2_jax.loss, "_wide", lambda _: lambda x: x.dtype),
-    ),
-    Fault(
         "a product at JAX's default precision",
         "precision=DEFAULT written at one product: TF32 on a GPU, and nothing to see on a CPU",
         "precision",

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import gpt2_jax.layers
+import gpt2_jax.loss
+import gpt2_jax.model
 from gpt2_core.batches import TrainingBatches
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.weights import Weights
@@ -122,3 +124,13 @@ def test_a_residual_stream_kept_in_bfloat16_is_seen_where_it_is_tapped():
     with mock.patch.object(gpt2_jax.model.GPT2, "_embed", narrow):
         result = precision._residual_stream(subject_of())
     assert not result.passed and "JAX bfloat16 and float32" in result.where
+
+
+def test_a_loss_made_of_bfloat16_logits_is_not_the_cross_entropy_of_the_logits():
+    subject = subject_of()
+    batches, weights = precision._sequences(subject, 1), [subject.weights]
+    with mock.patch.object(gpt2_jax.loss, "_wide", lambda x: x.dtype):
+        ours = precision._by_jax(weights, batches, "bfloat16")
+    theirs, truths = (precision._by_torch(weights, batches, dtype) for dtype in ("bfloat16", "float64"))
+    result = precision._loss("bfloat16", batches, ours, theirs, truths)
+    assert result.measured > 100 * result.limit and result.where.startswith("JAX")
