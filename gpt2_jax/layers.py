@@ -6,6 +6,7 @@ Gradients of parameters are made in the parameters' dtype: none is summed in bfl
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,27 @@ from gpt2_jax.sharding import is_tensor_parallel
 
 # Which axis of a bias goes with which output axis of a weight.
 _BIAS_AXIS = {"embed": "embed", "heads": "heads_bias", "mlp": "mlp_bias", None: None}
+
+
+def rounded_once(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`function` of arrays of one dtype; for narrow ones it is computed in float32 and its result rounded, as PyTorch
+    does. Left to itself XLA rounds after each operation on CPU; on a GPU it fuses them, some into a product's epilogue,
+    which it knows only in the narrow dtype."""
+
+    def widened(*arrays: jax.Array) -> jax.Array:
+        return function(*(x.astype(jnp.float32) for x in arrays)).astype(arrays[0].dtype)
+
+    def apply(*arrays: jax.Array) -> jax.Array:
+        if arrays[0].dtype != jnp.bfloat16:
+            return function(*arrays)
+        return jax.lax.platform_dependent(*arrays, cpu=widened, default=function)
+
+    return apply
+
+
+@rounded_once
+def _affine(x_MI: jax.Array, w_IO: jax.Array, b_O: jax.Array) -> jax.Array:
+    return x_MI @ w_IO + b_O
 
 
 class Linear(nnx.Module):
@@ -46,8 +68,10 @@ class Linear(nnx.Module):
 @jax.custom_vjp
 def _project(x_MI: jax.Array, w_INO: jax.Array, b_NO: jax.Array | None) -> list[jax.Array]:
     """The N projections x W + b, in x's dtype."""
-    outs = [x_MI @ w_INO[:, n].astype(x_MI.dtype) for n in range(w_INO.shape[1])]
-    return outs if b_NO is None else [out_MO + b_NO[n].astype(out_MO.dtype) for n, out_MO in enumerate(outs)]
+    weights = [w_INO[:, n].astype(x_MI.dtype) for n in range(w_INO.shape[1])]
+    if b_NO is None:
+        return [x_MI @ w_IO for w_IO in weights]
+    return [_affine(x_MI, w_IO, b_NO[n].astype(x_MI.dtype)) for n, w_IO in enumerate(weights)]
 
 
 def _project_forward(x_MI, w_INO, b_NO):

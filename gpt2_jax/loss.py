@@ -11,10 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_core.batches import IGNORED
+from gpt2_core.weights.layouts import JAX
 from gpt2_jax.sharding import constrain, is_tensor_parallel
 
 # Of a chunk's logits. Larger chunks hold more memory; smaller ones read and write the head's gradient more often.
 CHUNK_BYTES = 512 << 20
+
+# Rows of the head that the gradient by x is summed over at a time, on CPU: the padded vocabulary is a multiple.
+BLOCK = JAX.vocabulary_multiple
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -43,7 +47,7 @@ def _forward(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, vocab_
         x_BCD, targets_BC = chunk
         loss, dlogits = _chunk_loss(x_BCD, targets_BC, narrow_VD, vocab_size)
         dlogits_BCV = dlogits().astype(x_BCD.dtype)
-        dx_BCD = jnp.einsum("bcv,vd->bcd", dlogits_BCV, narrow_VD)
+        dx_BCD = _times_head(dlogits_BCV, narrow_VD)
         dhead_VD += jnp.einsum("bcv,bcd->vd", dlogits_BCV, x_BCD, preferred_element_type=dhead_VD.dtype)
         return (total + loss, constrain(dhead_VD, "vocab", None)), dx_BCD
 
@@ -79,6 +83,37 @@ def _chunk_loss(x_BCD: jax.Array, targets_BC: jax.Array, head_VD: jax.Array, voc
         return jnp.where(counts_BC1, jnp.exp(logits_BCV - normalizer_BC1) - is_target_BCV, 0.0)
 
     return loss, dlogits
+
+
+def _times_head(dlogits_BCV: jax.Array, head_VD: jax.Array) -> jax.Array:
+    """dlogits head, (B, C, D), in dlogits' dtype."""
+    if is_tensor_parallel():
+        # The vocabulary is split already, and the partitioner can't split a loop over it.
+        return _at_once(dlogits_BCV, head_VD)
+    return jax.lax.platform_dependent(dlogits_BCV, head_VD, cpu=_in_blocks, default=_at_once)
+
+
+def _at_once(dlogits_BCV: jax.Array, head_VD: jax.Array) -> jax.Array:
+    return jnp.einsum("bcv,vd->bcd", dlogits_BCV, head_VD)
+
+
+def _in_blocks(dlogits_BCV: jax.Array, head_VD: jax.Array) -> jax.Array:
+    """Summed over BLOCK rows of the head at a time, in float32 at least.
+
+    XLA's CPU product adds hundreds of terms one by one. The rows of dlogits add up to zero, the target's -1 against
+    many small probabilities, and a trained head's rows are much alike: after the target's row each of the others is
+    below the last digit of the sum, and they are lost together. Accelerators add up in tiles by themselves.
+    """
+
+    def add(total_BCD, begin):
+        block_BCV = jax.lax.dynamic_slice_in_dim(dlogits_BCV, begin, BLOCK, axis=2)
+        rows_VD = jax.lax.dynamic_slice_in_dim(head_VD, begin, BLOCK)
+        product = jnp.einsum("bcv,vd->bcd", block_BCV, rows_VD, preferred_element_type=total_BCD.dtype)
+        return total_BCD + product, None
+
+    start = jnp.zeros((*dlogits_BCV.shape[:2], head_VD.shape[1]), _wide(dlogits_BCV))
+    total_BCD, _ = jax.lax.scan(add, start, jnp.arange(0, len(head_VD), BLOCK))
+    return total_BCD.astype(dlogits_BCV.dtype)
 
 
 def _normalizer_and_target(logits_BCV: jax.Array, is_target_BCV: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -19,7 +19,7 @@ from gpt2_core.weights.layouts import JAX
 from gpt2_jax.attention import Kernel, cached_attention, causal_attention
 from gpt2_jax.capture import is_tapping, scope, tap
 from gpt2_jax.dropout import dropout, site
-from gpt2_jax.layers import Embedding, LayerNorm, Linear, RMSNorm, add_norm
+from gpt2_jax.layers import Embedding, LayerNorm, Linear, RMSNorm, add_norm, rounded_once
 from gpt2_jax.loss import summed_cross_entropy
 from gpt2_jax.norm_kernels import NormKernel
 from gpt2_jax.products import wide_einsum
@@ -330,7 +330,7 @@ def _silu_gated(gate_BTF: jax.Array, value_BTF: jax.Array) -> jax.Array:
 def _recomputed(activation):
     """An elementwise function whose backward pass keeps nothing but its inputs: reading them again costs less memory
     traffic than the intermediate values that autodiff would keep."""
-    return jax.checkpoint(activation)
+    return jax.checkpoint(rounded_once(activation))
 
 
 def _residual_std(config: ModelConfig) -> float:

@@ -16,7 +16,8 @@ from parity.precision import relative_error
 from parity.sides import JaxSide, TorchSide
 from parity.suite import Result, Subject, relative_norm, relative_to_largest
 
-# Of the error that PyTorch's own float32 or bfloat16 has: as in `precision`.
+# Of the error that PyTorch's own float32 or bfloat16 has. Wider than the limit of `precision`, which draws several
+# sequences and knows what chance does.
 LIMIT_RATIO = 1.5
 
 

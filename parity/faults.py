@@ -21,6 +21,7 @@ import gpt2_jax.attention
 import gpt2_jax.dropout
 import gpt2_jax.generate
 import gpt2_jax.layers
+import gpt2_jax.loss
 import gpt2_jax.model
 import gpt2_jax.optimizer
 import gpt2_jax.train
@@ -79,15 +80,19 @@ def subject_of(fault: Fault | None = None) -> Subject:
 
 def judge(fault: Fault) -> Verdict:
     """Inject the fault and run the check that should catch it."""
+    failed, placed = [], []
     try:
         subject = subject_of(fault)
         with fault.patch():
-            results = [r for r in load(fault.check)(subject) if isinstance(r, Result)]
+            for result in load(fault.check)(subject):
+                if isinstance(result, Result) and not result.passed:
+                    failed.append(result)
+                    if fault.place in f"{result.case} {result.where}":
+                        placed.append(result)
+                        break  # what is found is found, and each further case is compiled for
     except Exception as error:
         # The code that the fault was written for is no longer what it was.
         return Verdict(fault, False, False, 0.0, f"can't be planted: {in_words(error)}")
-    failed = [r for r in results if not r.passed]
-    placed = [r for r in failed if fault.place in f"{r.case} {r.where}"]
     shown = (placed or failed or [None])[0]
     return Verdict(
         fault,
@@ -210,6 +215,41 @@ def _tf32(call):
         weight = self.weight[...]
         out = jnp.tensordot(rounded(x), rounded(weight), axes=1)
         return out + self.bias[...]
+
+    return wrong
+
+
+def _narrow_residual(add_norm):
+    def wrong(norm, x, branch):
+        x, _ = add_norm(norm, x, branch)
+        x = x.astype(jnp.dtype(norm.dtype)).astype(x.dtype)
+        return x, norm(x)
+
+    return wrong
+
+
+def _narrow_softmax(weights):
+    def wrong(q, k, mask):
+        scores = jnp.einsum("bhtk,bhsk->bhts", q, k) * (q.shape[-1] ** -0.5)
+        return jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+
+    return wrong
+
+
+def _left_to_autodiff(project):
+    def wrong(x, w, b):
+        outs = [x @ w[:, n].astype(x.dtype) for n in range(w.shape[1])]
+        return outs if b is None else [out + b[n].astype(out.dtype) for n, out in enumerate(outs)]
+
+    return wrong
+
+
+def _narrow_parts(sum_over_parts):
+    def wrong(of_part, parts):
+        def narrow(part):
+            return jax.tree.map(lambda x: x.astype(jnp.bfloat16), of_part(part))
+
+        return jax.tree.map(lambda x: x.astype(jnp.float32), sum_over_parts(narrow, parts))
 
     return wrong
 
@@ -790,6 +830,56 @@ FAULTS = (
         "float32 logits",
         replacing(gpt2_jax.layers.LayerNorm, "__call__", _fast_variance),
         prepare=lambda name, a: a + 30.0 if name == "wpe.weight" else a,
+    ),
+    Fault(
+        "residual stream in bfloat16",
+        "a model cast as a whole, model.bfloat16() or param_dtype=bfloat16, adds each block to a rounded sum",
+        "precision",
+        "values of the residual stream",
+        replacing(gpt2_jax.model, "add_norm", _narrow_residual),
+    ),
+    Fault(
+        "attention's softmax in bfloat16",
+        "scores left in the operands' dtype: preferred_element_type forgotten",
+        "precision",
+        "bfloat16 program: softmax and loss",
+        replacing(gpt2_jax.attention, "_weights", _narrow_softmax),
+    ),
+    Fault(
+        "logits in bfloat16",
+        "the head's product rounded to its operands' dtype before the loss, as PyTorch's autocast does",
+        "precision",
+        "bfloat16 program: softmax and loss",
+        replacing(gpt2_jax.loss, "_wide", lambda _: lambda x: x.dtype),
+    ),
+    Fault(
+        "gradients of weights rounded to bfloat16",
+        "autodiff of x @ w.astype(x.dtype) makes w's gradient in x's dtype",
+        "precision",
+        "bfloat16 program: gradients of parameters",
+        replacing(gpt2_jax.layers, "_project", _left_to_autodiff),
+    ),
+    Fault(
+        "gradients accumulated in bfloat16",
+        "parts of a batch added up in the compute dtype",
+        "precision",
+        "bfloat16 program: gradients of parameters",
+        replacing(gpt2_jax.train_step, "_sum_over_parts", _narrow_parts),
+    ),
+    Fault(
+        "a product at JAX's default precision",
+        "precision=DEFAULT written at one product: TF32 on a GPU, and nothing to see on a CPU",
+        "precision",
+        "products that may be done in TF32",
+        replacing(
+            gpt2_jax.model,
+            "wide_einsum",
+            lambda _: (
+                lambda spec, x, y: jnp.einsum(
+                    spec, x, y, precision="default", preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)
+                )
+            ),
+        ),
     ),
     Fault(
         "projections into the residual stream unscaled",

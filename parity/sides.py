@@ -130,6 +130,17 @@ class JaxSide:
         values = run(self.params, tokens_BT)
         return {name: np.asarray(values[name]) for name in names}
 
+    def dtypes(self, tokens_BT: np.ndarray) -> dict[str, str]:
+        """The dtype of every tapped value of a forward pass."""
+
+        def run(params, tokens_BT):
+            values: dict[str, jax.Array] = {}
+            with tapping(record(values)):
+                self.definition.merge(params)(tokens_BT)
+            return values
+
+        return {name: value.dtype.name for name, value in jax.eval_shape(run, self.params, tokens_BT).items()}
+
     def loss_and_grads(self, batch: Batch, accumulation: int) -> tuple[float, Arrays]:
         """The loss of a batch and its gradients by canonical name and shape."""
         parts = [x.reshape(accumulation, -1, x.shape[-1]) for x in batch]
@@ -287,6 +298,13 @@ class TorchSide:
         with _Recorder(self.model, values.__setitem__):
             logits = self.model(_on_device(tokens_BT))
         return {name: _to_numpy(value) for name, value in values.items()} | {"logits": _to_numpy(logits)}
+
+    @torch.no_grad()
+    def dtypes(self, tokens_BT: np.ndarray) -> dict[str, str]:
+        """The dtype of the same values, as training computes them."""
+        with _Recorder(self.model) as values, self._autocast():
+            self.model(_on_device(tokens_BT))
+        return {name: str(value.dtype).removeprefix("torch.") for name, value in values.items()}
 
     def loss_and_grads(self, batch: Batch, accumulation: int) -> tuple[float, Arrays]:
         """The loss of a batch and its gradients by canonical name and shape."""

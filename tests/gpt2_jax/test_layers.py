@@ -1,9 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gpt2_jax.layers import LayerNorm, Linear, _layer_norm, _project
+from gpt2_jax.layers import LayerNorm, Linear, _layer_norm, _project, rounded_once
 
 
 def reference_layer_norm(x):
@@ -83,3 +85,13 @@ def test_layer_norms_gradients_are_autodiffs(x64):
     )
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * np.abs(a).max())
+
+
+def test_on_cpu_what_is_computed_in_bfloat16_is_rounded_once():
+    gelu = functools.partial(jax.nn.gelu, approximate=True)
+    x = jnp.linspace(-2, 4, 999, dtype=jnp.bfloat16)
+    exact = np.asarray(gelu(x.astype(jnp.float32)))
+    half_a_digit = 2.0**-8
+    assert (
+        np.abs(np.asarray(jax.jit(rounded_once(gelu))(x), np.float32) - exact) <= 1.01 * half_a_digit * np.abs(exact)
+    ).all()

@@ -72,6 +72,38 @@ def test_bfloat16_products_add_up_in_float32():
         assert np.linalg.norm(np.asarray(ours, np.float32) - theirs) < 4e-3 * np.linalg.norm(theirs)
 
 
+def test_small_probabilities_are_not_lost_after_the_targets_minus_one():
+    """As in a trained model: rows of the head that are much alike, and tokens that hardly ever come. Each row of
+    dlogits loses next to nothing, but always in one direction, and a bias's gradient is the sum over them."""
+    rows, width, common = 512, 128, 90
+    generator = np.random.default_rng(0)
+    alike = 0.13 * generator.choice([-1, 1], width)
+    head_VD = (0.06 * generator.standard_normal((384, width)) + alike).astype(np.float32)
+    p_RV = 1e-7 * generator.lognormal(size=(rows, 384))
+    p_RV[:, 257:] = 0
+    p_RV[:, 32 : 32 + common] = generator.dirichlet(np.full(common, 0.3), rows)
+    p_RV[np.arange(rows), 32 + generator.integers(0, common, rows)] -= p_RV.sum(axis=1)
+    dlogits_RV = p_RV.astype(np.float32)
+    dx = jax.jit(gpt2_jax.loss._times_head)(dlogits_RV[None], head_VD)[0]
+    expected = dlogits_RV.astype(np.float64) @ head_VD
+    error = np.linalg.norm(np.asarray(dx, np.float64).sum(0) - expected.sum(0)) / np.linalg.norm(expected.sum(0))
+    assert error < 1e-6
+
+
+def test_a_gpu_is_given_the_heads_gradient_as_one_product(monkeypatch):
+    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((2, 8, D), jnp.bfloat16), ((PADDED * 2, D), jnp.float32))]
+    targets = jnp.zeros((2, 8), jnp.int32)
+
+    def lowered(platform):
+        grads = jax.jit(jax.grad(lambda x, head: summed_cross_entropy(x, head, targets, V), argnums=(0, 1)))
+        return grads.trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+
+    on_gpu, on_cpu = lowered("cuda"), lowered("cpu")
+    monkeypatch.setattr(gpt2_jax.loss, "_times_head", gpt2_jax.loss._at_once)
+    assert lowered("cuda").count("dot_general") == on_gpu.count("dot_general") == 3
+    assert lowered("cuda").count("while") == on_gpu.count("while") < on_cpu.count("while")
+
+
 def test_one_pass_over_the_logits_gives_what_two_give(x64):
     """The form that only a GPU is given."""
     generator = np.random.default_rng(0)

@@ -1,0 +1,136 @@
+"""The check `precision`: how often it errs, and which losses of precision it sees."""
+
+import dataclasses
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+import gpt2_jax.layers
+import gpt2_jax.loss
+import gpt2_jax.model
+from gpt2_core.batches import TrainingBatches
+from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.weights import Weights
+from parity import precision
+from parity.faults import MODEL, subject_of
+from parity.sides import TorchSide
+from parity.subjects import random_weights, real_text
+from parity.suite import Subject
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+EVERY_OPTION = ModelConfig(
+    **{"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 257},
+    **{"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "qk_norm": True, "tie_embeddings": False},
+)
+STATED = [f"{dtype} {what}" for dtype in ("float32", "bfloat16") for what in ("logits", "gradients", "loss")]
+
+
+def trained(weights: Weights, steps: int) -> Weights:
+    """Weights after so many steps on real text, and so fast that they are far from where they began."""
+    config = TrainConfig(
+        model=weights.config,
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=10),
+        **{"steps": steps, "batch_size": 8, "precision": "float32", "mesh": 1},
+    )
+    tokens = real_text(weights, 40_000)
+    stream = TrainingBatches(tokens, block_size=weights.config.block_size, batch_size=8, seed=steps)
+    params = TorchSide(weights, "float32").train(config, [stream[step] for step in range(steps)]).params
+    return dataclasses.replace(weights, arrays={name: array.astype(np.float32) for name, array in params.items()})
+
+
+def measured(subject: Subject, weights: list[Weights], number: int = 8) -> list[list]:
+    """The results of each of the weights, all of one architecture: JAX compiles once."""
+    batches = precision._sequences(subject, number)
+    truths = precision._by_torch(weights, batches, "float64")
+    found = [[] for _ in weights]
+    for dtype in ("float32", "bfloat16"):
+        ours, theirs = precision._by_jax(weights, batches, dtype), precision._by_torch(weights, batches, dtype)
+        for w in range(len(weights)):
+            drawn = [side[w * number : (w + 1) * number] for side in (ours, theirs, truths)]
+            found[w] += [*precision.compare(subject, dtype, *drawn), precision._loss(dtype, batches, *drawn)]
+    return found
+
+
+def test_by_chance_alone_the_limit_is_exceeded_as_rarely_as_stated(monkeypatch):
+    monkeypatch.setattr(precision, "FALSE_ALARMS", 0.05)
+    generator = np.random.default_rng(0)
+    runs = 4000
+    alarms = sum(precision.at_least(0.3 + 0.2 * generator.standard_normal(8)) > np.exp(0.3) for _ in range(runs))
+    assert 0.04 < alarms / runs < 0.06
+
+
+def test_right_programs_raise_no_alarm_on_random_and_on_trained_weights():
+    weights = random_weights(MODEL, 5)
+    found = measured(subject_of(), [weights, trained(weights, 150)])
+    assert [r for results in found for r in results if not r.passed] == []
+    assert all(any(r.case.startswith(what) for r in found[0]) for what in STATED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [16, 64])
+def test_fifty_right_programs_raise_no_alarm(width):
+    """Twenty-five of each width: five seeds, each random, and after 25 to 400 steps."""
+    model = dataclasses.replace(MODEL, n_layer=2, n_embd=width, n_head=width // 8, block_size=64)
+    weights = []
+    for seed in range(5):
+        weights.append(random_weights(model, seed))
+        weights += [trained(weights[-1], steps) for steps in (25, 100, 200, 400)]
+    subject = Subject(weights[0], real_text(weights[0], 40_000), "quick")
+    assert [r for results in measured(subject, weights) for r in results if not r.passed] == []
+
+
+@pytest.mark.parametrize("model", [MODEL, EVERY_OPTION], ids=["gpt2", "every option"])
+def test_the_programs_are_as_precise_as_they_are_said_to_be(model):
+    weights = random_weights(model)
+    results = list(precision.programs(Subject(weights, real_text(weights, 2_000))))
+    assert len(results) == 6 and [r for r in results if not r.passed] == []
+
+
+def failed(subject: Subject) -> list[str]:
+    return [r.case for r in precision.programs(subject) if not r.passed]
+
+
+def test_float64_in_the_float32_program_is_seen():
+    normalize = gpt2_jax.layers._normalize
+
+    def wide(x, epsilon):
+        with jax.enable_x64(True):
+            return tuple(part.astype(x.dtype) for part in normalize(x.astype("float64"), epsilon))
+
+    with mock.patch.object(gpt2_jax.layers, "_normalize", wide):
+        assert "float32 program: values in another dtype" in failed(subject_of())
+
+
+def test_a_residual_stream_that_is_lost_from_sight_fails():
+    """An addition by other means than `add`: the check must not pass because it has nothing to look at."""
+    add_norm = gpt2_jax.model.add_norm
+
+    def subtracted(norm, x, branch):
+        return add_norm(norm, x if branch is None else x - (-branch), None)
+
+    with mock.patch.object(gpt2_jax.model, "add_norm", subtracted):
+        assert "bfloat16 program: values of the residual stream in bfloat16, or lost" in failed(subject_of())
+
+
+def test_a_residual_stream_kept_in_bfloat16_is_seen_where_it_is_tapped():
+    embed = gpt2_jax.model.GPT2._embed
+
+    def narrow(self, *inputs):
+        return embed(self, *inputs).astype(self.execution.dtype)
+
+    with mock.patch.object(gpt2_jax.model.GPT2, "_embed", narrow):
+        result = precision._residual_stream(subject_of())
+    assert not result.passed and "JAX bfloat16 and float32" in result.where
+
+
+def test_a_loss_made_of_bfloat16_logits_is_not_the_cross_entropy_of_the_logits():
+    subject = subject_of()
+    batches, weights = precision._sequences(subject, 1), [subject.weights]
+    with mock.patch.object(gpt2_jax.loss, "_wide", lambda x: x.dtype):
+        ours = precision._by_jax(weights, batches, "bfloat16")
+    theirs, truths = (precision._by_torch(weights, batches, dtype) for dtype in ("bfloat16", "float64"))
+    result = precision._loss("bfloat16", batches, ours, theirs, truths)
+    assert result.measured > 100 * result.limit and result.where.startswith("JAX")
