@@ -1,7 +1,7 @@
 """Check `schedule`: the learning rate of every step, against three schedules that are none of the project's.
 
-Both trainers take their rates from one function, so a mistake in it is no difference between them. It is compared with a
-closed form, with PyTorch's own schedulers and with optax's. What a train step then applies is read off a parameter:
+Both trainers take their rates from one function, so a mistake in it is no difference between them. It is compared with
+a closed form, with PyTorch's own schedulers and with optax's. What a train step then applies is read off a parameter:
 decoupled decay multiplies one whose gradient is zero by 1 - rate x decay. The row of a token embedding that no batch
 uses, in a model whose head has a weight of its own, is such a parameter.
 """
@@ -109,7 +109,9 @@ def _compare(rates: np.ndarray, warmup: int, steps: int, final: float) -> tuple[
     differences = np.abs(rates - due).T / _PEAK
     wrong = np.argwhere(~(differences <= LIMIT))
     step, which = wrong[0] if len(wrong) else np.unravel_index(np.argmax(differences), differences.shape)
-    where = f"{'first' if len(wrong) else 'largest'} at step {step}: {rates[step]:.6f} where {due[which, step]:.6f} is due"
+    where = (
+        f"{'first' if len(wrong) else 'largest'} at step {step}: {rates[step]:.6f} where {due[which, step]:.6f} is due"
+    )
     where += f" by {list(_EXPECTATIONS)[which]}"
     return float(np.max(differences)), where
 

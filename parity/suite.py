@@ -24,6 +24,7 @@ CHECKS = (
     "schedule",
     "optimizer",
     "loss_curve",
+    "trainer",
     "dropout",
     "mesh",
     "precision",
