@@ -6,10 +6,12 @@ decoupled decay multiplies one whose gradient is zero by 1 - rate x decay. The r
 uses, in a model whose head has a weight of its own, is such a parameter.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
 
+import jax
 import numpy as np
 import optax
 import torch
@@ -89,11 +91,12 @@ def _by_torch(warmup: int, steps: int, final: float) -> np.ndarray:
 
 
 def _by_optax(warmup: int, steps: int, final: float) -> np.ndarray:
-    """optax's schedules, joined likewise. They are computed in float64 where the whole process is."""
+    """optax's schedules, joined likewise."""
     schedule = optax.cosine_decay_schedule(_PEAK, max(1, steps - warmup), alpha=final)
     if warmup:
         schedule = optax.join_schedules([optax.linear_schedule(_PEAK / warmup, _PEAK, warmup - 1), schedule], [warmup])
-    return np.array([float(schedule(step)) for step in range(steps)])
+    with jax.enable_x64(True):
+        return np.asarray(schedule(np.arange(steps)))
 
 
 _EXPECTATIONS: dict[str, Callable[[int, int, float], np.ndarray]] = {
@@ -103,9 +106,15 @@ _EXPECTATIONS: dict[str, Callable[[int, int, float], np.ndarray]] = {
 }
 
 
+@functools.cache
+def _due(warmup: int, steps: int, final: float) -> np.ndarray:
+    """Rates (expectation, step), in the order of _EXPECTATIONS."""
+    return np.array([rates_of(warmup, steps, final) for rates_of in _EXPECTATIONS.values()])
+
+
 def _compare(rates: np.ndarray, warmup: int, steps: int, final: float) -> tuple[float, str]:
     """The largest difference from all three schedules, as a share of the peak, and the first step beyond the limit."""
-    due = np.array([rates_of(warmup, steps, final) for rates_of in _EXPECTATIONS.values()])
+    due = _due(warmup, steps, final)
     differences = np.abs(rates - due).T / _PEAK
     wrong = np.argwhere(~(differences <= LIMIT))
     step, which = wrong[0] if len(wrong) else np.unravel_index(np.argmax(differences), differences.shape)
