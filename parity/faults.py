@@ -913,7 +913,7 @@ FAULTS = (
         "padding counts in the mean",
         "the summed loss over the number of targets, those that are ignored included",
         "trainer",
-        "JAX, interrupted at step 6 and resumed: figures validation after 0 updates",
+        "JAX, interrupted and resumed: figures validation after 0 updates",
         replacing(gpt2_jax.train, "IGNORED", lambda _: IGNORED - 1),
     ),
     Fault(
@@ -948,21 +948,21 @@ FAULTS = (
         "the optimizer isn't restored",
         "a run goes on with its weights and without their moments",
         "trainer",
-        "PyTorch, interrupted at step 6 and resumed: figures step 6",
+        "PyTorch, interrupted and resumed: figures step 6",
         replacing(gpt2_torch.checkpoints, "restore", _model_alone),
     ),
     Fault(
         "moments zero after a resume",
         "the optimizer's state made anew after the checkpoint was read",
         "trainer",
-        "JAX, interrupted at step 6 and resumed: figures step 6",
+        "JAX, interrupted and resumed: figures step 6",
         replacing(gpt2_jax.train, "restore", _zero_moments),
     ),
     Fault(
         "a resumed run begins the text again",
         "the data loader's position isn't part of the checkpoint",
         "trainer",
-        "JAX, interrupted at step 6 and resumed: figures step 6",
+        "JAX, interrupted and resumed: figures step 6",
         replacing(gpt2_jax.train._Loop, "run", _batches_from_the_start),
     ),
     Fault(
