@@ -239,9 +239,22 @@ def _dropout(trainer: Trainer, setting: Setting) -> Iterator[Result]:
     measured, where = _first_difference(evaluated, due)
     yield Result("trainer", f"{case}: evaluations leave it out", measured, FIGURES, where)
 
-    without = setting.due(dataclasses.replace(setting.config, steps=1)).rows[1]["loss"]
-    same = training[0][0]["loss"] == without
-    yield Result("trainer", f"{case}: training has it", float(same), 0.0, f"step 0: loss {without:.6f} without")
+    # Without updates, and on a text whose windows are all the same, nothing but the masks tells steps apart.
+    tokens = setting.folder / "one-window"
+    tokens.mkdir(exist_ok=True)
+    np.resize(setting.text.val[: _MODEL.block_size], 20 * _MODEL.block_size).astype("<u2").tofile(tokens / "train.bin")
+    still = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, tokens=str(tokens), validation_fraction=0.0),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=0.0),
+        sample_interval=0,
+    )
+    still = _named(setting, still, f"{trainer.name}, still")
+    _run(trainer, still)
+    losses = [row["loss"] for row in read_metrics(Path(still.run_dir) / "metrics.jsonl")]
+    equal = config.steps - len(set(losses))
+    where = f"losses {', '.join(f'{loss:.6f}' for loss in losses)} of one batch and the same weights"
+    yield Result("trainer", f"{case}: every step has masks of its own", float(equal), 0.0, where)
 
 
 def _model(setting: Setting, arrays: plain_loop.Arrays) -> GPT2:
