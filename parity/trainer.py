@@ -93,6 +93,8 @@ def check(subject: Subject) -> Iterator[Result | Skipped]:
             yield from _interrupted(f"{trainer.name}, interrupted and resumed", setting, due, run, run)
             if trainer is PYTORCH or subject.level == "full":
                 yield from _dropout(trainer, setting)
+            if subject.level == "full" or (trainer is PYTORCH and subject.level == "default"):
+                yield from _continued_elsewhere(trainer, setting, due)
         if subject.level != "quick":
             yield from _without_validation(setting)
             yield from _on_other_devices(setting, subject.level)
@@ -125,7 +127,7 @@ def _setting(subject: Subject, folder: Path) -> Setting:
             epsilon=1e-6,
             clip_norm=0.25,
         ),
-        steps=10,
+        steps=12,
         batch_size=4,
         accumulation=2,
         precision="float64",
@@ -165,6 +167,21 @@ def _uninterrupted(
     config = _named(setting, config, case)
     _run(trainer, config)
     yield from _compare(case, trainer, config, due)
+
+
+def _continued_elsewhere(trainer: Trainer, setting: Setting, due: Outcome) -> Iterator[Result]:
+    """From a checkpoint of a run that was interrupted, named by its path, to the end in a folder of its own."""
+    case = f"{trainer.name}, continued in another folder"
+    begun = _named(setting, setting.config, f"{case}: begun")
+    _run(trainer, begun, interrupt_at=_INTERRUPTED_AT)
+    folder = RunFolder(Path(begun.run_dir))
+    start = folder.steps()[-1]
+    rows = [row for row in due.rows if row["step"] >= start + (row["split"] == "val")]
+    samples = {updates: text for updates, text in due.samples.items() if updates > start}
+    last = max(due.states)
+    due = dataclasses.replace(due, rows=rows, samples=samples, kept=[last], best=last)
+    resumed = dataclasses.replace(setting.config, resume=str(folder.checkpoints / str(start)))
+    yield from _uninterrupted(case, setting, due, trainer, resumed)
 
 
 def _without_validation(setting: Setting) -> Iterator[Result]:

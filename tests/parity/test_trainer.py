@@ -38,7 +38,7 @@ def test_the_setting_shows_what_it_is_for(subject, tmp_path, seed):
     assert due.best < max(due.kept)  # the best checkpoint is not the newest
     assert config.eval_sequences % config.microbatch_size  # the last batch is padded
     assert config.eval_sequences < len(plain_loop.windows((setting.text.val,), config.model.block_size))
-    assert len(set(due.samples.values())) == len(due.samples) == 3
+    assert len(set(due.samples.values())) == len(due.samples) == 4
 
 
 def test_windows_overlap_by_one_token_and_leave_no_shard():
@@ -164,7 +164,7 @@ def test_a_run_is_interrupted_resumed_and_silent(setting, capfd):
     assert trainer._run(trainer.PYTORCH, config, interrupt_at=6)
     assert RunFolder(Path(config.run_dir)).steps() == [5]
     assert not trainer._run(trainer.PYTORCH, dataclasses.replace(config, resume="newest"))
-    assert RunFolder(Path(config.run_dir)).steps() == [5, 10]
+    assert RunFolder(Path(config.run_dir)).steps() == [5, 12]
     assert capfd.readouterr() == ("", "")
 
 
