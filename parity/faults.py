@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import torch
 
 import gpt2_core.batches
 import gpt2_core.run_folder
@@ -420,14 +421,6 @@ def _norm_after_clipping(step):
 def _model_alone(restore):
     def wrong(checkpoint, model, optimizer):
         restore(checkpoint, model, gpt2_torch.train.make_optimizer(model, OptimizerConfig()))
-
-    return wrong
-
-
-def _zero_moments(restore):
-    def wrong(checkpoint, abstract):
-        state = restore(checkpoint, abstract)
-        return dataclasses.replace(state, opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
 
     return wrong
 
@@ -952,13 +945,6 @@ FAULTS = (
         replacing(gpt2_torch.checkpoints, "restore", _model_alone),
     ),
     Fault(
-        "moments zero after a resume",
-        "the optimizer's state made anew after the checkpoint was read",
-        "trainer",
-        "JAX, interrupted and resumed: figures step 6",
-        replacing(gpt2_jax.train, "restore", _zero_moments),
-    ),
-    Fault(
         "a resumed run begins the text again",
         "the data loader's position isn't part of the checkpoint",
         "trainer",
@@ -985,6 +971,20 @@ FAULTS = (
         "trainer",
         "best 12, where [5, 12] and 5 are due",
         replacing(gpt2_core.run_folder.RunFolder, "best_step", _largest_loss),
+    ),
+    Fault(
+        "checkpoints are never removed",
+        "the disk fills up some days into the run",
+        "trainer",
+        "kept [5, 10, 12]",
+        replacing(gpt2_core.run_folder.RunFolder, "remove_obsolete", lambda _: lambda self, keep: None),
+    ),
+    Fault(
+        "the same masks at every step",
+        "the generator seeded alike before each step, so that dropout is reproducible",
+        "trainer",
+        "PyTorch, dropout: every step has masks of its own",
+        replacing(torch, "manual_seed", lambda seed: lambda _: seed(0)),
     ),
     Fault(
         "every sample from the same numbers",
