@@ -237,7 +237,9 @@ def _dropout(trainer: Trainer, setting: Setting) -> Iterator[Result]:
 
     case = f"{trainer.name}, dropout"
     training = [[row for row in rows if row["split"] == "train"] for rows in (watched, unwatched)]
-    measured, where = _first_difference(*training)
+    measured, _, where = _differing_steps(*training)
+    if not measured:
+        measured, where = _first_difference(*training)
     yield Result("trainer", f"{case}: watched, interrupted and resumed, or neither", measured, FIGURES, where)
 
     folder = RunFolder(Path(often.run_dir))
