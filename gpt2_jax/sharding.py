@@ -56,9 +56,15 @@ def num_shards(mesh: Mesh, axis: str) -> int:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell the partitioner how an activation lies on the surrounding mesh; without one, or inside `per_shard` for the
-    manual axes, there is nothing to tell."""
+    manual axes, there is nothing to tell.
+
+    An axis that its shards don't divide is left whole: generation has a batch of one, and XLA's partitioner, which
+    would pad it, ends a float64 process (jax 0.10.2: "Check failed: ShapeUtil::IsScalarWithElementType").
+    """
     mesh = jax.sharding.get_abstract_mesh()
     names = [tuple(n for n in _mesh_axes(axis) if n in mesh.auto_axes) for axis in axes]
+    divides = [size % math.prod(mesh.shape[n] for n in found) == 0 for size, found in zip(x.shape, names, strict=True)]
+    names = [found if even else () for found, even in zip(names, divides, strict=True)]
     if mesh.empty or not any(names):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(found or None for found in names)))

@@ -16,7 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import torch
 
+import gpt2_core.batches
+import gpt2_core.run_folder
 import gpt2_jax.attention
 import gpt2_jax.dropout
 import gpt2_jax.generate
@@ -26,11 +29,12 @@ import gpt2_jax.model
 import gpt2_jax.optimizer
 import gpt2_jax.train
 import gpt2_jax.train_step
+import gpt2_torch.checkpoints
 import gpt2_torch.model
 import gpt2_torch.train
 import parity.sides
 from gpt2_core.batches import IGNORED
-from gpt2_core.config import ModelConfig
+from gpt2_core.config import ModelConfig, OptimizerConfig
 from gpt2_jax.capture import tap
 from parity.subjects import random_weights, real_text
 from parity.suite import Result, Subject, in_words, load
@@ -417,6 +421,85 @@ def _warmup_from_zero(rate):
 
 def _cosine_to_zero(rate):
     return lambda step, steps, config: rate(step, steps, dataclasses.replace(config, final_fraction=0.0))
+
+
+# --- the trainers' loops
+
+
+def _mean_of_batch_means(evaluate):
+    def wrong(model, batches, device, autocast):
+        return float(np.mean([evaluate(model, [batch], device, autocast) for batch in batches]))
+
+    return wrong
+
+
+def _left_in_evaluation(evaluate):
+    def wrong(model, *arguments):
+        loss = evaluate(model, *arguments)
+        model.eval()
+        return loss
+
+    return wrong
+
+
+def _last_part_only(accumulate):
+    def wrong(model, inputs, targets, *, accumulation=1, autocast=None):
+        accumulate(model, inputs, targets, accumulation=accumulation, autocast=autocast)
+        inputs, targets = inputs.chunk(accumulation)[-1], targets.chunk(accumulation)[-1]
+        return model(inputs, targets).detach() / (targets != IGNORED).sum()
+
+    return wrong
+
+
+def _norm_after_clipping(step):
+    def wrong(*arguments, clip_norm, **options):
+        loss, norm = step(*arguments, clip_norm=clip_norm, **options)
+        return loss, norm.clamp(max=clip_norm)
+
+    return wrong
+
+
+def _model_alone(restore):
+    def wrong(checkpoint, model, optimizer):
+        restore(checkpoint, model, gpt2_torch.train.make_optimizer(model, OptimizerConfig()))
+
+    return wrong
+
+
+def _batches_from_the_start(run):
+    def wrong(self, state, plan):
+        put = self.put
+        self.put = lambda step: put(step - plan.step)
+        run(self, state, plan)
+
+    return wrong
+
+
+def _schedule_from_the_start(run):
+    def wrong(self, state, plan):
+        def restarted(rate):
+            return lambda step, steps, config: rate(step - plan.step, steps, config)
+
+        with replacing(gpt2_jax.train, "learning_rate", restarted)():
+            run(self, state, plan)
+
+    return wrong
+
+
+def _largest_loss(best_step):
+    def wrong(self):
+        losses = {r["step"]: r["loss"] for r in gpt2_core.run_folder.read_metrics(self.metrics) if r["split"] == "val"}
+        return max(self.steps(), key=losses.__getitem__, default=None)
+
+    return wrong
+
+
+def _validation_is_training(open_tokens):
+    def wrong(config):
+        tokens = open_tokens(config)
+        return dataclasses.replace(tokens, val=tokens.train)
+
+    return wrong
 
 
 # --- dropout, cache, sampler
@@ -951,6 +1034,118 @@ FAULTS = (
         "loss_curve",
         "step 5: parameter of",
         _rate(_restarted(5)),
+    ),
+    Fault(
+        "windows left out",
+        "range(0, len(tokens) - 2 * T, T): the last window of the text is never trained on, whichever framework",
+        "trainer",
+        "windows left out",
+        replacing(gpt2_core.batches.Windows, "__len__", lambda length: lambda self: length(self) - 1),
+    ),
+    Fault(
+        "validation reads the beginning only",
+        "the first sequences of the split in the place of some from all over it, by both trainers",
+        "trainer",
+        "validation after 0 updates, loss",
+        replacing(gpt2_core.batches, "_spread", lambda _: lambda count, of: list(range(min(count, of)))),
+    ),
+    Fault(
+        "evaluation averages batches",
+        "the mean of the batches' mean losses: the last, mostly padding, counts as much as a full one",
+        "trainer",
+        "validation after 0 updates, loss",
+        replacing(gpt2_torch.train, "evaluate", _mean_of_batch_means),
+    ),
+    Fault(
+        "padding counts in the mean",
+        "the summed loss over the number of targets, those that are ignored included",
+        "trainer",
+        "JAX, interrupted and resumed: figures validation after 0 updates",
+        replacing(gpt2_jax.train, "IGNORED", lambda _: IGNORED - 1),
+    ),
+    Fault(
+        "validation on the training text",
+        "one variable in the place of another: the curve looks better than it is",
+        "trainer",
+        "validation after 0 updates, loss",
+        replacing(gpt2_torch.train, "open_tokens", _validation_is_training),
+    ),
+    Fault(
+        "the model stays in evaluation mode",
+        "model.train() forgotten after an evaluation: no dropout from then on",
+        "trainer",
+        "PyTorch, dropout: watched, interrupted and resumed, or neither step 1, loss",
+        replacing(gpt2_torch.train, "evaluate", _left_in_evaluation),
+    ),
+    Fault(
+        "the last part's loss is logged",
+        "of an accumulated batch, as loss.item() after the loop gives it",
+        "trainer",
+        "step 0, loss",
+        replacing(gpt2_torch.train, "accumulate_gradients", _last_part_only),
+    ),
+    Fault(
+        "the gradient norm is logged after clipping",
+        "it then never exceeds the limit, and says nothing of the run",
+        "trainer",
+        "step 0, gradient norm",
+        replacing(gpt2_torch.train, "train_step", _norm_after_clipping),
+    ),
+    Fault(
+        "the optimizer isn't restored",
+        "a run goes on with its weights and without their moments",
+        "trainer",
+        "PyTorch, interrupted and resumed: figures step 6",
+        replacing(gpt2_torch.checkpoints, "restore", _model_alone),
+    ),
+    Fault(
+        "a resumed run begins the text again",
+        "the data loader's position isn't part of the checkpoint",
+        "trainer",
+        "JAX, interrupted and resumed: figures step 6",
+        replacing(gpt2_jax.train._Loop, "run", _batches_from_the_start),
+    ),
+    Fault(
+        "a resumed run begins the schedule again",
+        "a counter of its own: a second warmup",
+        "trainer",
+        "step 6, learning rate",
+        replacing(gpt2_jax.train._Loop, "run", _schedule_from_the_start),
+    ),
+    Fault(
+        "a resumed run keeps what it does again in the log",
+        "steps after the checkpoint are there twice",
+        "trainer",
+        "logged steps",
+        replacing(gpt2_core.run_folder, "_cut_metrics", lambda _: lambda *arguments, **options: None),
+    ),
+    Fault(
+        "the best checkpoint is the one with the largest loss",
+        "max in the place of min, as for an accuracy",
+        "trainer",
+        "best 12, where [5, 12] and 5 are due",
+        replacing(gpt2_core.run_folder.RunFolder, "best_step", _largest_loss),
+    ),
+    Fault(
+        "checkpoints are never removed",
+        "the disk fills up some days into the run",
+        "trainer",
+        "kept [5, 10, 12]",
+        replacing(gpt2_core.run_folder.RunFolder, "remove_obsolete", lambda _: lambda self, keep: None),
+    ),
+    Fault(
+        "the same masks at every step",
+        "the generator seeded alike before each step, so that dropout is reproducible",
+        "trainer",
+        "PyTorch, dropout: every step has masks of its own",
+        replacing(torch, "manual_seed", lambda seed: lambda _: seed(0)),
+    ),
+    Fault(
+        "every sample from the same numbers",
+        "a generator seeded anew for each sample",
+        "trainer",
+        "samples",
+        replacing(gpt2_torch.train, "uniforms", lambda draw: lambda seed, sample, count: draw(seed, 0, count)),
     ),
 )
 

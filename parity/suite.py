@@ -32,6 +32,7 @@ CHECKS = (
     "mesh",
     "precision",
     "generation",
+    "trainer",
     "variants",
 )
 
@@ -49,6 +50,7 @@ RESTS_ON: dict[str, tuple[str, ...]] = {
     "mesh": ("loss_curve",),
     "precision": ("gradients",),
     "generation": ("forward",),
+    "trainer": ("loss_curve", "generation"),
     "variants": ("loss_curve",),
 }
 

@@ -1,6 +1,7 @@
 import dataclasses
 import shutil
 
+import jax
 import pytest
 
 from gpt2_core.config import OptimizerConfig, from_yaml
@@ -98,6 +99,15 @@ def test_it_stops_at_the_target_and_accumulates_as_its_devices_need(make_config)
 def test_samples_are_written(make_config):
     folder = train(make_config(steps=2, sample_interval=2, sample_tokens=20))
     assert len((folder.samples / "2.txt").read_text(errors="replace")) >= 10
+
+
+def test_samples_do_not_depend_on_the_mesh(make_config):
+    # One sequence can't be split over two devices; asked to, XLA ends a float64 process.
+    settings = {"steps": 1, "sample_interval": 1, "sample_tokens": 12, "precision": "float64"}
+    with jax.enable_x64(True):
+        folders = [train(make_config(f"on-{mesh}", mesh=mesh, **settings)) for mesh in (1, 2)]
+    texts = {(folder.samples / "1.txt").read_bytes() for folder in folders}
+    assert len(texts) == 1
 
 
 def test_a_mesh_larger_than_the_machine_is_refused(make_config):

@@ -1,0 +1,480 @@
+"""Check `trainer`: both trainers end to end, from `--init_from` to the last checkpoint, against a plain loop.
+
+A tiny model is trained as the two commands train it: interrupted by Ctrl-C and resumed, on other devices too, with
+accumulation, clipping, a validation split whose last batch is padded, samples, and checkpoints of which few are kept.
+Every logged figure, the states in the checkpoints, which of them are kept, and the samples are compared with
+`parity.plain_loop`. So each trainer is judged by itself, and what the two share is seen where it is wrong.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import io
+import itertools
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+import gpt2_core.runlog
+import gpt2_jax.train
+import gpt2_torch.train
+from gpt2_core.config import NEWEST, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_yaml
+from gpt2_core.run_folder import RunFolder, read_metadata, read_metrics
+from gpt2_core.weights import Weights
+from gpt2_jax import checkpoints as jax_checkpoints
+from gpt2_jax.optimizer import make_optimizer as make_jax_optimizer
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.train_step import abstract_state
+from gpt2_jax.weights import canonical_arrays as jax_arrays
+from gpt2_torch.model import GPT2
+from gpt2_torch.optimizer import make_optimizer as make_torch_optimizer
+from gpt2_torch.weights import build
+from parity import loss_curve, optimizer, plain_loop, sides
+from parity.formats import read_initial_weights, write_weights
+from parity.plain_loop import Outcome, State, Text
+from parity.subjects import random_weights
+from parity.suite import Level, Result, Skipped, Subject, relative_norm
+
+FIGURES, STATE = loss_curve.LIMIT, optimizer.LIMIT
+
+_MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257)
+# Past a checkpoint, and no step that is evaluated: a resumed run takes back what was logged since.
+_INTERRUPTED_AT = 6
+# In the order of dependence: the rate follows from the step alone, the loss from all rates before.
+_WORDS = {"lr": "learning rate", "loss": "loss", "grad_norm": "gradient norm"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """One of the two, by its command's `train`, and how its checkpoints are read."""
+
+    name: str
+    train: Callable[..., RunFolder]
+    state: Callable[[Path, TrainConfig], State]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What every run of the check starts from."""
+
+    folder: Path
+    text: Text
+    weights: Weights
+    config: TrainConfig
+    """Its numbers are chosen so that every interval ends at another step, and nothing divides evenly."""
+
+    def due(self, config: TrainConfig) -> Outcome:
+        return plain_loop.run(config, self.weights, self.text)
+
+
+def check(subject: Subject) -> Iterator[Result | Skipped]:
+    with tempfile.TemporaryDirectory() as folder:
+        setting = _setting(subject, Path(folder))
+        seen, wrong = plain_loop.wrong_batches(setting.text, setting.config)
+        where = "; ".join(wrong) or "every window once an epoch, targets the inputs that follow"
+        yield Result("trainer", f"batches: {seen} sequences", float(len(wrong)), 0.0, where)
+        due = setting.due(setting.config)
+        # PyTorch first, which has nothing to compile: what is wrong there, or in both, shows after a second.
+        for trainer in (PYTORCH, JAX):
+            run = (trainer, setting.config)
+            yield from _interrupted(f"{trainer.name}, interrupted and resumed", setting, due, run, run)
+            if trainer is PYTORCH or subject.level == "full":
+                yield from _dropout(trainer, setting)
+            if subject.level == "full" or (trainer is PYTORCH and subject.level == "default"):
+                yield from _continued_elsewhere(trainer, setting, due)
+        if subject.level != "quick":
+            yield from _without_validation(setting)
+            yield from _on_other_devices(setting, subject.level)
+
+
+def _setting(subject: Subject, folder: Path) -> Setting:
+    block_size = _MODEL.block_size
+    ids = subject.tokens % _MODEL.vocab_size
+    first, second, third = np.split(ids, np.cumsum([11 * block_size + 6, 7 * block_size + 1]))
+    # Validation text of another alphabet: training makes its loss worse, so the best checkpoint isn't the newest.
+    val = (third[: 11 * block_size + 1] + _MODEL.vocab_size // 2) % _MODEL.vocab_size
+    text = Text((first, second), val)
+    tokens = folder / "tokens"
+    tokens.mkdir()
+    for name, shard in (("train-0", first), ("train-1", second), ("val", val)):
+        shard.astype("<u2").tofile(tokens / f"{name}.bin")
+    weights = random_weights(_MODEL, subject.seed)
+    write_weights(weights, folder / "weights.safetensors", "safetensors")
+    config = TrainConfig(
+        model=_MODEL,
+        data=DataConfig(tokens=str(tokens), tokenizer="bytes"),
+        # An epsilon above the rounding of gradients that are zero but for it, such as those of the keys' biases.
+        optimizer=OptimizerConfig(
+            learning_rate=1e-2,
+            final_fraction=0.2,
+            warmup_steps=3,
+            weight_decay=0.2,
+            beta1=0.85,
+            beta2=0.97,
+            epsilon=1e-6,
+            clip_norm=0.25,
+        ),
+        steps=12,
+        batch_size=4,
+        accumulation=2,
+        precision="float64",
+        seed=subject.seed + 7,  # none of the numbers that a mistake would put in its place: 0, 1, 1337
+        mesh=1,
+        device=sides.DEVICE.type,
+        compile=False,
+        init_from=str(folder / "weights.safetensors"),
+        log_interval=2,
+        eval_interval=4,
+        eval_sequences=7,
+        checkpoint_interval=5,
+        keep_checkpoints=1,
+        sample_interval=3,
+        sample_tokens=9,
+    )
+    return Setting(folder, text, weights, config)
+
+
+def _interrupted(
+    case: str, setting: Setting, due: Outcome, begun: tuple[Trainer, TrainConfig], ended: tuple[Trainer, TrainConfig]
+) -> Iterator[Result]:
+    """Trained until Ctrl-C between two checkpoints, and from the newest of them to the end."""
+    trainer, config = begun
+    config = _named(setting, config, case)
+    stopped = _run(trainer, config, interrupt_at=_INTERRUPTED_AT)
+    yield Result("trainer", f"{case}: Ctrl-C ends the run", float(not stopped), 0.0, f"at step {_INTERRUPTED_AT}")
+    trainer, resumed = ended
+    resumed = dataclasses.replace(resumed, run_dir=config.run_dir, resume=NEWEST)
+    _run(trainer, resumed)
+    yield from _compare(case, trainer, resumed, due)
+
+
+def _uninterrupted(
+    case: str, setting: Setting, due: Outcome, trainer: Trainer, config: TrainConfig
+) -> Iterator[Result]:
+    config = _named(setting, config, case)
+    _run(trainer, config)
+    yield from _compare(case, trainer, config, due)
+
+
+def _continued_elsewhere(trainer: Trainer, setting: Setting, due: Outcome) -> Iterator[Result]:
+    """From a checkpoint of a run that was interrupted, named by its path, to the end in a folder of its own."""
+    case = f"{trainer.name}, continued in another folder"
+    begun = _named(setting, setting.config, f"{case}: begun")
+    _run(trainer, begun, interrupt_at=_INTERRUPTED_AT)
+    folder = RunFolder(Path(begun.run_dir))
+    start = folder.steps()[-1]
+    rows = [row for row in due.rows if row["step"] >= start + (row["split"] == "val")]
+    samples = {updates: text for updates, text in due.samples.items() if updates > start}
+    last = max(due.states)
+    due = dataclasses.replace(due, rows=rows, samples=samples, kept=[last], best=last)
+    resumed = dataclasses.replace(setting.config, resume=str(folder.checkpoints / str(start)))
+    yield from _uninterrupted(case, setting, due, trainer, resumed)
+
+
+def _without_validation(setting: Setting) -> Iterator[Result]:
+    """The training losses choose the best checkpoint."""
+    data = dataclasses.replace(setting.config.data, validation_fraction=0.0)
+    config = dataclasses.replace(setting.config, data=data, steps=6, checkpoint_interval=2, log_interval=1)
+    due = setting.due(config)
+    for trainer in (JAX, PYTORCH):
+        yield from _uninterrupted(f"{trainer.name}, without validation", setting, due, trainer, config)
+
+
+def _on_other_devices(setting: Setting, level: Level) -> Iterator[Result | Skipped]:
+    """Runs of so many epochs that end at a target loss, begun on some devices and resumed on others."""
+    config = dataclasses.replace(setting.config, epochs=4, accumulation=1, device_batch_size=2, log_interval=1)
+    losses = [row["loss"] for row in setting.due(config).rows if row["split"] == "train"]
+    # Reached between the tenth and the last step.
+    target = sum(np.mean(losses[end - 10 : end]) for end in (12, 13)) / 2
+    config = dataclasses.replace(config, target_loss=float(target))
+    due = setting.due(config)
+    if len(jax.devices()) < 2:
+        yield Skipped("trainer", "JAX on data=2: needs 2 devices and there is 1")
+    else:
+        on_two = (JAX, dataclasses.replace(config, mesh="data=2"))
+        yield from _interrupted("JAX on data=2, resumed on one device", setting, due, on_two, (JAX, config))
+        if level == "full":
+            parts = dataclasses.replace(config, mesh="fsdp=2", device_batch_size=1, scan_layers=True, remat=True)
+            yield from _uninterrupted("JAX on fsdp=2, scanned, rematerialised", setting, due, JAX, parts)
+    # One sequence at once: each of the two accumulates as well.
+    config = dataclasses.replace(config, device_batch_size=1)
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        yield Skipped("trainer", "PyTorch by two processes: this PyTorch has no gloo")
+    elif sides.DEVICE.type != "cpu":
+        yield Skipped("trainer", "PyTorch by two processes: each needs a GPU of its own; compared on CPU")
+    else:
+        by_two = (BY_TWO_PROCESSES, config)
+        yield from _interrupted("PyTorch, resumed by two processes", setting, due, (PYTORCH, config), by_two)
+        if level == "full":
+            yield from _uninterrupted("PyTorch by two processes", setting, due, *by_two)
+
+
+def _dropout(trainer: Trainer, setting: Setting) -> Iterator[Result]:
+    """With dropout the plain loop can't follow. But evaluations have none, and neither they nor samples, checkpoints
+    and interruptions change the training."""
+    model = dataclasses.replace(_MODEL, dropout=0.2)
+    config = dataclasses.replace(setting.config, model=model, steps=4, log_interval=1)
+    rare = _named(setting, dataclasses.replace(config, eval_interval=4, sample_interval=0), f"{trainer.name}, rare")
+    often = dataclasses.replace(config, eval_interval=1, sample_interval=1, checkpoint_interval=2, keep_checkpoints=4)
+    often = _named(setting, often, f"{trainer.name}, often")
+    _run(trainer, rare)
+    _run(trainer, often, interrupt_at=2)
+    _run(trainer, dataclasses.replace(often, resume=NEWEST))
+    watched, unwatched = (read_metrics(Path(c.run_dir) / "metrics.jsonl") for c in (often, rare))
+
+    case = f"{trainer.name}, dropout"
+    training = [[row for row in rows if row["split"] == "train"] for rows in (watched, unwatched)]
+    measured, _, where = _differing_steps(*training)
+    if not measured:
+        measured, where = _first_difference(*training)
+    yield Result("trainer", f"{case}: watched, interrupted and resumed, or neither", measured, FIGURES, where)
+
+    folder = RunFolder(Path(often.run_dir))
+    params = {0: setting.weights.arrays} | {
+        step: trainer.state(folder.checkpoints / str(step), often).params for step in folder.steps()
+    }
+    due = [
+        {
+            "split": "val",
+            "step": step,
+            "loss": plain_loop.evaluation(_model(setting, params[step]), often, setting.text),
+        }
+        for step in params
+    ]
+    evaluated = [row for row in watched if row["split"] == "val" and row["step"] in params]
+    measured, where = _first_difference(evaluated, due)
+    yield Result("trainer", f"{case}: evaluations leave it out", measured, FIGURES, where)
+
+    # Without updates, and on a text whose windows are all the same, nothing but the masks tells steps apart.
+    tokens = setting.folder / "one-window"
+    tokens.mkdir(exist_ok=True)
+    np.resize(setting.text.val[: _MODEL.block_size], 20 * _MODEL.block_size).astype("<u2").tofile(tokens / "train.bin")
+    still = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, tokens=str(tokens), validation_fraction=0.0),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=0.0),
+        sample_interval=0,
+    )
+    still = _named(setting, still, f"{trainer.name}, still")
+    _run(trainer, still)
+    losses = [row["loss"] for row in read_metrics(Path(still.run_dir) / "metrics.jsonl")]
+    equal = config.steps - len(set(losses))
+    where = f"losses {', '.join(f'{loss:.6f}' for loss in losses)} of one batch and the same weights"
+    yield Result("trainer", f"{case}: every step has masks of its own", float(equal), 0.0, where)
+
+
+def _model(setting: Setting, arrays: plain_loop.Arrays) -> GPT2:
+    weights = dataclasses.replace(setting.weights, arrays={n: a.astype(np.float64) for n, a in arrays.items()})
+    return build(weights).to(sides.DEVICE)
+
+
+# --- running
+
+
+def _named(setting: Setting, config: TrainConfig, case: str) -> TrainConfig:
+    return dataclasses.replace(config, run_dir=str(setting.folder / case.replace(", ", "-").replace(" ", "-")))
+
+
+def _run(trainer: Trainer, config: TrainConfig, interrupt_at: int | None = None) -> bool:
+    """Train without a word; whether Ctrl-C, as the batch of `interrupt_at` is logged, ended it."""
+    log, pressed = gpt2_core.runlog.RunLog.train, False
+
+    def pressing(self, step: int, **figures: float) -> None:
+        nonlocal pressed
+        log(self, step, **figures)
+        if step == interrupt_at:
+            pressed = True
+            signal.raise_signal(signal.SIGINT)
+
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        # No number hangs on either, and each takes longer than all the steps.
+        mock.patch.object(gpt2_core.runlog, "draw_curves"),
+        mock.patch.object(gpt2_torch.train, "check_memory"),
+        mock.patch.object(gpt2_core.runlog.RunLog, "train", pressing),
+    ):
+        try:
+            trainer.train(config, read_initial_weights)
+        except KeyboardInterrupt:
+            if not pressed:
+                raise
+    # The folder is locked as long as anything refers to its plan; a command's process would be over.
+    gc.collect()
+    return pressed
+
+
+def _by_two_processes(config: TrainConfig, initial: Callable) -> RunFolder:
+    """As torchrun starts them, on this machine; raises RuntimeError with what they said if one of them fails."""
+    recipe = Path(config.run_dir).with_suffix(".yaml")
+    recipe.write_text(to_yaml(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile("w+") as said:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", _PROCESS, str(recipe)],
+                env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+            )
+            for rank in range(2)
+        ]
+        try:
+            # One that fails leaves the other waiting for it.
+            while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
+                time.sleep(0.05)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        if any(process.returncode for process in processes):
+            said.seek(0)
+            raise RuntimeError(f"the PyTorch trainer by two processes ended with an error: {said.read()[-2000:]}")
+    return RunFolder(Path(config.run_dir))
+
+
+_PROCESS = """
+import sys
+from pathlib import Path
+from gpt2_core.config import from_yaml
+from gpt2_torch.train import train
+from parity.formats import read_initial_weights
+train(from_yaml(Path(sys.argv[1])), read_initial_weights)
+"""
+
+
+def _jax_state(checkpoint: Path, config: TrainConfig) -> State:
+    config = gpt2_jax.train.resolve(config)
+    mesh = make_mesh(gpt2_jax.train.parse_mesh(config.mesh))
+    adamw = make_jax_optimizer(config.optimizer, config.model)
+    state = jax_checkpoints.restore(checkpoint, abstract_state(gpt2_jax.train.define_model(config), adamw, mesh))
+    trees = (state.params, state.opt_state[0].mu, state.opt_state[0].nu)
+    return State(int(state.step), *(jax_arrays(tree, config.model) for tree in trees))
+
+
+def _torch_state(checkpoint: Path, config: TrainConfig) -> State:
+    model = GPT2(config.model).double()
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    adamw = make_torch_optimizer(model, config.optimizer)
+    adamw.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
+    (updates,) = {int(of_parameter["step"]) for of_parameter in adamw.state.values()}
+    return plain_loop.state_of(model, adamw, updates)
+
+
+# `train` is looked up when it is called: a planted mistake may have taken its place.
+JAX = Trainer("JAX", lambda *arguments: gpt2_jax.train.train(*arguments), _jax_state)
+PYTORCH = Trainer("PyTorch", lambda *arguments: gpt2_torch.train.train(*arguments), _torch_state)
+BY_TWO_PROCESSES = Trainer("PyTorch by two processes", _by_two_processes, _torch_state)
+
+
+# --- comparing
+
+
+def _compare(case: str, trainer: Trainer, config: TrainConfig, due: Outcome) -> Iterator[Result]:
+    """What the run of `config` left, against what is due."""
+    folder = RunFolder(Path(config.run_dir))
+    rows = read_metrics(folder.metrics)
+    yield Result("trainer", f"{case}: logged steps", *_differing_steps(rows, due.rows))
+    measured, where = _first_difference(rows, due.rows)
+    yield Result("trainer", f"{case}: figures", measured, FIGURES, where)
+    yield Result("trainer", f"{case}: tokens a step", *_wrong_tokens(rows, config))
+
+    # By what their metadata says, which a name must agree with.
+    kept = [read_metadata(folder.checkpoints / str(step))["step"] for step in folder.steps()]
+    best = folder.best_step()
+    differ = (kept, best) != (due.kept, due.best)
+    where = f"kept {kept}, best {best}" + (f", where {due.kept} and {due.best} are due" if differ else "")
+    yield Result("trainer", f"{case}: checkpoints", float(differ), 0.0, where)
+    states = {step: trainer.state(folder.checkpoints / str(step), config) for step in folder.steps()}
+    measured, where = _first_difference_of_states(states, due.states)
+    yield Result("trainer", f"{case}: states", measured, STATE, where)
+
+    samples = {int(path.stem): path.read_bytes() for path in folder.samples.glob("*.txt")}
+    wrong = [step for step in sorted({*samples, *due.samples}) if samples.get(step) != due.samples.get(step)]
+    where = f"{len(due.samples)} of them"
+    if wrong:
+        where = f"after {wrong[0]} updates: {samples.get(wrong[0])} where {due.samples.get(wrong[0])} is due"
+    yield Result("trainer", f"{case}: samples", float(len(wrong)), 0.0, where)
+
+
+def _differing_steps(rows: list[dict], due: list[dict]) -> tuple[float, float, str]:
+    """Rows that are missing, too many or out of order."""
+    found, expected = ([_in_words(row) for row in of] for of in (rows, due))
+    if found == expected:
+        return 0.0, 0.0, f"{len(found)} rows"
+    paired = list(itertools.zip_longest(found, expected, fillvalue="nothing"))
+    first = next((a, b) for a, b in paired if a != b)
+    return float(sum(a != b for a, b in paired)), 0.0, f"{first[0]} where {first[1]} is due"
+
+
+def _first_difference(rows: list[dict], due: list[dict]) -> tuple[float, str]:
+    """The largest relative difference of the figures of two logs, and where the first is that is more than rounding."""
+    found = {(row["split"], row["step"]): row for row in rows}
+    both = [(found[key], row) for row in due if (key := (row["split"], row["step"])) in found]
+    places = [
+        (f"{_in_words(row)}, {word}: {ours[name]:.12g} where {row[name]:.12g} is due", ours[name], row[name])
+        for ours, row in both
+        for name, word in _WORDS.items()
+        if name in row
+    ]
+    return _first_beyond([(where, abs(a - b) / abs(b)) for where, a, b in places], FIGURES)
+
+
+def _first_difference_of_states(found: dict[int, State], due: dict[int, State]) -> tuple[float, str]:
+    """The same for the states of checkpoints: relative norms, the second moments first, which gradients make."""
+    places = []
+    for step in sorted(found.keys() & due):
+        ours, theirs = found[step], due[step]
+        counts = f"checkpoint {step}, {ours.updates} updates where {theirs.updates} are due"
+        places.append((counts, float(abs(ours.updates - theirs.updates))))
+        places += [
+            (
+                f"checkpoint {step}, {kind.replace('_', ' ')[:-1]} {name}",
+                relative_norm(getattr(ours, kind)[name], array),
+            )
+            for kind in ("second_moments", "first_moments", "params")
+            for name, array in getattr(theirs, kind).items()
+        ]
+    return _first_beyond(places, STATE)
+
+
+def _first_beyond(places: list[tuple[str, float]], limit: float) -> tuple[float, str]:
+    """The largest difference, and where the first is beyond the limit, or else the largest."""
+    if not places:
+        return math.inf, "nothing to compare"
+    wrong = [number for number, (_, difference) in enumerate(places) if not difference <= limit]
+    differences = np.array([difference for _, difference in places])
+    if not wrong:
+        return float(differences.max()), f"largest at {places[differences.argmax()][0]}"
+    before = f"; everything before agrees to {differences[: wrong[0]].max():.0e}" if wrong[0] else ""
+    return float(differences.max()), places[wrong[0]][0] + before
+
+
+def _wrong_tokens(rows: list[dict], config: TrainConfig) -> tuple[float, float, str]:
+    """Tokens a second times seconds a step, as a share of what rounding them in the log may change."""
+    shares = [0.0]
+    for row in rows:
+        if row["split"] == "train":
+            rate, seconds = row["tokens_per_second"], row["step_seconds"]
+            tokens = config.batch_size * config.model.block_size
+            shares.append(abs(rate * seconds - tokens) / (0.051 * seconds + 0.51e-6 * rate))
+    return max(shares), 1.0, f"{config.batch_size} x {config.model.block_size}"
+
+
+def _in_words(row: dict) -> str:
+    return f"step {row['step']}" if row["split"] == "train" else f"validation after {row['step']} updates"

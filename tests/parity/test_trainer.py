@@ -1,0 +1,176 @@
+"""The check of the trainers: that its setting shows what it should, and that what differs is named."""
+
+import dataclasses
+import math
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import gpt2_core.batches
+from gpt2_core.run_folder import RunFolder
+from parity import plain_loop, trainer
+from parity.faults import subject_of
+from parity.plain_loop import State
+from parity.suite import Skipped
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return subject_of()
+
+
+@pytest.fixture
+def setting(subject, tmp_path):
+    return trainer._setting(subject, tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_setting_shows_what_it_is_for(subject, tmp_path, seed):
+    subject = dataclasses.replace(subject, seed=seed, tokens=np.roll(subject.tokens, -1500 * seed))
+    setting = trainer._setting(subject, tmp_path)
+    config, due = setting.config, setting.due(setting.config)
+    norms = [row["grad_norm"] for row in due.rows if row["split"] == "train"]
+    assert min(norms) > config.optimizer.clip_norm  # every step is clipped
+    assert due.best < max(due.kept)  # the best checkpoint is not the newest
+    assert config.eval_sequences % config.microbatch_size  # the last batch is padded
+    assert config.eval_sequences < len(plain_loop.windows((setting.text.val,), config.model.block_size))
+    assert len(set(due.samples.values())) == len(due.samples) == 4
+
+
+def test_windows_overlap_by_one_token_and_leave_no_shard():
+    shards = (np.arange(10), np.arange(100, 109))
+    found = [window.tolist() for window in plain_loop.windows(shards, 4)]
+    assert found == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [100, 101, 102, 103, 104], [104, 105, 106, 107, 108]]
+
+
+def windows_of(start):
+    """Windows that begin elsewhere."""
+
+    def make(place):
+        def wrong(self, i):
+            number, begin = place(self, i)
+            return number, start(begin)
+
+        return wrong
+
+    return "_place", make
+
+
+WRONG_BATCHES = {
+    "shifted": windows_of(lambda begin: max(0, begin - 1)),
+    "always the first": windows_of(lambda begin: 0),
+    "one left out": ("__len__", lambda length: lambda self: length(self) - 1),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_BATCHES)
+def test_windows_that_are_not_the_texts_are_seen(setting, name):
+    assert plain_loop.wrong_batches(setting.text, setting.config)[1] == []
+    attribute, make = WRONG_BATCHES[name]
+    windows = gpt2_core.batches.Windows
+    with mock.patch.object(windows, attribute, make(getattr(windows, attribute))):
+        assert "windows left out" in plain_loop.wrong_batches(setting.text, setting.config)[1][0]
+
+
+class Changed(gpt2_core.batches.TrainingBatches):
+    """Batches with a mistake, which `change` makes of (right batch, batches, step)."""
+
+    def __getitem__(self, step):
+        return self.change(super().__getitem__, step)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda right, step: right(step)._replace(targets=right(step).inputs), "left out"),
+        (lambda right, step: right(step // 2), "too many"),
+        (lambda right, step: right(step % 4), "too many"),
+        (lambda right, step: right(step + 1), "left out"),
+    ],
+    ids=["targets not shifted", "every batch twice", "an epoch that ends early", "the first batch left out"],
+)
+def test_batches_that_are_not_the_epochs_are_seen(setting, change, words):
+    wrong = type("Wrong", (Changed,), {"change": staticmethod(change)})
+    with mock.patch.object(plain_loop, "TrainingBatches", wrong):
+        assert words in plain_loop.wrong_batches(setting.text, setting.config)[1][0]
+
+
+def test_orders_and_processes_are_looked_at(setting):
+    real = gpt2_core.batches.TrainingBatches
+
+    def unseeded(*arguments, seed, **options):
+        return real(*arguments, seed=0, **options)
+
+    def all_to_each(*arguments, process, **options):
+        return real(*arguments, process=0, **options)
+
+    for wrong, words in ((unseeded, "two seeds"), (all_to_each, "two processes")):
+        with mock.patch.object(plain_loop, "TrainingBatches", wrong):
+            assert words in "; ".join(plain_loop.wrong_batches(setting.text, setting.config)[1])
+
+
+ROWS = [
+    {"split": "val", "step": 0, "loss": 5.0},
+    {"split": "train", "step": 0, "loss": 5.0, "lr": 0.1, "grad_norm": 1.0},
+    {"split": "train", "step": 2, "loss": 4.0, "lr": 0.2, "grad_norm": 2.0},
+]
+
+
+def test_the_first_differing_figure_is_named_with_what_came_before():
+    rows = [ROWS[0], ROWS[1] | {"grad_norm": 1.0 + 1e-9}, ROWS[2] | {"loss": 3.0}]
+    measured, where = trainer._first_difference(rows, ROWS)
+    assert measured == 0.25
+    assert where == "step 0, gradient norm: 1.000000001 where 1 is due; everything before agrees to 0e+00"
+    measured, where = trainer._first_difference([ROWS[0] | {"loss": math.nan}, *ROWS[1:]], ROWS)
+    assert math.isnan(measured) and where.startswith("validation after 0 updates, loss: nan")
+    assert trainer._first_difference([], ROWS)[0] == math.inf
+
+
+def test_rows_that_are_missing_repeated_or_out_of_order_are_named():
+    assert trainer._differing_steps(ROWS, ROWS)[0] == 0
+    assert trainer._differing_steps(ROWS[1:], ROWS)[2] == "step 0 where validation after 0 updates is due"
+    assert trainer._differing_steps([*ROWS, ROWS[2]], ROWS)[2] == "step 2 where nothing is due"
+    assert trainer._differing_steps(ROWS[:2], ROWS)[2] == "nothing where step 2 is due"
+
+
+def test_the_first_differing_tensor_of_a_checkpoint_is_named():
+    def state(updates=5, **changed):
+        trees = {kind: {"a": np.ones(3), "b": np.ones(2)} for kind in State._fields[1:]}
+        for kind, name in changed.items():
+            trees[kind][name] = np.full_like(trees[kind][name], 1.1)
+        return State(updates, **trees)
+
+    def where(*states):
+        return trainer._first_difference_of_states(*({5: s} for s in states))[1]
+
+    assert where(state(first_moments="b", params="a"), state()).startswith("checkpoint 5, first moment b")
+    assert where(state(params="a"), state()).startswith("checkpoint 5, param a")
+    assert where(state(updates=4), state()).startswith("checkpoint 5, 4 updates where 5 are due")
+    assert trainer._first_difference_of_states({5: state()}, {5: state()})[0] == 0
+
+
+def test_tokens_are_counted_to_the_rounding_of_the_log(setting):
+    row = {"split": "train", "step": 0, "tokens_per_second": 21333.3, "step_seconds": 0.003}
+    assert trainer._wrong_tokens([row], setting.config)[0] < 1  # 64 tokens
+    assert trainer._wrong_tokens([row | {"step_seconds": 0.0031}], setting.config)[0] > 1
+
+
+def test_a_run_is_interrupted_resumed_and_silent(setting, capfd):
+    config = trainer._named(setting, setting.config, "a run")
+    assert trainer._run(trainer.PYTORCH, config, interrupt_at=6)
+    assert RunFolder(Path(config.run_dir)).steps() == [5]
+    assert not trainer._run(trainer.PYTORCH, dataclasses.replace(config, resume="newest"))
+    assert RunFolder(Path(config.run_dir)).steps() == [5, 12]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_both_trainers_pass_on_other_devices_and_weights(subject, seed):
+    found = list(trainer.check(dataclasses.replace(subject, level="full", seed=seed)))
+    assert not any(isinstance(result, Skipped) for result in found)
+    assert all(result.passed for result in found), [r for r in found if not r.passed]
