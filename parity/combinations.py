@@ -122,7 +122,7 @@ def _row(subject: Subject, number: int, row: Row) -> Iterator[Result]:
     a = ours.train(exact, batches)
     measured, where = divergence(a, b, LIMIT)
     if not measured <= LIMIT:
-        where += _explained(subject, weights, config, batches)
+        where += explained(subject, weights, batches[0])
     name = ", ".join(row.values())
     yield Result("combinations", f"row {number}, {STEPS} training steps: {name}", measured, LIMIT, where)
 
@@ -171,15 +171,15 @@ def divergence(a: Trained, b: Trained, limit: float) -> tuple[float, str]:
     return worst, "" if first is None else f"{first}: relative difference {places[first]:.1e}"
 
 
-def _explained(subject: Subject, weights: Weights, config: TrainConfig, batches: list[Batch]) -> str:
-    """Whether the architecture or its execution is to blame for a row that differs: the same model without dropout, on
-    one device, its layers unrolled, its batch whole."""
-    plain = dataclasses.replace(subject, weights=weights, tokens=batches[0].inputs.reshape(-1), level="quick")
+def explained(subject: Subject, weights: Weights, batch: Batch) -> str:
+    """Whether the model is to blame for a training that differs, or how it was executed: what `forward` and
+    `gradients` say of it without dropout, on one device, its layers unrolled."""
+    plain = dataclasses.replace(subject, weights=weights, tokens=batch.inputs.reshape(-1), level="quick", evidence={})
     for part in (forward, gradients):
         for result in part.check(plain):
             if not result.passed:
-                return f"; so does `{result.check}` of this model: {result.where}"
-    return "; executed plainly the model agrees"
+                return f"; {result.check}: {result.where}"
+    return "; forward pass and gradients of this model agree, executed plainly"
 
 
 def uneven_batch(subject: Subject, model: ModelConfig, step: int) -> Batch:

@@ -29,6 +29,9 @@ CHECKS = (
     "precision",
     "generation",
     "variants",
+    "settings",
+    "sizes",
+    "combinations",
 )
 
 
