@@ -83,13 +83,13 @@ def off_default(config: ModelConfig | OptimizerConfig) -> dict[str, float]:
 def _case(subject: Subject, name: str) -> Iterator[Result]:
     model, optimizer = CASES[name]
     config = config_of(model, optimizer)
-    weights = random_weights(dataclasses.replace(model, dropout=0.0), dtype=np.float64)
+    weights = random_weights(dataclasses.replace(model, dropout=0.0), seed=subject.seed, dtype=np.float64)
     batches = [uneven_batch(subject, model, step) for step in range(STEPS)]
     ours, theirs = JaxSide(weights), TorchSide(weights)
     masks = ours.dropout_masks(config, batches) if model.dropout > 0 else None
     measured, where = divergence(ours.train(config, batches), theirs.train(config, batches, masks), LIMIT)
     if not measured <= LIMIT:
-        where += explained(subject, weights, batches[0])
+        where += explained(subject, weights)
     said = ", ".join(f"{n} {v}" for part in (model, optimizer) for n, v in off_default(part).items())
     yield Result("settings", f"{name}: {STEPS} steps with {said}", measured, LIMIT, where)
     if masks is not None:
