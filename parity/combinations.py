@@ -17,7 +17,7 @@ from gpt2_core.batches import IGNORED, Batch
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig, parse_mesh
 from gpt2_core.sampling import Sampling
 from gpt2_core.weights import Weights
-from parity import forward, gradients
+from parity import forward, gradients, places
 from parity.compiling import compiled_quickly
 from parity.covering import Row, all_pairs, covering_rows, pairs_of
 from parity.sides import JaxSide, TorchSide, Trained
@@ -92,7 +92,7 @@ def check(subject: Subject) -> Iterator[Result | Skipped]:
         yield from (dataclasses.replace(r, where=r.where or covered) for r in results)
     subject.evidence["combinations"] = {"rows": ran, "covered": len(pairs_of(ran)), "pairs": len(all_pairs(TABLE))}
     for head in subject.at((), ("tied", "untied")):
-        yield _bfloat16_tokens(subject, head)
+        yield bfloat16_tokens(subject, head)
 
 
 def config_of(row: Row) -> TrainConfig:
@@ -143,45 +143,45 @@ def _row(subject: Subject, number: int, row: Row) -> Iterator[Result]:
     pieces = [T // 2, *[1] * (T - T // 2)]
     decoded = ours.decoded_logits(tokens_BT, pieces)
     for against, logits in (("PyTorch", theirs.logits(tokens_BT)), ("recomputation", ours.logits(tokens_BT))):
-        places = [relative_to_largest(decoded[:, t], logits[:, t]) for t in range(T)]
-        first = next((t for t, difference in enumerate(places) if not difference <= LIMIT_LOGITS), None)
-        where = (
-            ""
-            if first is None
-            else f"first at position {first}, in the piece of {pieces[max(0, first - pieces[0] + 1)]}"
-        )
-        yield Result(
-            "combinations", f"row {number}, KV cache against {against}", float(np.max(places)), LIMIT_LOGITS, where
-        )
+        differences = [relative_to_largest(decoded[:, t], logits[:, t]) for t in range(T)]
+        first = next((t for t, difference in enumerate(differences) if not difference <= LIMIT_LOGITS), None)
+        where = "" if first is None else f"first at position {first}, of {pieces[0]} given at once"
+        case = f"row {number}, KV cache against {against}"
+        yield Result("combinations", case, float(np.max(differences)), LIMIT_LOGITS, where)
 
 
 def divergence(a: Trained, b: Trained, limit: float) -> tuple[float, str]:
     """The largest relative difference of two trainings, and the first place beyond `limit`: by step the loss, then the
     gradient norm; at the end both moments and the parameters."""
-    places = {}
+    found = {}
     for step in range(len(b.losses)):
-        places[f"step {step}, loss"] = abs(a.losses[step] - b.losses[step]) / abs(b.losses[step])
-        places[f"step {step}, gradient norm"] = abs(a.grad_norms[step] - b.grad_norms[step]) / b.grad_norms[step]
+        found[f"step {step}, loss"] = abs(a.losses[step] - b.losses[step]) / abs(b.losses[step])
+        found[f"step {step}, gradient norm"] = abs(a.grad_norms[step] - b.grad_norms[step]) / b.grad_norms[step]
     for what, x, y in (
         ("first moment", a.first_moments, b.first_moments),
         ("second moment", a.second_moments, b.second_moments),
         ("parameter", a.params, b.params),
     ):
-        places |= {f"after the last step, {what} {name}": relative_norm(x[name], y[name]) for name in y}
-    first = next((name for name, difference in places.items() if not difference <= limit), None)
-    worst = float(np.max(list(places.values())))
-    return worst, "" if first is None else f"{first}: relative difference {places[first]:.1e}"
+        found |= {f"after the last step, {what} {name}": relative_norm(x[name], y[name]) for name in y}
+    first = next((name for name, difference in found.items() if not difference <= limit), None)
+    worst = float(np.max(list(found.values())))
+    return worst, "" if first is None else f"{first}: relative difference {found[first]:.1e}"
 
 
 def explained(subject: Subject, weights: Weights) -> str:
-    """Whether the model is to blame for a training that differs, or how it was executed: what `forward` and
-    `gradients` say of it without dropout, on one device, its layers unrolled."""
-    tokens = subject.tokens % weights.config.vocab_size
+    """Whether the model is to blame for a training that differs, or how it was executed: the first value in which its
+    forward pass differs, else what `gradients` says, without dropout, on one device, its layers unrolled."""
+    config = weights.config
+    tokens = subject.tokens % config.vocab_size
+    tokens_BT = tokens[: 2 * config.block_size].reshape(2, -1)
+    values = (side(weights).intermediates(tokens_BT) for side in (JaxSide, TorchSide))
+    found = places.compare(*values)
+    if not places.worst_of(found) <= forward.LIMIT:
+        return f"; forward: {places.first_beyond(found, forward.LIMIT)}"
     plain = dataclasses.replace(subject, weights=weights, tokens=tokens, level="quick", evidence={})
-    for part in (forward, gradients):
-        for result in part.check(plain):
-            if not result.passed:
-                return f"; {result.check}: {result.where}"
+    where = next((result.where for result in gradients.check(plain) if not result.passed), None)
+    if where is not None:
+        return f"; gradients: {where}"
     return "; forward pass and gradients of this model agree, executed plainly"
 
 
@@ -198,7 +198,7 @@ def uneven_batch(subject: Subject, model: ModelConfig, step: int) -> Batch:
     return Batch(windows[:-1].reshape(BATCH_SIZE, T).astype(np.int32), targets.astype(np.int32))
 
 
-def _bfloat16_tokens(subject: Subject, head: str) -> Result | Skipped:
+def bfloat16_tokens(subject: Subject, head: str) -> Result | Skipped:
     """In bfloat16 JAX narrows the weights before it generates, and embeddings stay as they are though a tied head is
     narrowed. The likeliest tokens are those of a forward pass from the weights as they are, in the same dtype."""
     if jax.default_backend() != "cpu":

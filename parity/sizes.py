@@ -30,6 +30,16 @@ from parity.sides import JaxSide, TorchSide
 from parity.subjects import random_weights
 from parity.suite import Result, Subject, relative_norm
 
+# Every size at which code of gpt2_jax decides something, and the part of this check that lies on both sides of it.
+CONSTANTS = {
+    "attention.BLOCKS": "attention: lengths that it divides and doesn't",
+    "attention.SHORTEST_IN_BLOCKS": "attention: one token less, and as many",
+    "loss.CHUNK_BYTES": "loss: one chunk and several, with a remainder and without",
+    "generate.MIN_SLOTS": "generation: a cache that stays, grows, and ends at the block",
+    "generate.CHUNK": "generation: tokens in chunks and one by one",
+    "norm_kernels.BACKWARD_PROGRAMS": "none here: the kernel is for GPUs; tests/gpt2_jax/test_norm_kernels.py has it",
+}
+
 LIMIT = 1e-12  # of one function and its gradient: sums over some tens of terms
 LIMIT_TRAINED = 1e-10  # as in `optimizer`
 LIMIT_TOKENS = 0.0
