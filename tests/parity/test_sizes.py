@@ -1,10 +1,12 @@
 """The cases lie on both sides of every size at which the code decides something."""
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from unittest import mock
 
+import numpy as np
 import pytest
 
 import gpt2_jax
@@ -23,34 +25,40 @@ def test_every_constant_that_is_a_size_has_its_case():
         f"{module.__name__.removeprefix('gpt2_jax.')}.{name}"
         for module in modules
         for name, value in vars(module).items()
-        if name.isupper() and type(value) is int and not hasattr(__import__("gpt2_core.batches").batches, name)
+        if name.isupper() and type(value) is int and value > 0
     }
     assert found == set(sizes.CONSTANTS)
 
 
+subject = functools.cache(subject_of)
+
+
 def results(part, level: str) -> list:
-    return list(part(dataclasses.replace(subject_of(), level=level)))
+    return list(part(dataclasses.replace(subject(), level=level)))
+
+
+NOTHING = {"nothing": (np.zeros(1), np.zeros(1))}
 
 
 def test_queries_are_computed_in_one_block_and_in_several_and_a_remainder_is_met():
-    with mock.patch.object(gpt2_jax.attention, "_blocks", wraps=gpt2_jax.attention._blocks) as blocks:
-        assert all(r.passed for r in results(sizes._attention, "default"))
-    lengths = {call.args[0] for call in blocks.call_args_list}
-    long = {T for T in lengths if T >= gpt2_jax.attention.SHORTEST_IN_BLOCKS}
-    assert {T % gpt2_jax.attention.BLOCKS == 0 for T in long} == {True, False} and lengths - long
+    with mock.patch.object(sizes, "_attended", return_value=NOTHING) as attended:
+        results(sizes._attention, "default")
+    lengths = {call.args[2][2] for call in attended.call_args_list}
+    assert {len(gpt2_jax.attention._blocks(T)) for T in lengths} == {1, gpt2_jax.attention.BLOCKS}
+    assert any(T > gpt2_jax.attention.SHORTEST_IN_BLOCKS and T % gpt2_jax.attention.BLOCKS for T in lengths)
 
 
 def test_the_loss_has_one_chunk_and_several_and_a_remainder():
-    chunks = []
+    seen = set()
 
-    def seen(B, T, bytes_of_token):
-        chunks.append((T, chunk_length(B, T, bytes_of_token)))
-        return chunks[-1][1]
+    def chunks(B, T, V, rows):
+        C = gpt2_jax.loss._chunk_length(B, T, rows * 8)
+        seen.add((C < T, T % C > 0))
+        return NOTHING
 
-    chunk_length = gpt2_jax.loss._chunk_length
-    with mock.patch.object(gpt2_jax.loss, "_chunk_length", seen):
-        assert all(r.passed for r in results(sizes._loss, "default"))
-    assert {(C < T, T % C > 0) for T, C in chunks} == {(False, False), (True, False), (True, True)}
+    with mock.patch.object(sizes, "_cross_entropy", chunks):
+        results(sizes._loss, "default")
+    assert seen == {(False, False), (True, False), (True, True)}
 
 
 def test_the_cache_grows_even_in_the_quick_form():
@@ -62,5 +70,5 @@ def test_the_cache_grows_even_in_the_quick_form():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_the_whole_check_gives_no_alarm(seed):
-    subject = dataclasses.replace(subject_of(), level="full", seed=seed)
-    assert [r for r in sizes.check(subject) if not r.passed] == []
+    full = dataclasses.replace(subject(), level="full", seed=seed)
+    assert [r for r in sizes.check(full) if not r.passed] == []
