@@ -1,8 +1,8 @@
 """Check `combinations`: options together, two by two: every architecture executed in every way, in float64.
 
 A row of the table below is a model and a way of executing it. Each row trains on batches whose targets count unevenly,
-with PyTorch given JAX's dropout masks, and decodes with a KV cache. `parity.covering` chooses rows so that few of them
-bring many pairs of options together; `--full` brings together all.
+with PyTorch given JAX's dropout masks, evaluates, and decodes with a KV cache. `parity.covering` chooses rows so that
+few of them bring many pairs of options together; `--full` brings together all.
 """
 
 import dataclasses
@@ -13,10 +13,13 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+import gpt2_jax.train
+import gpt2_jax.train_step
 from gpt2_core.batches import IGNORED, Batch
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig, parse_mesh
 from gpt2_core.sampling import Sampling
 from gpt2_core.weights import Weights
+from gpt2_jax.sharding import make_mesh
 from parity import forward, gradients, places
 from parity.compiling import compiled_quickly
 from parity.covering import Row, all_pairs, covering_rows, pairs_of
@@ -128,6 +131,10 @@ def _row(subject: Subject, number: int, row: Row) -> Iterator[Result]:
     name = ", ".join(row.values())
     yield Result("combinations", f"row {number}, {STEPS} training steps: {name}", measured, LIMIT, where)
 
+    evaluated, expected = _evaluated(ours, config, batches[0]), theirs.loss_and_grads(batches[0], 1)[0]
+    difference = abs(evaluated - expected) / expected
+    yield Result("combinations", f"row {number}, evaluation on the mesh", difference, LIMIT_LOGITS)
+
     if config.gradient_exchange == "bfloat16":
         # The first gradient of either run is that of the same parameters; it is (1 - beta1) of it that the first
         # moment holds after a step.
@@ -148,6 +155,15 @@ def _row(subject: Subject, number: int, row: Row) -> Iterator[Result]:
         where = "" if first is None else f"first at position {first}, of {pieces[0]} given at once"
         case = f"row {number}, KV cache against {against}"
         yield Result("combinations", case, float(np.max(differences)), LIMIT_LOGITS, where)
+
+
+def _evaluated(side: JaxSide, config: TrainConfig, batch: Batch) -> float:
+    """The trainer's own evaluation of a batch, on the mesh and in the way that `config` says: the mean loss."""
+    mesh = make_mesh(parse_mesh(config.mesh))
+    definition = gpt2_jax.train.define_model(dataclasses.replace(config, norm_kernel="xla"))
+    with jax.set_mesh(mesh):
+        total = gpt2_jax.train_step.make_eval_step(definition, mesh)(side.params, *batch)
+    return float(total) / int((batch.targets != IGNORED).sum())
 
 
 def divergence(a: Trained, b: Trained, limit: float) -> tuple[float, str]:
