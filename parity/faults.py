@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import gpt2_core.weights.llmc
 import gpt2_jax.attention
 import gpt2_jax.dropout
 import gpt2_jax.generate
@@ -484,6 +485,17 @@ def _through_float32(convert):
     return lambda array: convert(array.astype(np.float32).astype(array.dtype))
 
 
+def _layers_of_a_file_by_name(order):
+    def wrong(config):
+        layers = sorted(range(config.n_layer), key=str)
+        yield from ("wte.weight", "wpe.weight")
+        for name in gpt2_core.weights.llmc.BLOCK_ORDER:
+            yield from (f"h.{layer}.{name}" for layer in layers)
+        yield from ("ln_f.weight", "ln_f.bias")
+
+    return wrong
+
+
 _ROPE = dataclasses.replace(MODEL, position="rope")
 _SWIGLU = dataclasses.replace(MODEL, mlp="swiglu")
 _sqrt = math.sqrt
@@ -933,6 +945,13 @@ FAULTS = (
         "weights",
         "11 layers in float64",
         replacing(gpt2_torch.weights, "to_tensor", _through_float32),
+    ),
+    Fault(
+        "a file's layers in the order of their names",
+        "reader and writer sort alike: the round trip is bitwise, and llm.c reads other weights",
+        "weights",
+        "llmc: the tensors",
+        replacing(gpt2_core.weights.llmc, "_order", _layers_of_a_file_by_name),
     ),
     Fault(
         "layer norm's epsilon not read from config.json",

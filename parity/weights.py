@@ -15,6 +15,7 @@ from gpt2_jax.weights import from_canonical
 from gpt2_jax.weights import to_canonical as from_jax
 from gpt2_torch.weights import build
 from gpt2_torch.weights import to_canonical as from_torch
+from parity import raw_files
 from parity.formats import FORMATS, open_weights, write_weights
 from parity.subjects import random_weights
 from parity.suite import Result, Skipped, Subject
@@ -94,6 +95,20 @@ def check(subject: Subject) -> Iterator[Result | Skipped]:
             yield _through(folder, first, able, weights)
     for name in subject.at(list(MODELS)[:5], MODELS):
         yield _model(name, *MODELS[name])
+    yield _raw("11 layers in bfloat16")
+
+
+def _raw(name: str) -> Result:
+    """The files as other programs see them."""
+    config, dtype, _ = MODELS[name]
+    weights, differing = _awkward(config, dtype), []
+    for form, read in raw_files.READERS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            write_weights(weights, _path(folder, form), form)
+            found, due = read(_path(folder, form)), raw_files.expected(weights, form)
+        differing += [f"{form}: {n}" for n in found | due if found.get(n) != due.get(n)]
+    case = f"{name}: the files of {', '.join(raw_files.READERS)}, read by other means"
+    return Result("weights", case, float(len(differing)), LIMIT, differing[0] if differing else "")
 
 
 def _model(name: str, config: ModelConfig, dtype: str, formats: frozenset[str]) -> Result:
