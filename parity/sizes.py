@@ -275,7 +275,7 @@ def _with_logits_shifted(weights: Weights, shift: float) -> Weights:
 
 def _training(subject: Subject) -> Iterator[Result]:
     # Sorted as text, h.10 comes before h.2.
-    deep = ModelConfig(n_layer=11, n_head=1, n_embd=4, block_size=6, vocab_size=128, bias=False, mlp_width=4)
+    deep = ModelConfig(n_layer=11, n_head=2, n_embd=8, block_size=6, vocab_size=128, bias=False, mlp_width=8)
     odd = ModelConfig(n_layer=1, n_head=3, n_embd=15, block_size=9, vocab_size=129)
     small = ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=1, vocab_size=2)
     scanned, unrolled = {"mesh": 1, "scan_layers": True}, {"mesh": 1}
