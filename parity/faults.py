@@ -20,6 +20,7 @@ import torch
 
 import gpt2_core.batches
 import gpt2_core.run_folder
+import gpt2_core.weights.llmc
 import gpt2_jax.attention
 import gpt2_jax.dropout
 import gpt2_jax.generate
@@ -32,6 +33,8 @@ import gpt2_jax.train_step
 import gpt2_torch.checkpoints
 import gpt2_torch.model
 import gpt2_torch.train
+import gpt2_torch.weights
+import parity.formats.hugging_face
 import parity.sides
 from gpt2_core.batches import IGNORED
 from gpt2_core.config import ModelConfig, OptimizerConfig
@@ -564,6 +567,78 @@ def _last_position_only(logits):
 
 def _restarted(step: int):
     return lambda rate: lambda now, steps, config: rate(now if now < step else now - step, steps, config)
+
+
+# --- settings, sizes, combinations, formats
+
+
+def _one_key_when_scanned(site):
+    def wrong(keys, number):
+        return site(keys, 1 if isinstance(number, jax.core.Tracer) else number)
+
+    return wrong
+
+
+def _default_base_when_decoding(rotate):
+    def wrong(x, positions, config):
+        return rotate(x, positions, dataclasses.replace(config, rope_theta=1e4) if positions.ndim == 2 else config)
+
+    return wrong
+
+
+def _clip_to_nothing(clip):
+    def wrong(grads, clip_norm):
+        norm = optax.tree.norm(grads)
+        return jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / (norm + 1e-6)), grads), norm
+
+    return wrong
+
+
+def _chunks_without_remainder(chunks):
+    def wrong(x, targets, rows):
+        targets = jnp.asarray(targets)
+        C = gpt2_jax.loss._chunk_length(*targets.shape, rows * x.dtype.itemsize)
+        whole = targets.shape[1] // C * C
+        return chunks(x, targets.at[:, whole:].set(IGNORED), rows)
+
+    return wrong
+
+
+def _cache_grown_empty(grow):
+    return lambda caches, slots: jax.tree.map(jnp.zeros_like, grow(caches, slots))
+
+
+def _last_of_equals(sample):
+    def wrong(logits, uniforms, sampling):
+        if sampling.greedy:
+            return logits.shape[-1] - 1 - sample(logits[:, ::-1], uniforms, sampling)
+        return sample(logits, uniforms, sampling)
+
+    return wrong
+
+
+def _layers_by_name(scan):
+    def wrong(self, *inputs):
+        blocks = list(self.h)
+        self.h = type(self.h)([blocks[number] for number in sorted(range(len(blocks)), key=str)])
+        return scan(self, *inputs)
+
+    return wrong
+
+
+def _through_float32(convert):
+    return lambda array: convert(array.astype(np.float32).astype(array.dtype))
+
+
+def _layers_of_a_file_by_name(order):
+    def wrong(config):
+        layers = sorted(range(config.n_layer), key=str)
+        yield from ("wte.weight", "wpe.weight")
+        for name in gpt2_core.weights.llmc.BLOCK_ORDER:
+            yield from (f"h.{layer}.{name}" for layer in layers)
+        yield from ("ln_f.weight", "ln_f.bias")
+
+    return wrong
 
 
 _ROPE = dataclasses.replace(MODEL, position="rope")
@@ -1146,6 +1221,99 @@ FAULTS = (
         "trainer",
         "samples",
         replacing(gpt2_torch.train, "uniforms", lambda draw: lambda seed, sample, count: draw(seed, 0, count)),
+    ),
+    # --- what shows at no default, at one size or in one combination only
+    Fault(
+        "beta2 written into the code",
+        "optax's own b2, or the recipe's, in the place of the configuration's",
+        "settings",
+        "layer norm, warmup, clipping",
+        _optimizer(_adam(b2=lambda c: 0.95)),
+    ),
+    Fault(
+        "RMS norm's epsilon written into the code",
+        "LayerNorm takes the configured one and RMSNorm, added later, has a constant",
+        "settings",
+        "forward: block 0, ln_1",
+        replacing(
+            gpt2_jax.layers.RMSNorm,
+            "__init__",
+            lambda init: lambda self, size, **options: init(self, size, **options | {"epsilon": 1e-5}),
+        ),
+    ),
+    Fault(
+        "clipping to a norm of zero",
+        "0 means no clipping, and the formula is applied all the same: nothing is learned",
+        "settings",
+        "no warmup, no clipping",
+        replacing(gpt2_jax.train_step, "clip_by_global_norm", _clip_to_nothing),
+    ),
+    Fault(
+        "last tokens of a sequence left out of the loss",
+        "a length that the chunks don't divide, cut down to what they do",
+        "sizes",
+        "chunks with a remainder",
+        replacing(gpt2_jax.loss, "_chunks", _chunks_without_remainder),
+    ),
+    Fault(
+        "KV cache grown empty",
+        "a larger cache is allocated, and what was in the smaller isn't copied",
+        "sizes",
+        "a cache that grows",
+        replacing(gpt2_jax.generate, "_grow", _cache_grown_empty),
+    ),
+    Fault(
+        "the last of equal logits",
+        "numpy's argsort read from its end, where argmax takes the first",
+        "sizes",
+        "equal logits, greedy",
+        replacing(gpt2_jax.generate, "sample", _last_of_equals),
+    ),
+    Fault(
+        "layers in the order of their names",
+        "sorted as text, h.10 comes before h.2: right up to ten layers",
+        "sizes",
+        "11 layers, scanned",
+        replacing(gpt2_jax.model.GPT2, "_scan_blocks", _layers_by_name),
+    ),
+    Fault(
+        "one dropout key for all scanned layers",
+        "the key closed over by the scanned function in the place of one for each layer",
+        "combinations",
+        "row 1",
+        replacing(gpt2_jax.model, "site", _one_key_when_scanned),
+    ),
+    Fault(
+        "rotary base of the default in the decoder",
+        "training reads the configuration, decoding has a table of its own",
+        "combinations",
+        "KV cache against PyTorch",
+        replacing(gpt2_jax.model, "rotate", _default_base_when_decoding),
+    ),
+    Fault(
+        "float64 weights through float32",
+        "a conversion with a dtype of its own on the way: the dtype is right, the digits are gone",
+        "weights",
+        "11 layers in float64",
+        replacing(gpt2_torch.weights, "to_tensor", _through_float32),
+    ),
+    Fault(
+        "a file's layers in the order of their names",
+        "reader and writer sort alike: the round trip is bitwise, and llm.c reads other weights",
+        "weights",
+        "llmc: the tensors",
+        replacing(gpt2_core.weights.llmc, "_order", _layers_of_a_file_by_name),
+    ),
+    Fault(
+        "layer norm's epsilon not read from config.json",
+        "a setting that a format says and its reader leaves at the default",
+        "weights",
+        "layer_norm_epsilon 0.03 becomes 1e-05",
+        replacing(
+            parity.formats.hugging_face,
+            "_SETTINGS",
+            lambda settings: {n: v for n, v in settings.items() if n != "layer_norm_epsilon"},
+        ),
     ),
 )
 

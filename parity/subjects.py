@@ -13,12 +13,13 @@ from gpt2_core.weights import Weights
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=64, vocab_size=257)
 
 
-def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
+def random_weights(config: ModelConfig, seed: int = 0, dtype: type = np.float32) -> Weights:
     """Weights in which every tensor matters.
 
     GPT-2's own initialisation has zero biases and unit layer norms, and its signals are so small that attention is
     nearly uniform: a port that forgot a bias or the attention scale would agree with it. Here linear weights have the
-    size that keeps a signal's variance, and biases and layer norms are random. Values are float32.
+    size that keeps a signal's variance, and biases and layer norms are random. In float64 no value is one that float32
+    has too, so that a rounding on the way shows.
     """
     generator = np.random.default_rng(seed)
     arrays = {}
@@ -32,7 +33,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
             values *= 0.1
         else:
             values /= np.sqrt(shape[0])
-        arrays[name] = values.astype(np.float32)
+        arrays[name] = values.astype(dtype)
     return Weights(config, arrays, f"random weights (seed {seed})", "bytes")
 
 

@@ -34,6 +34,9 @@ CHECKS = (
     "generation",
     "trainer",
     "variants",
+    "settings",
+    "sizes",
+    "combinations",
 )
 
 
@@ -52,6 +55,9 @@ RESTS_ON: dict[str, tuple[str, ...]] = {
     "generation": ("forward",),
     "trainer": ("loss_curve", "generation"),
     "variants": ("loss_curve",),
+    "settings": ("optimizer", "dropout"),
+    "sizes": ("weights", "gradients", "generation"),
+    "combinations": ("dropout", "mesh", "generation", "variants"),
 }
 
 

@@ -1,4 +1,5 @@
-"""Check `variants`: every architectural option there is, through `forward`, `gradients` and a loss curve."""
+"""Check `variants`: every architectural option by itself through `forward` and `gradients`, and all at once through a
+loss curve too. `combinations` has them two by two."""
 
 import dataclasses
 import math
@@ -36,7 +37,8 @@ def check(subject: Subject) -> Iterator[Result]:
         variant = dataclasses.replace(
             subject, weights=weights, tokens=subject.tokens % _BASE.vocab_size, steps=subject.at(10, 50), evidence={}
         )
-        for part in ("forward", "gradients", "loss_curve"):
+        trains = name == "all at once" or subject.level == "full"
+        for part in ("forward", "gradients", *(("loss_curve",) if trains else ())):
             # The quick forms of each: the breadth is in the options.
             results = load(part)(dataclasses.replace(variant, level="quick"))
             # The first that failed (a NaN is larger than nothing), or the one nearest to its limit.

@@ -1,0 +1,65 @@
+"""What the file of each format holds, stated a second time and read with the library of whoever made the format.
+
+A reader and a writer with one mistake between them, such as layers in the order of their names, undo each other: their
+round trip is bitwise, and no other program can read the file. The shapes are those of Hugging Face's GPT2LMHeadModel
+(linear weights (in, out)), nanoGPT's model.py (nn.Linear, (out, in)) and llm.c's train_gpt2.py (`write_tensors`).
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from gpt2_core.weights import Weights
+
+Bytes = dict[str, bytes]
+"""The bytes of each tensor, by its name in the file."""
+
+_LLMC_HEADER = 1024
+_LLMC_BLOCK = "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj"
+
+
+def expected(weights: Weights, form: str) -> Bytes:
+    """What a file of GPT-2's own architecture should hold."""
+    arrays = weights.arrays
+    if form == "llmc":
+        return {"the tensors": b"".join(_llmc(weights))}
+    prefix = "transformer." if form in ("hf", "nanogpt") else ""
+    transposed = form in ("torch", "nanogpt")
+    held = {prefix + name: _laid(array, name, transposed) for name, array in arrays.items()}
+    return held | ({"lm_head.weight": arrays["wte.weight"].tobytes()} if form == "nanogpt" else {})
+
+
+def _laid(array: np.ndarray, name: str, transposed: bool) -> bytes:
+    is_linear = array.ndim == 2 and not name.startswith(("wte", "wpe"))
+    return np.ascontiguousarray(array.T if transposed and is_linear else array).tobytes()
+
+
+def _llmc(weights: Weights) -> Iterator[bytes]:
+    arrays, config = weights.arrays, weights.config
+    missing = -config.vocab_size % 128
+    yield np.pad(arrays["wte.weight"], ((0, missing), (0, 0))).tobytes()
+    yield arrays["wpe.weight"].tobytes()
+    for module in _LLMC_BLOCK.split():
+        for kind in ("weight", "bias"):
+            for layer in range(config.n_layer):
+                yield _laid(arrays[f"h.{layer}.{module}.{kind}"], module, True)
+    yield arrays["ln_f.weight"].tobytes()
+    yield arrays["ln_f.bias"].tobytes()
+
+
+def _of_tensors(tensors: dict[str, torch.Tensor]) -> Bytes:
+    return {name: t.contiguous().view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
+
+
+# How each file is opened without this project's readers. The `jax` checkpoint is this project's alone.
+READERS: dict[str, Callable[[Path], Bytes]] = {
+    "safetensors": lambda path: _of_tensors(load_file(path)),
+    "torch": lambda path: _of_tensors(load_file(path / "model.safetensors")),
+    "hf": lambda path: _of_tensors(load_file(path / "model.safetensors")),
+    "nanogpt": lambda path: _of_tensors(torch.load(io.BytesIO(path.read_bytes()), weights_only=True)["model"]),
+    "llmc": lambda path: {"the tensors": path.read_bytes()[_LLMC_HEADER:]},
+}

@@ -1,0 +1,102 @@
+"""Check `settings`: every numeric setting of the model and the optimizer at a value that isn't its default.
+
+A program that ignores a setting, and has its default written into the code, agrees wherever the default is asked for.
+Here no setting has its default, and each value is far enough from it that ignoring it shows.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
+from parity.combinations import divergence, explained, uneven_batch
+from parity.compiling import compiled_quickly
+from parity.sides import JaxSide, TorchSide
+from parity.subjects import random_weights
+from parity.suite import Result, Subject
+
+LIMIT = 1e-10  # as in `optimizer`
+LIMIT_P = 6.0  # -log10 p, as in `initialization`
+STEPS = 4
+
+# An odd number of heads, widths that are no powers of two, a vocabulary that is no multiple of 128; between them the
+# two have every number of the configuration at a value that isn't its default.
+_SIZES = {"n_layer": 2, "n_head": 3, "n_embd": 18, "block_size": 20, "vocab_size": 300}
+CASES = {
+    "layer norm, warmup, clipping": (
+        ModelConfig(**_SIZES, layer_norm_epsilon=0.03, mlp_width=44, dropout=0.35),
+        OptimizerConfig(
+            learning_rate=2e-3,
+            final_fraction=0.4,
+            warmup_steps=2,
+            weight_decay=0.3,
+            beta1=0.7,
+            beta2=0.8,
+            epsilon=0.01,
+            clip_norm=0.2,
+        ),
+    ),
+    "rotary, RMS norm, no warmup, no clipping": (
+        ModelConfig(
+            **_SIZES,
+            position="rope",
+            rope_theta=50.0,
+            norm="rmsnorm",
+            qk_norm=True,
+            layer_norm_epsilon=0.2,
+            mlp="swiglu",
+            mlp_width=28,
+        ),
+        OptimizerConfig(
+            learning_rate=1e-3,
+            final_fraction=0.7,
+            warmup_steps=0,
+            weight_decay=0.0,
+            beta1=0.0,
+            beta2=0.5,
+            epsilon=0.1,
+            clip_norm=0.0,
+        ),
+    ),
+}
+
+
+def check(subject: Subject) -> Iterator[Result]:
+    for name in CASES:
+        with compiled_quickly():
+            results = list(_case(subject, name))
+        yield from results
+
+
+def config_of(model: ModelConfig, optimizer: OptimizerConfig) -> TrainConfig:
+    return TrainConfig(model=model, optimizer=optimizer, steps=STEPS, batch_size=8, precision="float64", mesh=1)
+
+
+def off_default(config: ModelConfig | OptimizerConfig) -> dict[str, float]:
+    """The numeric settings of a configuration that don't have their default, by name."""
+    values = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
+    return {n: v for n, (v, default) in values.items() if v != default and type(v) in (int, float)}
+
+
+def _case(subject: Subject, name: str) -> Iterator[Result]:
+    model, optimizer = CASES[name]
+    config = config_of(model, optimizer)
+    weights = random_weights(dataclasses.replace(model, dropout=0.0), seed=subject.seed, dtype=np.float64)
+    batches = [uneven_batch(subject, model, step) for step in range(STEPS)]
+    ours, theirs = JaxSide(weights), TorchSide(weights)
+    masks = ours.dropout_masks(config, batches) if model.dropout > 0 else None
+    measured, where = divergence(ours.train(config, batches), theirs.train(config, batches, masks), LIMIT)
+    if not measured <= LIMIT:
+        where += explained(subject, weights)
+    said = ", ".join(f"{n} {v}" for part in (model, optimizer) for n, v in off_default(part).items())
+    yield Result("settings", f"{name}: {STEPS} steps with {said}", measured, LIMIT, where)
+    if masks is not None:
+        # Both sides have JAX's masks: whether they drop what they should is counted.
+        drawn = [mask for step in masks for part in step for mask in part]
+        due, total, kept = 1 - model.dropout, sum(m.size for m in drawn), sum(int(m.sum()) for m in drawn)
+        z = (kept - total * due) / math.sqrt(total * due * (1 - due))
+        p = max(math.erfc(abs(z) / math.sqrt(2)), 1e-300)
+        where = f"{kept / total:.5f} where {due} is due"
+        yield Result("settings", f"{name}: share kept at dropout {model.dropout}", -math.log10(p), LIMIT_P, where)

@@ -1,0 +1,74 @@
+"""The cases lie on both sides of every size at which the code decides something."""
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import gpt2_jax
+import gpt2_jax.attention
+import gpt2_jax.generate
+import gpt2_jax.loss
+from parity import sizes
+from parity.faults import subject_of
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def test_every_constant_that_is_a_size_has_its_case():
+    modules = [importlib.import_module(f"gpt2_jax.{m.name}") for m in pkgutil.iter_modules(gpt2_jax.__path__)]
+    found = {
+        f"{module.__name__.removeprefix('gpt2_jax.')}.{name}"
+        for module in modules
+        for name, value in vars(module).items()
+        if name.isupper() and type(value) is int and value > 0
+    }
+    assert found == set(sizes.CONSTANTS)
+
+
+subject = functools.cache(subject_of)
+
+
+def results(part, level: str) -> list:
+    return list(part(dataclasses.replace(subject(), level=level)))
+
+
+NOTHING = {"nothing": (np.zeros(1), np.zeros(1))}
+
+
+def test_queries_are_computed_in_one_block_and_in_several_and_a_remainder_is_met():
+    with mock.patch.object(sizes, "_attended", return_value=NOTHING) as attended:
+        results(sizes._attention, "default")
+    lengths = {call.args[2][2] for call in attended.call_args_list}
+    assert {len(gpt2_jax.attention._blocks(T)) for T in lengths} == {1, gpt2_jax.attention.BLOCKS}
+    assert any(T > gpt2_jax.attention.SHORTEST_IN_BLOCKS and T % gpt2_jax.attention.BLOCKS for T in lengths)
+
+
+def test_the_loss_has_one_chunk_and_several_and_a_remainder():
+    seen = set()
+
+    def chunks(B, T, V, rows):
+        C = gpt2_jax.loss._chunk_length(B, T, rows * 8)
+        seen.add((C < T, T % C > 0))
+        return NOTHING
+
+    with mock.patch.object(sizes, "_cross_entropy", chunks):
+        results(sizes._loss, "default")
+    assert seen == {(False, False), (True, False), (True, True)}
+
+
+def test_the_cache_grows_even_in_the_quick_form():
+    with mock.patch.object(gpt2_jax.generate, "_grow", wraps=gpt2_jax.generate._grow) as grow:
+        (result,) = results(sizes._generation, "quick")
+    assert result.passed and len({call.args[1] for call in grow.call_args_list}) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_the_whole_check_gives_no_alarm(seed):
+    full = dataclasses.replace(subject(), level="full", seed=seed)
+    assert [r for r in sizes.check(full) if not r.passed] == []
