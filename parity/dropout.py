@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from gpt2_core.batches import Batch, TrainingBatches
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig, parse_mesh
 from gpt2_core.weights import Weights
 from parity import places
-from parity.independence import aligned, displaced, surprise, two_sided
+from parity.independence import aligned, displaced, first_surprise, two_sided
 from parity.sides import JaxSide, Sites, TorchSide, Trained
 from parity.subjects import random_weights
 from parity.suite import Result, Skipped, Subject
@@ -171,7 +170,7 @@ def _shares(side: str, steps: list[list[Sites]], config: TrainConfig) -> Result:
         tests.append((name, "all", kept.sum(), present.sum()))
     k, n = (np.array(column) for column in list(zip(*tests, strict=True))[2:])
     tails = np.minimum(scipy.stats.binom.logcdf(k, n, keep), scipy.stats.binom.logsf(k - 1, n, keep))
-    measured, (name, what, k, n) = _first_surprise(tails + math.log(2.0), tests)
+    measured, (name, what, k, n) = first_surprise(tails + math.log(2.0), tests, LIMIT_P)
     sites = len(expected_sites(config))
     case = f"{side}: share kept at rate {config.model.dropout}, {len(tests)} slices of {sites} sites, -log10 p"
     return Result(
@@ -192,7 +191,7 @@ def _independence(side: str, steps: list[list[Sites]], config: TrainConfig) -> I
                 streams[label] = _values([block[sequence] for block in blocks], rate)
     scores, labels = aligned(list(streams.values())), list(streams)
     pairs = np.tril_indices(len(labels), -1)
-    measured, (i, j) = _first_surprise(two_sided(scores[pairs]), list(zip(*pairs, strict=True)))
+    measured, (i, j) = first_surprise(two_sided(scores[pairs]), list(zip(*pairs, strict=True)), LIMIT_P)
     case = f"{side}: correlation of masks by pairs, of {len(labels)} sites, sequences, parts, steps and seeds, -log10 p"
     yield Result("dropout", case, measured, LIMIT_P, f"{labels[j]} with {labels[i]}")
 
@@ -211,17 +210,9 @@ def _independence(side: str, steps: list[list[Sites]], config: TrainConfig) -> I
             peak = np.unravel_index(np.abs(scores).argmax(), scores.shape)
             by = [int(i) if i < m else int(i) - n for i, m, n in zip(peak, x.shape[1:], scores.shape, strict=True)]
             found.append((f"{places.in_words(a)} with {places.in_words(b)}{turned}, displaced by {by}", scores[peak]))
-    measured, (where, _) = _first_surprise(two_sided(np.array([z for _, z in found])), found, tests)
+    measured, (where, _) = first_surprise(two_sided(np.array([z for _, z in found])), found, LIMIT_P, tests)
     case = f"{side}: correlation of masks displaced, {len(stacked)} sites, {tests:,} displacements, -log10 p"
     yield Result("dropout", case, measured, LIMIT_P, where)
-
-
-def _first_surprise(log_p: np.ndarray, what: list, tests: int | None = None) -> tuple[float, Any]:
-    """The largest surprise of tests made together; and the first that is beyond the limit, or the largest."""
-    surprises = surprise(log_p, tests or len(what))
-    worst = int(np.argmax(surprises))
-    first = int(np.argmax(surprises > LIMIT_P)) if surprises[worst] > LIMIT_P else worst
-    return float(surprises[worst]), what[first]
 
 
 def _in_other_precisions(

@@ -7,6 +7,7 @@ mean 0 and variance 1, and NaN where they have no element. p-values are multipli
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import scipy.fft
@@ -20,6 +21,15 @@ FEWEST = 1000
 def surprise(log_p: np.ndarray, tests: int) -> np.ndarray:
     """-log10 of p-values (given as natural logarithms) that are among `tests` made together; at least 0."""
     return np.maximum(0.0, -(np.asarray(log_p) + np.log(tests)) / np.log(10.0))
+
+
+def first_surprise(log_p: np.ndarray, what: Sequence[Any], limit: float, tests: int | None = None) -> tuple[float, Any]:
+    """The largest surprise of tests made together (None: as many as there are p-values), and of `what` was tested the
+    first that is beyond the limit; if none is, the largest."""
+    surprises = surprise(log_p, tests or len(what))
+    beyond = np.flatnonzero(~(surprises <= limit))
+    worst = np.argmax(surprises)
+    return float(surprises[worst]), what[int(beyond[0] if len(beyond) else worst)]
 
 
 def two_sided(z: np.ndarray) -> np.ndarray:

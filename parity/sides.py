@@ -41,8 +41,8 @@ Sites = list[list[np.ndarray]]
 
 # LLVM contracts and vectorises a fused loop by what is in it, and a value that is asked for is not fused away: its
 # optimisations are off where a forward pass is compared to the bit with and without capture. The program that training
-# compiles is compared by its logits, gradients and curves.
-_PLAIN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# compiles is compared by its logits, gradients and curves. What only draws random numbers needs none either.
+PLAIN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 # Where the PyTorch side computes; compare.py sets it. JAX computes where JAX does.
 DEVICE = torch.device("cpu")
@@ -77,7 +77,7 @@ class JaxSide:
 
     def plain_logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         """Logits compiled as `intermediates` are, for a comparison to the bit."""
-        logits = jax.jit(lambda p, t: self.definition.merge(p)(t), compiler_options=_PLAIN)
+        logits = jax.jit(lambda p, t: self.definition.merge(p)(t), compiler_options=PLAIN)
         return np.asarray(logits(self.params, tokens_BT))
 
     @functools.cached_property
@@ -91,7 +91,7 @@ class JaxSide:
         """Every tapped value of a forward pass, the logits last, in order of computation."""
         names: list[str] = []
 
-        @functools.partial(jax.jit, compiler_options=_PLAIN)
+        @functools.partial(jax.jit, compiler_options=PLAIN)
         def run(params, tokens_BT):
             values: dict[str, jax.Array] = {}
             with tapping(record(values)):
@@ -209,7 +209,7 @@ def _dropout_masks(definition: Definition):
     """(params, keys_B, inputs_BT, targets_BT) -> the masks that a training pass draws, in order of computation."""
 
     # What is compiled is integer arithmetic, the same bits at any level of optimisation.
-    @functools.partial(jax.jit, compiler_options=_PLAIN)
+    @functools.partial(jax.jit, compiler_options=PLAIN)
     def masks(params, keys_B, inputs_BT, targets_BT):
         found: list[jax.Array] = []
 
