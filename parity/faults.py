@@ -31,6 +31,7 @@ import parity.sides
 from gpt2_core.batches import IGNORED
 from gpt2_core.config import ModelConfig
 from gpt2_jax.capture import tap
+from parity.compiling import compiled_quickly
 from parity.subjects import random_weights, real_text
 from parity.suite import Result, Subject, load
 
@@ -79,11 +80,14 @@ def subject_of(fault: Fault | None = None) -> Subject:
 
 def judge(fault: Fault) -> Verdict:
     """Inject the fault and run the check that should catch it."""
-    subject = subject_of(fault)
-    with fault.patch():
-        results = [r for r in load(fault.check)(subject) if isinstance(r, Result)]
-    failed = [r for r in results if not r.passed]
-    placed = [r for r in failed if fault.place in f"{r.case} {r.where}"]
+    failed, placed = [], []
+    with fault.patch(), compiled_quickly(), parity.sides.on_one_thread():
+        for result in load(fault.check)(subject_of(fault)):
+            if isinstance(result, Result) and not result.passed:
+                failed.append(result)
+                if fault.place in f"{result.case} {result.where}":
+                    placed.append(result)
+                    break  # what is found is found, and each further case is compiled for
     shown = (placed or failed or [None])[0]
     return Verdict(
         fault,

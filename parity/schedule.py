@@ -28,13 +28,14 @@ _SCHEDULES = ((3, 10, 0.1), (0, 6, 0.0), (5, 5, 0.1), (1, 8, 1.0))
 
 def check(subject: Subject) -> Iterator[Result]:
     weights = random_weights(_MODEL)
+    sides = {"JAX": JaxSide(weights), "PyTorch": TorchSide(weights)}
     for warmup, steps, final in subject.at(_SCHEDULES[:1], _SCHEDULES):
         optimizer = OptimizerConfig(
             learning_rate=_PEAK, warmup_steps=warmup, final_fraction=final, weight_decay=1.0, clip_norm=1e-3
         )
         config = TrainConfig(model=_MODEL, optimizer=optimizer, steps=steps, batch_size=2, precision="float64", mesh=1)
         expected = [_closed_form(step, warmup, steps, final) for step in range(steps)]
-        for name, side in (("JAX", JaxSide(weights)), ("PyTorch", TorchSide(weights))):
+        for name, side in sides.items():
             applied = _applied(side, config, weights.arrays["wte.weight"][_UNUSED])
             differences = np.abs(applied - expected) / _PEAK
             worst = int(np.argmax(differences))

@@ -1,9 +1,11 @@
 """The two models from one set of weights, each behind the functions that its own trainer uses."""
 
+import contextlib
+import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -44,6 +46,18 @@ Sites = list[list[np.ndarray]]
 # compiles is compared by its logits, gradients and curves. What only draws random numbers needs none either.
 PLAIN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
+
+@contextlib.contextmanager
+def on_one_thread() -> Iterator[None]:
+    """PyTorch computes on one thread inside: threads of tiny tensors wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 # Where the PyTorch side computes; compare.py sets it. JAX computes where JAX does.
 DEVICE = torch.device("cpu")
 
@@ -70,15 +84,19 @@ class JaxSide:
         self.definition = define(weights.config, Execution(dtype, kernel, norm=norm))
         self.params = from_canonical(weights, self.definition.execution.param_dtype)
         self._generator = gpt2_jax.generate.Generator(self.definition)
+        self._steps: dict[TrainConfig, tuple] = {}
 
     @functools.cached_property
     def _logits(self):
         return jax.jit(lambda params, tokens_BT: self.definition.merge(params)(tokens_BT))
 
+    @functools.cached_property
+    def _plain_logits(self):
+        return jax.jit(lambda params, tokens_BT: self.definition.merge(params)(tokens_BT), compiler_options=PLAIN)
+
     def plain_logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         """Logits compiled as `intermediates` are, for a comparison to the bit."""
-        logits = jax.jit(lambda p, t: self.definition.merge(p)(t), compiler_options=PLAIN)
-        return np.asarray(logits(self.params, tokens_BT))
+        return np.asarray(self._plain_logits(self.params, tokens_BT))
 
     @functools.cached_property
     def _loss_and_grads(self):
@@ -131,26 +149,34 @@ class JaxSide:
     def train(self, config: TrainConfig, batches: Sequence[Batch]) -> Trained:
         """The trainer's own steps, on the mesh and in the way that `config` says, from the weights as given."""
         mesh = make_mesh(parse_mesh(config.mesh))
-        model = config.model
-        kernel = choose_kernel(
-            config.attention, precision=config.precision, dropout=model.dropout, head_size=model.head_size
-        )
-        execution = Execution(config.precision, kernel, config.scan_layers, config.remat)
-        definition = define(config.model, execution)
-        optimizer = gpt2_jax.train_step.make_optimizer(config.optimizer, config.model)
+        definition, optimizer, step = self._train_step(_compiled_settings(config))
         state = gpt2_jax.train_step.initial_state(definition, optimizer, mesh, seed=config.seed, params=self.params)
-        step = gpt2_jax.train_step.make_train_step(definition, config, mesh)
         rows, watched = [], []
         with jax.set_mesh(mesh):
             for number, batch in enumerate(batches):
                 rate = gpt2_jax.train.learning_rate(number, config.steps, config.optimizer)
                 on_device = gpt2_jax.train_step.put_batch(batch, config.accumulation, mesh)
-                state, metrics = step(state, *on_device, np.asarray(rate, execution.param_dtype))
+                state, metrics = step(state, *on_device, np.asarray(rate, definition.execution.param_dtype))
                 rows.append((float(metrics.loss), float(metrics.grad_norm)))
                 watched.append(np.array(state.params["wte.weight"][: self.config.vocab_size]))
         moments = state.opt_state[0]
         trees = (self._canonical(tree) for tree in (state.params, moments.mu, moments.nu))
         return Trained(*np.array(rows).T, *trees, watched)
+
+    def _train_step(self, config: TrainConfig):
+        """The definition, the optimizer and the step that `config` asks for, compiled once for this side."""
+        if config not in self._steps:
+            kernel = choose_kernel(
+                config.attention,
+                precision=config.precision,
+                dropout=config.model.dropout,
+                head_size=config.model.head_size,
+            )
+            definition = define(config.model, Execution(config.precision, kernel, config.scan_layers, config.remat))
+            optimizer = gpt2_jax.train_step.make_optimizer(config.optimizer, config.model)
+            step = gpt2_jax.train_step.make_train_step(definition, config, make_mesh(parse_mesh(config.mesh)))
+            self._steps[config] = definition, optimizer, step
+        return self._steps[config]
 
     def dropout_masks(self, config: TrainConfig, batches: Sequence[Batch]) -> list[list[Sites]]:
         """The masks that the train step draws at each step, for each part of its batch."""
@@ -196,6 +222,12 @@ class JaxSide:
 
     def _canonical(self, params) -> Arrays:
         return gpt2_jax.weights.canonical_arrays(params, self.config)
+
+
+def _compiled_settings(config: TrainConfig) -> TrainConfig:
+    """`config` without what a train step is given at each call: runs that differ in their schedule share a program."""
+    schedule = {"learning_rate": 1.0, "warmup_steps": 0, "final_fraction": 1.0}
+    return dataclasses.replace(config, steps=1, optimizer=dataclasses.replace(config.optimizer, **schedule))
 
 
 def _dropout_parts(config: TrainConfig, step: int, batch: Batch) -> list[tuple]:
