@@ -24,7 +24,8 @@ FOLDER = ROOT / ".venv-compiled"
 # What compiling the JAX trainer's step imports.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "safetensors", "tiktoken",
              "numpy", "ml_dtypes", "jsonargparse[signatures]", "PyYAML", "rich")  # fmt: skip
-# In jaxlib's version, without the CUDA libraries that they depend on: nothing is run. 183 MB.
+# In jaxlib's version, that of constraints.txt: jax 0.11 refuses to lower a Triton kernel where there is no GPU. Without
+# the CUDA libraries that they depend on: nothing is run. 183 MB.
 _PLUGIN = ("jax-cuda12-plugin", "jax-cuda12-pjrt")
 
 

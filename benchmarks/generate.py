@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.measure import Session, interleave, positive, ratio, sides, write_json
 from gpt2_core.cli import Parser
-from gpt2_core.config import ModelConfig, model_from_dict
+from gpt2_core.config import ModelConfig, dtype_of, model_from_dict
 from gpt2_core.errors import UserError
 from gpt2_core.sampling import Sampling
 
@@ -147,7 +147,7 @@ def torch_session(spec: dict[str, Any]) -> Session:
     from gpt2_torch.weights import build
 
     device, precision, facts = _torch(spec)
-    model = build(_weights(spec)).to(device)
+    model = build(_weights(spec).astype(np.float64 if precision == "float64" else np.float32)).to(device)
 
     def work(tokens: int) -> None:
         import torch
@@ -173,7 +173,9 @@ def transformers_session(spec: dict[str, Any]) -> Session:
 
     with tempfile.TemporaryDirectory() as folder:
         write_weights(_weights(spec), Path(folder) / "m", "hf")
-        model = transformers.GPT2LMHeadModel.from_pretrained(Path(folder) / "m", dtype=getattr(torch, precision))
+        model = transformers.GPT2LMHeadModel.from_pretrained(
+            Path(folder) / "m", dtype=getattr(torch, dtype_of(precision))
+        )
     model = model.eval().to(device)
     prompts = torch.tensor(_prompts(spec), device=device)
 
@@ -203,7 +205,7 @@ def _jax(spec: dict[str, Any]):
     if spec["device"] == "cuda" and not has_accelerator():
         raise UserError("--device cuda: JAX finds no GPU here; use --device cpu")
     precision = resolve_precision(spec["precision"])
-    definition = define(model_from_dict(spec["model"], "--model"), Execution(precision))
+    definition = define(model_from_dict(spec["model"], "--model"), Execution(dtype_of(precision)))
     params = jax.device_put(from_canonical(_weights(spec), definition.execution.param_dtype))
     facts = {"device": jax.devices()[0].device_kind, "precision": precision, "bandwidth": _bandwidth()}
     return params, definition, _prompts(spec), facts
@@ -212,10 +214,11 @@ def _jax(spec: dict[str, Any]):
 def _torch(spec: dict[str, Any]):
     import torch
 
-    from gpt2_torch.train import pick_device, resolve_precision
+    from gpt2_torch.train import pick_device, resolve_precision, set_matmul_precision
 
     device = pick_device(spec["device"])
     precision = resolve_precision(spec["precision"], device)
+    set_matmul_precision(precision)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return device, precision, {"device": name, "precision": precision, "bandwidth": None}
 
@@ -260,7 +263,7 @@ def _row(name: str, batch: int, seconds: dict[str, dict[str, list[float]]], prom
 
 def _bandwidth_share(steps_per_second: float, numbers: int, facts: dict[str, Any]) -> float | None:
     """How much of the time goes by reading so many numbers a step from memory; None where its rate isn't known."""
-    itemsize = {"bfloat16": 2, "float32": 4}[facts["precision"]]
+    itemsize = {"bfloat16": 2, "float32": 4, "float64": 8}[dtype_of(facts["precision"])]
     return facts["bandwidth"] and steps_per_second * numbers * itemsize / facts["bandwidth"]
 
 
@@ -285,9 +288,9 @@ def _parser() -> Parser:
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where all compute.")
     parser.add_argument(
         "--precision",
-        type=Literal["auto", "float32", "bfloat16"],
+        type=Literal["auto", "float32", "tf32", "bfloat16", "float64"],
         default="auto",
-        help="auto is bfloat16 on an accelerator and float32 on CPU.",
+        help="As the trainers': auto is bfloat16 on an accelerator and float32 on CPU.",
     )
     parser.add_argument("--rounds", type=int, default=5, help="Turns that each side takes.")
     parser.add_argument("--json", type=str, help="File to write the results to, with command, machine and versions.")

@@ -54,10 +54,10 @@ def classify(name: str, source: str = "") -> str:
     if kind == PRODUCTS:
         return f"{PRODUCTS}, {_product_dtype(lower)}"
     of_source = next((kind for kind, pattern in _BY_SOURCE if re.search(pattern, source)), REST)
-    # A fusion is named after its last operation: the optimizer's may be called a concatenation.
-    if kind == REST or (kind == COPY and of_source in (OPTIMIZER, LOSS)):
-        return of_source
-    return kind
+    # A fusion is named after its last operation or its shape: the optimizer's may be called a concatenation, a layer
+    # norm's a softmax.
+    named_by_chance = kind in (LOSS, NORM) or (kind == COPY and of_source in (OPTIMIZER, LOSS))
+    return of_source if kind == REST or (named_by_chance and of_source != REST) else kind
 
 
 def _product_dtype(name: str) -> str:

@@ -107,6 +107,7 @@ def stages(settings: Settings, folder: Path, records: Iterable[dict[str, Any]] =
     sides = "jax" if missing(["transformers"]) else "jax;transformers"
     for batch in (1, 32):
         arguments = ["--sides", sides, "--batch", str(batch), "--rounds", "3", "--device", config.device]
+        arguments += ["--precision", config.precision]
         arguments += [f"--model.{name}={value}" for name, _, value in differences(ModelConfig(), config.model)]
         found.append(Stage(f"generate-{batch}", "generate", f"batch {batch}",
                            "benchmarks.campaign_commands:generation", {"arguments": arguments}, 90, _JAX))  # fmt: skip

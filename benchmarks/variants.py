@@ -6,6 +6,7 @@ flags of XLA.
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import os
 import re
@@ -22,7 +23,8 @@ from gpt2_core.errors import RunError
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """`config` holds dotted settings of TrainConfig; `attributes` values by `module:name`, text being another such."""
+    """`config` holds dotted settings of TrainConfig; `attributes` values by `module:name` (`module:Class.name`), text
+    being another such."""
 
     name: str
     what: str
@@ -46,6 +48,11 @@ VARIANTS = (
         "GELU's intermediate values kept for the backward pass",
         attributes={"gpt2_jax.model:_recomputed": "benchmarks.variants:as_it_is"},
     ),
+    Variant(
+        "qkv-one-product",
+        "q, k and v as one product, taken apart afterwards",
+        attributes={"gpt2_jax.layers:Linear.split": "benchmarks.variants:split_afterwards"},
+    ),
     Variant("dropout", "`--model.dropout 0.1`", config={"model.dropout": 0.1}),
     Variant("remat", "`--remat true`", config={"remat": True}),
 )
@@ -63,6 +70,18 @@ FLAGS = (
 def as_it_is(function: Any) -> Any:
     """What stands for a transformation that is switched off."""
     return function
+
+
+def split_afterwards(linear: Any, x: Any) -> list[Any]:
+    """`gpt2_jax.layers.Linear.split` by one product of n times the width, as it once was."""
+    from gpt2_jax.layers import _project
+
+    weight_INO = linear.weight[...]
+    I, N, O = weight_INO.shape
+    bias = None if linear.bias is None else linear.bias[...].reshape(1, N * O)
+    (out,) = _project(x.reshape(-1, I), weight_INO.reshape(I, 1, N * O), bias)
+    out = out.reshape(*x.shape[:-1], N, O)
+    return [out[..., n, :] for n in range(N)]
 
 
 def jax_side(name: str, config: TrainConfig, variant: Variant | None = None) -> dict[str, Any]:
@@ -125,8 +144,7 @@ def jax_session(spec: dict[str, Any]) -> Session:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {spec['flags']}".strip()
     for where, value in spec["attributes"].items():
-        module, name = _found(where)
-        setattr(module, name, getattr(*_found(value)) if isinstance(value, str) else value)
+        setattr(*_found(where), getattr(*_found(value)) if isinstance(value, str) else value)
     return _naming_lack_of_memory(lambda: train.jax_session(spec | {"cached": True}))
 
 
@@ -160,12 +178,17 @@ def _lack_of_memory() -> Iterator[None]:
 
 
 def _found(where: str) -> tuple[Any, str]:
-    """The module and the name of `module:name`, which must be there: a variant of nothing would be the default."""
-    path, _, name = where.partition(":")
-    module = importlib.import_module(path)
-    if not hasattr(module, name):
-        raise RunError(f"{where}: there is no such attribute any more; mend the table in benchmarks/variants.py")
-    return module, name
+    """The owner of the attribute `module:name`, and its name; it must exist: a variant of nothing is the default."""
+    path, _, names = where.partition(":")
+    *owners, name = names.split(".")
+    try:
+        owner = functools.reduce(getattr, owners, importlib.import_module(path))
+        getattr(owner, name)
+    except AttributeError as error:
+        raise RunError(
+            f"{where}: there is no such attribute any more; mend the table in benchmarks/variants.py"
+        ) from error
+    return owner, name
 
 
 def _with(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:

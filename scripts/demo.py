@@ -26,7 +26,6 @@ def main(arguments: list[str]) -> None:
     _step(
         "compare with PyTorch on the trained weights",
         "parity/compare.py", "--quick", "--weights", str(run_dir), "--report", str(report),
-        "--checks", "weights,forward,gradients,loss_curve,generation",
     )  # fmt: skip
     for backend in ("jax", "torch"):
         _step(

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -14,15 +16,27 @@ def test_the_arrows_run_one_way():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_references_tests_pass_where_jax_cannot_be_imported():
+@pytest.mark.parametrize(
+    "tests", ["tests/gpt2_torch/test_model.py", pytest.param("tests/gpt2_torch", marks=pytest.mark.slow)]
+)
+def test_the_references_tests_pass_where_jax_cannot_be_imported(tests):
     # A module called jax that refuses to load comes first on the path, for child processes too.
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "without_jax")}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/gpt2_torch"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
     command += ["--deselect", "tests/gpt2_torch/test_memory.py::test_a_process_grows_as_planned"]  # long, and no import
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     probe = subprocess.run([sys.executable, "-c", "import jax"], env=env, capture_output=True, text=True)
     assert "made unimportable" in probe.stderr
+
+
+def test_the_reference_imports_no_jax():
+    modules = [f"gpt2_torch.{path.stem}" for path in (ROOT / "gpt2_torch").glob("*.py") if path.stem != "__init__"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "without_jax")}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {', '.join(modules)}"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_package_is_missing_from_the_distribution():

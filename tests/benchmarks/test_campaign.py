@@ -158,6 +158,15 @@ def test_the_plan_learns_from_what_is_known():
     assert batches[0] < batches[1]
 
 
+def test_generation_is_measured_in_the_precision_that_was_asked_for():
+    asked = dataclasses.replace(SETTINGS, config=dataclasses.replace(SETTINGS.config, precision="float32"))
+    found = {stage.name: stage.spec["arguments"] for stage in stages(asked, campaign.Path("x"))
+             if stage.group == "generate"}  # fmt: skip
+    for arguments in found.values():
+        assert arguments[arguments.index("--precision") + 1] == "float32"
+    assert set(found) == {"generate-1", "generate-32"}
+
+
 def test_a_folder_belongs_to_a_campaign_and_to_its_settings(tmp_path):
     open_folder(tmp_path / "mine", SETTINGS)
     open_folder(tmp_path / "mine", SETTINGS)

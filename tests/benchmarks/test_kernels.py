@@ -71,6 +71,8 @@ def test_a_kernel_is_known_by_its_name(name):
         ("input_reduce_fusion_1", "forward: _forward.add / _chunk_loss / _in_one_pass / reduce", LOSS),
         ("input_reduce_fusion_2", "backward: Linear / Linear._project / reduce_sum", REST),
         ("loop_transpose_fusion", "forward: CausalSelfAttention / causal_attention / transpose", COPY),
+        ("triton_softmax_4", "forward: Block / add_norm / rsqrt", NORM),
+        ("triton_softmax_5", "forward: _forward.add / _chunk_loss / _in_two_passes / exp", LOSS),
         ("nvjet_tst_64x8", "forward: _forward.add / _chunk_loss / dot_general", "products, bfloat16"),
     ],
 )

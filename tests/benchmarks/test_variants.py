@@ -2,7 +2,10 @@ import dataclasses
 import functools
 import os
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from benchmarks import train, variants
 from benchmarks.measure import Session
@@ -10,6 +13,7 @@ from benchmarks.variants import FLAGS, VARIANTS, Variant, compare, jax_side, tor
 from gpt2_core.config import ModelConfig, TrainConfig
 from gpt2_core.errors import RunError
 from gpt2_jax import loss
+from gpt2_jax.layers import Linear
 
 CONFIG = TrainConfig(model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=64), batch_size=8)
 
@@ -72,9 +76,18 @@ def test_a_dotted_setting_reaches_its_group():
 
 
 def test_a_variant_of_nothing_is_refused(started):
-    gone = Variant("gone", "gone", attributes={"gpt2_jax.loss:NO_SUCH": 1})
-    with pytest.raises(RunError, match=r"gpt2_jax.loss:NO_SUCH: there is no such attribute"):
-        variants.jax_session(jax_side("gone", CONFIG, gone))
+    for where in ("gpt2_jax.loss:NO_SUCH", "gpt2_jax.layers:Linear.no_such", "gpt2_jax.layers:NoSuch.split"):
+        gone = Variant("gone", "gone", attributes={where: 1})
+        with pytest.raises(RunError, match=f"{where}: there is no such attribute"):
+            variants.jax_session(jax_side("gone", CONFIG, gone))
+
+
+def test_one_product_for_q_k_and_v_computes_what_three_do():
+    linear = Linear((4, 3, 5), ("embed", "qkv", "heads"), std=1.0, bias=True, param_dtype="float32", rngs=nnx.Rngs(0))
+    linear.bias[...] = jnp.arange(15.0).reshape(3, 5)
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    for ours, expected in zip(variants.split_afterwards(linear, x), linear.split(x), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
 def test_lack_of_memory_is_named_in_one_line(monkeypatch):

@@ -13,11 +13,14 @@ def rows(path, split="train"):
     return [(row["step"], row["loss"]) for row in found if row["split"] == split]
 
 
-def test_every_mesh_and_pytorch_give_the_same_float64_loss_curve(run, recipe, tmp_path):
+@pytest.mark.parametrize(
+    "meshes", [("data=2,fsdp=2,tensor=2",), pytest.param(("1", "8"), marks=pytest.mark.slow)], ids=["mixed", "1 and 8"]
+)
+def test_every_mesh_and_pytorch_give_the_same_float64_loss_curve(run, recipe, tmp_path, meshes):
     assert run("train_jax.py", "--config", recipe, "--steps", "0", "--run_dir", "init")[0] == 0
     same = ("--config", recipe, "--precision", "float64", "--init_from", "init")
     runs = {"torch": ("train_torch.py",)}
-    runs |= {m: ("train_jax.py", "--mesh", m) for m in ("1", "8", "data=2,fsdp=2,tensor=2")}
+    runs |= {m: ("train_jax.py", "--mesh", m) for m in meshes}
     for name, (script, *mesh) in runs.items():
         code, _, err = run(script, *same, *mesh, "--run_dir", name)
         assert code == 0, err
@@ -29,8 +32,9 @@ def test_every_mesh_and_pytorch_give_the_same_float64_loss_curve(run, recipe, tm
             assert max(abs(a - b) for (_, a), (_, b) in zip(ours, theirs, strict=True)) <= 1e-11, name
 
 
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", ["train_jax.py", "train_torch.py"])
-def test_a_run_killed_at_random_and_resumed_is_the_run_never_killed(script, start, run, recipe, tmp_path):
+def test_a_run_killed_at_random_and_resumed_is_the_run_never_killed(script, times, start, run, recipe, tmp_path):
     mesh = ("--mesh", "2") if script == "train_jax.py" else ()
     arguments = (*mesh, "--config", recipe, "--steps", "40", "--checkpoint_interval", "2", "--model.dropout", "0.1")
     code, _, err = run(script, *arguments, "--run_dir", "whole")
@@ -39,7 +43,7 @@ def test_a_run_killed_at_random_and_resumed_is_the_run_never_killed(script, star
     print(f"killed at the moments of seed {seed}")
     moments = random.Random(seed)
     kills = 0
-    while kills < 2:
+    while kills < times:
         resume = ("--resume",) if (tmp_path / "killed" / "config.yaml").is_file() else ()
         process = start(script, *arguments, "--run_dir", "killed", *resume)
         # Let it come so far, then kill it within the next moments: often with a save in flight.
@@ -58,7 +62,7 @@ def test_a_run_killed_at_random_and_resumed_is_the_run_never_killed(script, star
     assert code == 0, err
     for split in ("train", "val"):
         assert rows(tmp_path / "killed", split) == rows(tmp_path / "whole", split)
-    assert kills > 1
+    assert kills == times
 
 
 def test_the_run_folder_holds_what_it_should(run, recipe, tmp_path):

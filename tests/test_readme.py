@@ -1,0 +1,86 @@
+"""Every command of the README, run as it stands there, on what the demo left."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def _commands() -> list[str]:
+    """The lines of the README's blocks, without comments and continued lines joined."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    lines = re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()
+    return [line for line in (re.sub(r"\s+#.*", "", line).strip() for line in lines) if line]
+
+
+COMMANDS = _commands()
+# What sets up or goes through make; `make test` is this file's own command.
+MAKE = [c for c in COMMANDS if c.startswith(("make ", "source "))]
+NETWORK = [c for c in COMMANDS if "fineweb-edu-10b" in c or "convert.py gpt2 " in c]
+# They train a large model, on a text of yours or on accelerators: here their options are read, and the recipe printed.
+LARGE = [c for c in COMMANDS if "FILE" in c or "fineweb_gpt2_124m" in c]
+HERE = [c for c in COMMANDS if c not in (*MAKE, *NETWORK, *LARGE)]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A folder from which the commands work as from a clone, where `make demo` has run."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("scripts", "parity", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    done = _run(folder, "python scripts/demo.py --mesh 8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def _run(folder: Path, command: str, **environment: str) -> subprocess.CompletedProcess:
+    """In an environment without what the tests set for themselves."""
+    ours = ("JAX_NUM_CPU_DEVICES", "JAX_DISABLE_MOST_OPTIMIZATIONS", "OMP_NUM_THREADS")
+    variables = {name: value for name, value in os.environ.items() if name not in ours}
+    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    return subprocess.run(words, cwd=folder, env=variables | environment, capture_output=True, text=True)
+
+
+def test_the_readme_has_commands_of_each_kind():
+    assert {"make demo", "make test"} <= set(MAKE)
+    assert all(command.startswith(("python ", "torchrun ")) for command in (*NETWORK, *LARGE, *HERE))
+    assert NETWORK and LARGE and len(HERE) >= 8
+
+
+@pytest.mark.slow
+def test_the_demo_compares_with_every_check_and_all_pass(checkout):
+    from parity.suite import CHECKS
+
+    report = json.loads((checkout / "parity_report" / "report.json").read_text(encoding="utf-8"))
+    assert report["passed"] and {case["check"] for case in report["checks"]} == set(CHECKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", HERE)
+def test_a_command_does_what_it_says(checkout, command):
+    done = _run(checkout, command)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", LARGE)
+def test_the_options_of_a_large_run_are_right(checkout, command):
+    words = command.replace("FILE", str(ROOT / "LICENSE")).partition("scripts/")[2]
+    done = _run(checkout, f"python scripts/{words} --print_config")
+    assert done.returncode == 0 and "n_layer:" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", NETWORK)
+def test_without_a_network_a_sentence_says_so(checkout, command):
+    done = _run(checkout, command, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_CACHE=str(checkout / "hub"))
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(said) == 1 and "hub" in said[0].lower(), done.stderr
+    assert "Traceback" not in done.stderr
