@@ -225,8 +225,9 @@ class GPT2(nnx.Module):
         positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
         x_BTD, branch_BTD = self._embed(tokens_BT, positions_BT), None
         grown = []
-        for block, cache in zip(self.h, caches, strict=True):
-            x_BTD, branch_BTD, cache = block(x_BTD, branch_BTD, positions_BT, cache=cache)
+        for number, (block, cache) in enumerate(zip(self.h, caches, strict=True)):
+            with scope(f"h.{number}."):
+                x_BTD, branch_BTD, cache = block(x_BTD, branch_BTD, positions_BT, cache=cache)
             grown.append(cache)
         return add_norm(self.ln_f, x_BTD, branch_BTD)[1], grown
 

@@ -30,12 +30,12 @@ def weights(subject: Subject, other: Weights) -> Iterator[Result]:
         )
     ours, theirs = ({n: a.astype(np.float64) for n, a in w.arrays.items()} for w in (subject.weights, other))
     found = [places.Place(name, relative_norm(theirs[name], ours[name])) for name in ours]
-    unequal = sum(place.difference > 0 for place in found)
+    unequal = sum(not place.difference <= 0.0 for place in found)  # a NaN too
     where = places.first_beyond(found, 0.0) if unequal else "every number is equal"
     yield Result("against", f"tensors that differ, of {len(found)}", float(unequal), 0.0, where)
     tokens_BT = subject.tokens[: subject.weights.config.block_size][None]
     a, b = JaxSide(other).intermediates(tokens_BT), JaxSide(subject.weights).intermediates(tokens_BT)
-    passed = places.compare(a, b)
+    passed = places.compare(a, b, sides=("--against", "--weights"))
     where = places.first_beyond(passed, forward.LIMIT)
     yield Result("against", f"{len(passed)} values of a forward pass", places.worst_of(passed), forward.LIMIT, where)
 

@@ -3,6 +3,7 @@
 Exit codes: 0 every check passed, 1 one failed, 2 it can't be done as asked.
 """
 
+import functools
 import os
 import shlex
 import sys
@@ -61,8 +62,11 @@ def main(arguments: list[str]) -> None:
     wide = Console() if console.is_terminal else Console(width=150)
     wide.print(report.table(found.results))
     for skipped in found.skipped:
-        console.print(f"skipped {skipped.check}: {skipped.reason}")
-    console.print(f"{found.verdict}; report in {folder / 'index.html'}", style="green" if found.passed else "bold red")
+        console.print(f"skipped {skipped.check}: {skipped.reason}", markup=False)
+    style = "green" if found.passed else "bold red"
+    if found.explanation:
+        console.print(found.explanation, style=style, markup=False)
+    console.print(f"{found.verdict}; report in {folder / 'index.html'}", style=style, markup=False)
     if not found.passed:
         sys.exit(1)
 
@@ -90,7 +94,7 @@ def _use(device: str) -> None:
 
 def _tasks(found, chosen: list[str], options) -> Iterator[tuple[str, object]]:
     """What there is to do, by a name for the display; each adds to what was found."""
-    from parity.suite import Skipped, load
+    from parity.suite import Skipped, guarded, load
 
     def collect(results):
         for result in results:
@@ -99,14 +103,14 @@ def _tasks(found, chosen: list[str], options) -> Iterator[tuple[str, object]]:
     subject = found.subject
     if options.against:
         from parity import against
+        from parity.formats import read_weights
 
-        if ":" in options.against and not Path(options.against).exists():
-            yield options.against, lambda: collect(against.function(subject, options.against))
+        module, colon, _ = options.against.partition(":")
+        if colon and not Path(options.against).exists():
+            run = functools.partial(against.function, name=options.against)
         else:
-            from parity.formats import read_weights
-
-            other = read_weights(options.against)
-            yield options.against, lambda: collect(against.weights(subject, other))
+            run = functools.partial(against.weights, other=read_weights(options.against))
+        yield options.against, lambda: collect(guarded("against", run, typed=module)(subject))
         return
     if options.prove:
         from parity import faults
@@ -115,13 +119,13 @@ def _tasks(found, chosen: list[str], options) -> Iterator[tuple[str, object]]:
     for name in chosen:
         yield name, lambda name=name: collect(load(name)(subject))
     if options.full:
-        yield "gpt2 in float64", lambda: collect(_at_full_size())
+        yield "gpt2 in float64", lambda: collect(guarded("forward", _at_full_size)(subject))
     if options.prove:
         for fault in faults.FAULTS:
             yield fault.name, lambda fault=fault: found.faults.append(faults.judge(fault))
 
 
-def _at_full_size() -> Iterator:
+def _at_full_size(_) -> Iterator:
     """GPT-2 at 124M parameters, forward and gradients."""
     from gpt2_core.config import PRESETS, ModelConfig
     from parity.subjects import random_weights, real_text

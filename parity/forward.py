@@ -1,6 +1,7 @@
 """Check `forward`: every intermediate value of both models, from the embeddings to the logits, in float64."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,15 +33,16 @@ def compare(ours: JaxSide, theirs: TorchSide, tokens_BT: np.ndarray, case: str, 
     a, b = ours.intermediates(tokens_BT), theirs.intermediates(tokens_BT)
     found = places.compare(a, b)
     # Capturing must not change what is computed.
-    same = (a["logits"] == ours.plain_logits(tokens_BT)).all()
+    same = np.array_equal(a["logits"], ours.plain_logits(tokens_BT), equal_nan=True)
     # The same function as training compiles it.
-    found.append(
-        places.Place("logits as training compiles them", relative_to_largest(ours.logits(tokens_BT), b["logits"]))
-    )
-    worst = places.worst_of(found) if same else float("nan")
-    where = places.first_beyond(found, LIMIT) if same else "capturing values changed the logits"
-    if not worst <= LIMIT and same:
-        where += diagnosis.hint(found, LIMIT, a, b, ours.config)
+    compiled = "logits as training compiles them"
+    found += places.compare({compiled: ours.logits(tokens_BT)}, {compiled: b["logits"]})
+    worst = places.worst_of(found)
+    where = places.first_beyond(found, LIMIT)
+    if not worst <= LIMIT:
+        where += diagnosis.hint(found, LIMIT, a, b, theirs.weights, tokens_BT)
+    if not same:
+        worst, where = math.nan, f"capturing values changed the logits; with them captured: {where}"
     if evidence is not None:
         evidence["forward"] = [(p.name, p.difference) for p in found]
     return Result("forward", f"{len(found)} values, {case}", worst, LIMIT, where)

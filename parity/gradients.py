@@ -21,25 +21,32 @@ def check(subject: Subject) -> Iterator[Result]:
 
 
 def compare(
-    ours: JaxSide, theirs: TorchSide, batch: Batch, accumulation: int, evidence: dict | None
+    ours: JaxSide, theirs: TorchSide, batch: Batch, accumulation: int, evidence: dict | None = None
 ) -> Iterator[Result]:
-    """The gradients of one batch; with accumulation 1, those of the values between too."""
+    """The loss of one batch, and its gradients in the order of the backward pass.
+
+    With accumulation, which costs another compilation, the gradients of the values between are taken only where a
+    parameter's differs, to name the first.
+    """
     a_loss, a = ours.loss_and_grads(batch, accumulation)
     b_loss, b = theirs.loss_and_grads(batch, accumulation)
-    found = {name: places.Place(name, relative_norm(a[name], b[name])) for name in b}
-    order = list(b)
-    if accumulation == 1:
-        a_values, b_values = ours.activation_grads(batch), theirs.activation_grads(batch)
-        for name in a_values:
-            found[name] = places.Place(name, relative_norm(a_values[name], b_values[name]))
-        order = places.backward_order(list(a_values), list(b))
-    ordered = [found[name] for name in order]
+    loss = places.compare({"loss": np.array([a_loss])}, {"loss": np.array([b_loss])}, relative_norm)
+    found = places.compare(a, b, relative_norm)
+    if accumulation == 1 or not places.worst_of(found) <= LIMIT:
+        values = (side.activation_grads(batch, accumulation) for side in (ours, theirs))
+        found += places.compare(*values, relative_norm)
+    named = {place.name: place for place in found}
+    ordered = [named[name] for name in places.backward_order([n for n in named if n not in b], list(b))]
     if evidence is not None:
         evidence["gradients"] = [(p.name, p.difference) for p in ordered]
     case = f"{len(b)} tensors, accumulation {accumulation}"
-    where = places.first_beyond(ordered, LIMIT)
-    yield Result("gradients", case, places.worst_of(ordered), LIMIT, where)
-    yield Result("gradients", f"loss, accumulation {accumulation}", abs(a_loss - b_loss) / abs(b_loss), LIMIT)
+    worst, where = places.worst_of(ordered), places.first_beyond(ordered, LIMIT)
+    if not worst <= LIMIT:
+        agrees = loss[0].difference <= LIMIT
+        where += "; the loss agrees" if agrees else f"; already the {places.first_beyond(loss, LIMIT)}"
+    yield Result("gradients", case, worst, LIMIT, where)
+    figures = "" if loss[0].difference <= LIMIT else f"{a_loss:.12g} in JAX, {b_loss:.12g} in PyTorch"
+    yield Result("gradients", f"loss, accumulation {accumulation}", loss[0].difference, LIMIT, figures)
 
 
 def uneven_batch(subject: Subject) -> Batch:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
 from gpt2_core.tokenizer import get_tokenizer
-from parity.suite import Result, Skipped, Subject
+from parity.suite import Result, Skipped, Subject, explanation
 
 LOWEST, HIGHEST = -17, 1  # of the bars' scale, in powers of ten
 
@@ -53,6 +54,11 @@ class Report:
         proof = f", and all {len(self.faults)} planted mistakes were caught in their place" if self.faults else ""
         return f"the two are the same model{proof}"
 
+    @property
+    def explanation(self) -> str:
+        """Where to look first, if something failed."""
+        return explanation(self.results)
+
 
 def open_folder(path: Path) -> None:
     """Make the report's folder; raises UserError if it holds something else or can't be written."""
@@ -69,7 +75,7 @@ def open_folder(path: Path) -> None:
 def write(path: Path, report: Report) -> None:
     """Write the report's files into the folder."""
     facts = environment(report.subject.weights.source)
-    write_atomically(path / "report.json", json.dumps(_as_json(report, facts), indent=2) + "\n")
+    write_atomically(path / "report.json", json.dumps(_as_json(report, facts), indent=2, allow_nan=False) + "\n")
     picture = Console(record=True, width=150, file=io.StringIO())
     picture.print(table(report.results))
     svg = picture.export_svg(title="python parity/compare.py", code_format=_svg_without_web_fonts())
@@ -94,6 +100,8 @@ def environment(source: str) -> dict[str, str]:
 def _as_json(report: Report, facts: dict[str, str]) -> dict[str, Any]:
     return {
         "passed": report.passed,
+        "verdict": report.verdict,
+        "explanation": report.explanation,
         "environment": facts,
         "checks": [
             {
@@ -129,7 +137,8 @@ def table(results: list[Result]) -> Table:
         table.add_column(name, justify="right" if name in ("measured", "limit") else "left")
     for r in results:
         verdict = "[green]pass[/]" if r.passed else "[bold red]FAIL[/]"
-        table.add_row(r.check, r.case, figure(r.measured), figure(r.limit), verdict, r.where)
+        # What an exception says may look like rich's markup.
+        table.add_row(r.check, escape(r.case), figure(r.measured), figure(r.limit), verdict, escape(r.where))
     return table
 
 
@@ -170,6 +179,7 @@ def _page(report: Report, facts: dict[str, str], plots: list[dict]) -> str:
     return template.render(
         passed=report.passed,
         verdict=report.verdict[0].upper() + report.verdict[1:],
+        explanation=report.explanation,
         environment=facts,
         counts=f"{len(report.results)} cases of {len({r.check for r in report.results})} checks",
         rows=rows,

@@ -5,7 +5,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -62,8 +63,26 @@ def on_one_thread() -> Iterator[None]:
 DEVICE = torch.device("cpu")
 
 
+class State(NamedTuple):
+    """What a training step changes, by canonical name."""
+
+    params: Arrays
+    first_moments: Arrays
+    second_moments: Arrays
+
+
+class Step(NamedTuple):
+    """One training step: what it reports, and the state that it leads to, to be read before the next step."""
+
+    loss: float
+    grad_norm: float
+    state: Callable[[], State]
+    embedding: Callable[[], np.ndarray]
+    """The token embedding alone."""
+
+
 class Trained(NamedTuple):
-    """What a few training steps gave: a row a step, and the state they led to, by canonical name."""
+    """What a few training steps gave: a row a step, and the state they led to."""
 
     losses: np.ndarray
     grad_norms: np.ndarray
@@ -72,6 +91,19 @@ class Trained(NamedTuple):
     second_moments: Arrays
     watched: list[np.ndarray]
     """The token embedding after each step."""
+
+
+def _copied(arrays: Arrays) -> Arrays:
+    """The next step writes into the memory of the state that it is given."""
+    return {name: array.copy() for name, array in arrays.items()}
+
+
+def _trained(steps: Iterator[Step]) -> Trained:
+    rows, watched = [], []
+    for step in steps:
+        rows.append((step.loss, step.grad_norm))
+        watched.append(step.embedding())
+    return Trained(*np.array(rows).T, *step.state(), watched)
 
 
 class JaxSide:
@@ -126,42 +158,49 @@ class JaxSide:
         loss, grads = self._loss_and_grads(self.params, *parts)
         return float(loss), self._canonical(grads)
 
-    def activation_grads(self, batch: Batch) -> Arrays:
-        """The gradient of the loss with respect to every tapped value, in order of computation."""
-        count = (batch.targets >= 0).sum()
+    def activation_grads(self, batch: Batch, accumulation: int = 1) -> Arrays:
+        """The gradient of the loss with respect to every tapped value, in order of computation: as the train step's own
+        `loss_and_grads` computes it, summed over the parts of the batch."""
+        parts = [jnp.asarray(x.reshape(accumulation, -1, x.shape[-1])) for x in batch]
         order: list[str] = []
 
-        def loss(zeros, params, batch):
-            with tapping(perturb(zeros)):
-                return self.definition.merge(params).loss(*batch) / count
-
-        def shapes(params, batch):
+        def shapes(params, inputs_BT, targets_BT):
             values: dict[str, jax.Array] = {}
             with tapping(record(values)):
-                self.definition.merge(params).loss(*batch)
+                self.definition.merge(params).loss(inputs_BT, targets_BT)
             order[:] = values
             return values
 
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(shapes, self.params, tuple(batch)))
-        grads = jax.jit(jax.grad(loss))(zeros, self.params, tuple(batch))
+        of_part = jax.eval_shape(shapes, self.params, *(x[0] for x in parts))
+        params = {"params": self.params, "zeros": {n: jnp.zeros(s.shape, s.dtype) for n, s in of_part.items()}}
+        run = jax.jit(functools.partial(gpt2_jax.train_step.loss_and_grads, _Perturbed(self.definition)))
+        grads = run(params, *parts)[1]["zeros"]
         return {name: np.asarray(grads[name]) for name in order}
 
     def train(self, config: TrainConfig, batches: Sequence[Batch]) -> Trained:
         """The trainer's own steps, on the mesh and in the way that `config` says, from the weights as given."""
+        return _trained(self.steps(config, batches))
+
+    def steps(self, config: TrainConfig, batches: Sequence[Batch]) -> Iterator[Step]:
+        """The same, one at a time."""
         mesh = make_mesh(parse_mesh(config.mesh))
         definition, optimizer, step = self._train_step(_compiled_settings(config))
         state = gpt2_jax.train_step.initial_state(definition, optimizer, mesh, seed=config.seed, params=self.params)
-        rows, watched = [], []
-        with jax.set_mesh(mesh):
-            for number, batch in enumerate(batches):
-                rate = gpt2_jax.train.learning_rate(number, config.steps, config.optimizer)
+
+        def canonical() -> State:
+            trees = (state.params, state.opt_state[0].mu, state.opt_state[0].nu)
+            return State(*map(_copied, map(self._canonical, trees)))
+
+        def embedding() -> np.ndarray:
+            return np.array(state.params["wte.weight"][: self.config.vocab_size])
+
+        for number, batch in enumerate(batches):
+            rate = gpt2_jax.train.learning_rate(number, config.steps, config.optimizer)
+            # Set for this step alone: between two steps the caller computes without the mesh.
+            with jax.set_mesh(mesh):
                 on_device = gpt2_jax.train_step.put_batch(batch, config.accumulation, mesh)
                 state, metrics = step(state, *on_device, np.asarray(rate, definition.execution.param_dtype))
-                rows.append((float(metrics.loss), float(metrics.grad_norm)))
-                watched.append(np.array(state.params["wte.weight"][: self.config.vocab_size]))
-        moments = state.opt_state[0]
-        trees = (self._canonical(tree) for tree in (state.params, moments.mu, moments.nu))
-        return Trained(*np.array(rows).T, *trees, watched)
+            yield Step(float(metrics.loss), float(metrics.grad_norm), canonical, embedding)
 
     def _train_step(self, config: TrainConfig):
         """The definition, the optimizer and the step that `config` asks for, compiled once for this side."""
@@ -202,6 +241,10 @@ class JaxSide:
         """New tokens, shape (prompts, tokens)."""
         return np.array(list(self._generator(self.params, prompts, uniforms, sampling))).T
 
+    def sample(self, logits_BV: np.ndarray, uniforms_B: np.ndarray, sampling: Sampling) -> np.ndarray:
+        """Next tokens (B,)."""
+        return np.asarray(gpt2_jax.generate.sample(jnp.asarray(logits_BV), jnp.asarray(uniforms_B), sampling))
+
     def decoded_logits(self, tokens_BT: np.ndarray, pieces: Sequence[int]) -> np.ndarray:
         """Logits (B, T, V) with the tokens given to the cache in pieces of these lengths."""
 
@@ -209,16 +252,37 @@ class JaxSide:
         def run(params, caches, tokens_BT, start_B):
             model = self.definition.merge(params)
             x_BTD, caches = model.decode(tokens_BT, start_B, caches)
-            return model.logits(x_BTD), caches
+            return {"logits": model.logits(x_BTD)}, caches
 
+        return self._decoded(run, tokens_BT, pieces)["logits"]
+
+    def decoded_intermediates(self, tokens_BT: np.ndarray, pieces: Sequence[int]) -> Arrays:
+        """Every tapped value of the same, in order of computation."""
+        names: list[str] = []
+
+        @functools.partial(jax.jit, compiler_options=_PLAIN)
+        def run(params, caches, tokens_BT, start_B):
+            values: dict[str, jax.Array] = {}
+            model = self.definition.merge(params)
+            with tapping(record(values)):
+                x_BTD, caches = model.decode(tokens_BT, start_B, caches)
+                model.logits(x_BTD)
+            names[:] = values
+            return values, caches
+
+        values = self._decoded(run, tokens_BT, pieces)
+        return {name: values[name] for name in names}
+
+    def _decoded(self, run: Callable, tokens_BT: np.ndarray, pieces: Sequence[int]) -> Arrays:
+        """The values of all pieces, side by side along T, which is the last axis but one."""
         caches = self.definition.empty_caches(len(tokens_BT), self.config.block_size)
         found, start = [], 0
         for length in pieces:
             start_B = np.full(len(tokens_BT), start, np.int32)
-            logits, caches = run(self.params, caches, tokens_BT[:, start : start + length], start_B)
-            found.append(np.asarray(logits))
+            values, caches = run(self.params, caches, tokens_BT[:, start : start + length], start_B)
+            found.append(values)
             start += length
-        return np.concatenate(found, axis=1)
+        return {name: np.concatenate([np.asarray(v[name]) for v in found], axis=-2) for name in found[0]}
 
     def _canonical(self, params) -> Arrays:
         return gpt2_jax.weights.canonical_arrays(params, self.config)
@@ -281,7 +345,8 @@ class TorchSide:
     @torch.no_grad()
     def intermediates(self, tokens_BT: np.ndarray) -> Arrays:
         """The values of a forward pass by the names that the JAX model gives them."""
-        with _Recorder(self.model) as values:
+        values: dict[str, torch.Tensor] = {}
+        with _Recorder(self.model, values.__setitem__):
             logits = self.model(_on_device(tokens_BT))
         return {name: _to_numpy(value) for name, value in values.items()} | {"logits": _to_numpy(logits)}
 
@@ -295,22 +360,37 @@ class TorchSide:
         self.model.zero_grad(set_to_none=True)
         return loss.item(), self._canonical(grads)
 
-    def activation_grads(self, batch: Batch) -> Arrays:
-        """The gradient of the loss with respect to the same values."""
-        inputs, targets = _tensors(batch)
-        with _Recorder(self.model) as values:
-            loss = self.model(inputs, targets) / (targets >= 0).sum()
-        for value in values.values():
-            value.retain_grad()
-        loss.backward()
+    def activation_grads(self, batch: Batch, accumulation: int = 1) -> Arrays:
+        """The gradient of the loss with respect to the same values, as the trainer's own `accumulate_gradients`
+        computes it, summed over the parts of the batch."""
+        grads: dict[str, torch.Tensor] = {}
+
+        def watch(name: str, value: torch.Tensor) -> None:
+            def add(grad: torch.Tensor) -> None:
+                grads[name] = grads[name] + grad if name in grads else grad
+
+            value.register_hook(add)
+
+        with _Recorder(self.model, watch):
+            gpt2_torch.train.accumulate_gradients(self.model, *_tensors(batch), accumulation=accumulation)
         self.model.zero_grad(set_to_none=True)
-        return {name: _to_numpy(value.grad) for name, value in values.items()}
+        return {name: _to_numpy(grad) for name, grad in grads.items()}
 
     def train(self, config: TrainConfig, batches: Sequence[Batch], masks: Sequence | None = None) -> Trained:
         """The trainer's own steps from the weights as given; with `masks`, those in the place of random dropout."""
+        return _trained(self.steps(config, batches, masks))
+
+    def steps(self, config: TrainConfig, batches: Sequence[Batch], masks: Sequence | None = None) -> Iterator[Step]:
+        """The same, one at a time."""
         model = self._training_model(config)
         optimizer = gpt2_torch.optimizer.make_optimizer(model, config.optimizer)
-        rows, watched = [], []
+        named = dict(model.named_parameters())
+
+        def canonical() -> State:
+            states = {name: optimizer.state[p] for name, p in named.items()}
+            moments = ({name: s[key] for name, s in states.items()} for key in ("exp_avg", "exp_avg_sq"))
+            return State(*map(_copied, map(self._canonical, (named, *moments))))
+
         for number, batch in enumerate(batches):
             with _GivenMasks(masks[number] if masks is not None else []):
                 loss, norm = gpt2_torch.train.train_step(
@@ -321,20 +401,16 @@ class TorchSide:
                     clip_norm=config.optimizer.clip_norm,
                     accumulation=config.accumulation,
                 )
-            rows.append((loss.item(), norm.item()))
-            watched.append(_to_numpy(model.wte.weight.detach()).copy())
-        named = dict(model.named_parameters())
-        states = {name: optimizer.state[p] for name, p in named.items()}
-        trees = (
-            named,
-            {name: s["exp_avg"] for name, s in states.items()},
-            {name: s["exp_avg_sq"] for name, s in states.items()},
-        )
-        return Trained(*np.array(rows).T, *map(self._canonical, trees), watched)
+            yield Step(loss.item(), norm.item(), canonical, lambda: _to_numpy(model.wte.weight.detach()).copy())
 
     def generate(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling) -> np.ndarray:
         """New tokens, shape (prompts, tokens)."""
         return np.array(list(gpt2_torch.generate.generate(self.model, prompts, uniforms, sampling))).T
+
+    def sample(self, logits_BV: np.ndarray, uniforms_B: np.ndarray, sampling: Sampling) -> np.ndarray:
+        """Next tokens (B,)."""
+        given = (torch.from_numpy(x.copy()) for x in (logits_BV, uniforms_B))
+        return gpt2_torch.generate.sample(*given, sampling).numpy()
 
     def dropout_masks(
         self, config: TrainConfig, batches: Sequence[Batch], *, rank: int = 0, processes: int = 1
@@ -358,13 +434,14 @@ class TorchSide:
         """The values of the first part of a step, PyTorch given the masks of each part."""
         model = self._training_model(config)
         part = Batch(*(x[: len(x) // config.accumulation] for x in batch))
-        with torch.no_grad(), _GivenMasks(masks[:1]), _Recorder(model) as values:
+        values: dict[str, torch.Tensor] = {}
+        with torch.no_grad(), _GivenMasks(masks[:1]), _Recorder(model, values.__setitem__):
             model(*_tensors(part))
         return {name: _to_numpy(value) for name, value in values.items()}
 
     def _training_model(self, config: TrainConfig) -> torch.nn.Module:
         """A model of these weights that drops out as `config` says."""
-        model = type(self.model)(config.model).to(DEVICE, torch.float64)
+        model = type(self.model)(config.model).to(DEVICE, next(self.model.parameters()).dtype)
         model.load_state_dict(self.model.state_dict())
         return model.train()
 
@@ -372,14 +449,32 @@ class TorchSide:
         return gpt2_torch.weights.canonical_arrays(state, self.config)
 
 
+class _Perturbed:
+    """A model's definition whose parameters hold, beside the model's own, a zero for every tapped value, which is added
+    to it: what differentiates the loss by the parameters differentiates it by the values."""
+
+    def __init__(self, definition: Definition) -> None:
+        self._definition, self.logical_axes = definition, definition.logical_axes
+
+    def merge(self, params) -> SimpleNamespace:
+        model = self._definition.merge(params["params"])
+
+        def loss(*batch, **options) -> jax.Array:
+            with tapping(perturb(params["zeros"])):
+                return model.loss(*batch, **options)
+
+        return SimpleNamespace(loss=loss)
+
+
 class _Recorder(TorchFunctionMode):
-    """Sees a forward pass of the reference from outside: by hooks on its modules, and by its calls of attention."""
+    """Shows `keep` the values of the reference's forward passes, from outside: by hooks on its modules, and by its
+    calls of attention."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, keep: Callable[[str, torch.Tensor], None]) -> None:
         super().__init__()
-        self._model, self._values, self._handles, self._layer = model, {}, [], 0
+        self._model, self._keep, self._handles, self._attentions = model, keep, [], 0
 
-    def __enter__(self) -> dict[str, torch.Tensor]:
+    def __enter__(self) -> None:
         def output(name):
             return lambda _, __, out: self._keep(name, out)
 
@@ -409,7 +504,6 @@ class _Recorder(TorchFunctionMode):
             )
             self._handles.append(hook)
         super().__enter__()
-        return self._values
 
     def __exit__(self, *error) -> None:
         super().__exit__(*error)
@@ -419,12 +513,9 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             for name, value in zip("qkv", args, strict=False):
-                self._keep(f"h.{self._layer}.attn.{name}", value)
-            self._layer += 1
+                self._keep(f"h.{self._attentions % len(self._model.h)}.attn.{name}", value)
+            self._attentions += 1
         return function(*args, **(kwargs or {}))
-
-    def _keep(self, name: str, value: torch.Tensor) -> None:
-        self._values[name] = value
 
 
 class _GivenMasks(TorchFunctionMode):
