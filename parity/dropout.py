@@ -48,6 +48,17 @@ def check(subject: Subject) -> Iterator[Result | Skipped]:
     stream = TrainingBatches(subject.tokens, block_size=plain.block_size, batch_size=8, seed=subject.seed)
     batches = [stream[step] for step in range(steps)]
     modes = subject.at(list(MODES)[:1], list(MODES))
+
+    # Where no key is given, as in evaluation and generation, nothing is dropped.
+    dropping = dataclasses.replace(weights, config=dataclasses.replace(plain, dropout=RATES[0]))
+    tokens_BT = batches[0].inputs[:1]
+    for name, dropped, undropped in (
+        ("PyTorch", TorchSide(dropping).logits, theirs.logits),
+        ("JAX", JaxSide(dropping).plain_logits, ours.plain_logits),
+    ):
+        difference = np.abs(dropped(tokens_BT) - undropped(tokens_BT)).max()
+        yield Result("dropout", f"{name}: evaluation drops nothing", float(difference), 0.0)
+
     for number, rate in enumerate(RATES):
         config = _config(plain, rate, steps, subject.seed)
         masks = ours.dropout_masks(config, batches)
@@ -61,12 +72,12 @@ def check(subject: Subject) -> Iterator[Result | Skipped]:
         for name, of_side in (("JAX", masks), ("PyTorch", drawn)):
             yield _shares(name, of_side[:STEPS_LOOKED_AT], config)
         if number == 0:
+            precisions = subject.at(("bfloat16",), ("float32", "bfloat16"))
+            yield _in_other_precisions(weights, config, batches[0], masks[0], precisions)
             other = dataclasses.replace(config, seed=config.seed + 1)
             yield from _independence("JAX", [*masks[:STEPS_LOOKED_AT], *ours.dropout_masks(other, batches[:1])], config)
             others, _ = theirs.dropout_masks(other, batches[:1])
             yield from _independence("PyTorch", [*drawn, *others], config)
-            precisions = subject.at(("bfloat16",), ("float32", "bfloat16"))
-            yield _in_other_precisions(weights, config, batches[0], masks[0], precisions)
         b = theirs.train(config, batches, masks)
         for name in modes[number :: len(RATES)]:
             settings = MODES[name]
@@ -79,16 +90,6 @@ def check(subject: Subject) -> Iterator[Result | Skipped]:
                 where += _place(ours, theirs, config, batches[0], masks[0])
             case = f"{steps} steps at rate {rate}, {name}, PyTorch given JAX's masks"
             yield Result("dropout", case, measured, LIMIT, where)
-
-    # Where no key is given, as in evaluation and generation, nothing is dropped.
-    dropping = dataclasses.replace(weights, config=dataclasses.replace(plain, dropout=RATES[0]))
-    tokens_BT = batches[0].inputs[:1]
-    for name, dropped, undropped in (
-        ("JAX", JaxSide(dropping), ours),
-        ("PyTorch", TorchSide(dropping), theirs),
-    ):
-        difference = np.abs(dropped.logits(tokens_BT) - undropped.logits(tokens_BT)).max()
-        yield Result("dropout", f"{name}: evaluation drops nothing", float(difference), 0.0)
 
 
 def _config(model: ModelConfig, rate: float, steps: int, seed: int) -> TrainConfig:

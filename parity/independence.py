@@ -63,8 +63,8 @@ def displaced(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         product = scipy.fft.rfftn(x, shape, axes) * scipy.fft.rfftn(y, shape, axes).conj()
         return scipy.fft.irfftn(product.sum(axis=0), shape)
 
-    counts = np.rint(correlate(*(~np.isnan(x) * 1.0 for x in (a, b))))
-    return _score(correlate(np.nan_to_num(a), np.nan_to_num(b)), counts)
+    counts = np.rint(correlate(*((~np.isnan(x)).astype(np.float32) for x in (a, b))))
+    return _score(correlate(*(np.nan_to_num(x).astype(np.float32) for x in (a, b))), counts)
 
 
 def _score(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -231,11 +231,18 @@ class JaxSide:
     def dropped_intermediates(self, config: TrainConfig, batch: Batch) -> Arrays:
         """The values of the first training step's first part, dropout included, in order of computation."""
         definition = define(config.model, Execution(config.precision))
-        values: dict[str, jax.Array] = {}
-        keys_B, *part = _dropout_parts(config, 0, batch)[0]
-        with tapping(record(values)):
-            definition.merge(self.params).loss(*part, dropout_keys_B=keys_B)
-        return {name: np.asarray(value) for name, value in values.items() if not name.endswith("dropout_mask")}
+        names: list[str] = []
+
+        @functools.partial(jax.jit, compiler_options=PLAIN)
+        def run(params, keys_B, *part):
+            values: dict[str, jax.Array] = {}
+            with tapping(record(values)):
+                definition.merge(params).loss(*part, dropout_keys_B=keys_B)
+            names[:] = [name for name in values if not name.endswith("dropout_mask")]
+            return values
+
+        values = run(self.params, *_dropout_parts(config, 0, batch)[0])
+        return {name: np.asarray(values[name]) for name in names}
 
     def generate(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling) -> np.ndarray:
         """New tokens, shape (prompts, tokens)."""
@@ -260,7 +267,7 @@ class JaxSide:
         """Every tapped value of the same, in order of computation."""
         names: list[str] = []
 
-        @functools.partial(jax.jit, compiler_options=_PLAIN)
+        @functools.partial(jax.jit, compiler_options=PLAIN)
         def run(params, caches, tokens_BT, start_B):
             values: dict[str, jax.Array] = {}
             model = self.definition.merge(params)
