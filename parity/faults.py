@@ -55,6 +55,14 @@ class Fault:
     prepare: Callable[[str, np.ndarray], np.ndarray] = lambda name, array: array
     """Changes the weights so that the mistake shows."""
 
+    def __reduce__(self):
+        # Its functions can't be sent to another process; its name can.
+        return _called, (self.name,)
+
+
+def _called(name: str) -> Fault:
+    return next(fault for fault in FAULTS if fault.name == name)
+
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
