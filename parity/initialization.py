@@ -38,6 +38,8 @@ SIZE = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "mlp_width": 
 # The options that add random tensors or take constant ones away.
 MORE_TENSORS = {"mlp": "swiglu", "tie_embeddings": False, "position": "learned", "qk_norm": True, "bias": False}
 CELLS = 64
+# Standard deviations. JAX's and Flax's truncated normal distributions end at 2.27, a uniform one at 1.73.
+TAIL = 2.5
 
 
 def check(subject: Subject) -> Iterator[Result | Skipped]:
@@ -94,8 +96,8 @@ def _prescribed(name: str, config: ModelConfig) -> tuple[float, float]:
 
 
 def _distributions(label: str, values: Arrays) -> Result:
-    """Of each tensor the mean, the variance and the counts in CELLS cells of equal probability (Pearson's chi-square:
-    the outermost see how far the tails reach); of all of them Kolmogorov and Smirnov's largest distance."""
+    """Of each tensor the mean, the variance, the counts in CELLS cells of equal probability (Pearson's chi-square) and
+    in the tails (exactly); of all of them Kolmogorov and Smirnov's largest distance."""
     edges = scipy.stats.norm.ppf(np.arange(1, CELLS) / CELLS)
     tests = []
     for name, value in values.items():
@@ -103,11 +105,16 @@ def _distributions(label: str, values: Arrays) -> Result:
         squares = np.square(x).sum()
         tails = min(scipy.stats.chi2.logcdf(squares, n), scipy.stats.chi2.logsf(squares, n))
         counts = np.bincount(np.searchsorted(edges, x), minlength=CELLS)
+        beyond = int((np.abs(x) > TAIL).sum())
         pearson = np.square(counts - n / CELLS).sum() / (n / CELLS)
         tests += [
             (f"mean of {name}: {x.mean():.1e} standard deviations", two_sided(x.mean() * math.sqrt(n))),
             (f"variance of {name}: {squares / n:.3f} of what is due", tails + math.log(2.0)),
             (f"shape of {name}", scipy.stats.chi2.logsf(pearson, CELLS - 1)),
+            (
+                f"shape of {name}: {beyond} of {n} values beyond {TAIL} standard deviations",
+                np.log(scipy.stats.binomtest(beyond, n, 2 * scipy.stats.norm.sf(TAIL)).pvalue + 1e-300),
+            ),
         ]
     everything = np.concatenate([value.ravel() for value in values.values()])
     tests.append(("shape of all together", np.log(max(scipy.stats.kstest(everything, "norm").pvalue, 1e-300))))
