@@ -65,8 +65,8 @@ def accumulate_gradients(
 
 
 def dropout_seed(seed: int, step: int, rank: int, processes: int) -> int:
-    """What PyTorch is seeded with before each step: dropout is then a function of (seed, step, rank), and nothing random
-    need be saved."""
+    """What PyTorch is seeded with before each step: dropout is then a function of (seed, step, rank), and nothing
+    random need be saved."""
     return seed * 1_000_003 + step * processes + rank
 
 

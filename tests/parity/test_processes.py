@@ -14,8 +14,8 @@ from parity.suite import Subject
 TASKS = {"the level": operator.attrgetter("level"), "the seed": operator.attrgetter("seed")}
 
 
-def _subject(**changes) -> Subject:
-    weights = random_weights(dataclasses.replace(MODEL, **changes))
+def _subject() -> Subject:
+    weights = random_weights(MODEL)
     return Subject(weights, weights.arrays["wpe.weight"], level="quick", seed=5)
 
 
@@ -38,7 +38,6 @@ def test_what_a_task_leaves_as_evidence_comes_back_and_no_other_task_sees_it():
 def test_a_large_model_and_a_gpu_have_one_process():
     small = _subject()
     assert processes.count(small, 1, "cpu") == 1 and processes.count(small, 9, "gpu") == 1
-    wide = ModelConfig(n_layer=1, n_head=1, n_embd=2048, block_size=16, vocab_size=257)
-    assert wide.parameter_count > processes.LARGEST
-    large = dataclasses.replace(small, weights=dataclasses.replace(small.weights, config=wide))
-    assert processes.count(large, 9, "cpu") == 1
+    large = random_weights(ModelConfig(n_layer=1, n_head=1, n_embd=1024, block_size=16, vocab_size=257))
+    assert large.config.parameter_count > processes.LARGEST
+    assert processes.count(dataclasses.replace(small, weights=large), 9, "cpu") == 1
