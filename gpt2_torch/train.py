@@ -64,6 +64,12 @@ def accumulate_gradients(
     return total
 
 
+def dropout_seed(seed: int, step: int, rank: int, processes: int) -> int:
+    """What PyTorch is seeded with before each step: dropout is then a function of (seed, step, rank), and nothing
+    random need be saved."""
+    return seed * 1_000_003 + step * processes + rank
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -188,8 +194,7 @@ def _train(
         if plan.checkpoint is None:
             evaluate_and_log(0)
         for step in interruptible(range(plan.step, plan.step if log.reached_target else config.steps)):
-            # Seeded anew each step: dropout is then a function of (seed, step), and nothing random need be saved.
-            torch.manual_seed(config.seed * 1_000_003 + step * processes + rank)
+            torch.manual_seed(dropout_seed(config.seed, step, rank, processes))
             rate = learning_rate(step, config.steps, config.optimizer)
             loss, grad_norm = train_step(
                 trained,

@@ -7,8 +7,7 @@ import functools
 import os
 import shlex
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +30,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             "--prove: plants its mistakes in a tiny model of its own; give it without other weights and lengths"
         )
-    from parity import report
+    from parity import processes, report
 
     folder = Path(options.report)
     report.open_folder(folder)
@@ -48,16 +47,23 @@ def main(arguments: list[str]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{weights.source}: {weights.config.parameter_count:,} parameters")
 
-    tasks = dict(_tasks(found, chosen, options))
+    if options.prove:
+        from parity.faults import subject_of
+
+        subject = found.subject = subject_of()
+    tasks = _tasks(chosen, options)
+    several = processes.count(subject, len(tasks), options.device)
+    answers = {}
     with _progress(console) as progress:
         bar = progress.add_task("", total=len(tasks), name="")
-        for name, task in tasks.items():
-            progress.update(bar, name=name)
-            start = time.perf_counter()
-            task()
-            progress.advance(bar)
+        for done in processes.run(tasks, subject, several, functools.partial(_use, options.device)):
+            answers[done.name] = done.answer
+            subject.evidence.update(done.evidence)
+            progress.update(bar, advance=1, name=done.name)
             if not console.is_terminal:
-                console.print(f"{name}: {time.perf_counter() - start:.1f} s")
+                console.print(f"{done.name}: {done.seconds:.1f} s")
+    for name in tasks:
+        found.add(answers[name])
     report.write(folder, found)
     wide = Console() if console.is_terminal else Console(width=150)
     wide.print(report.table(found.results))
@@ -92,37 +98,49 @@ def _use(device: str) -> None:
         sides.DEVICE = torch.device("cuda")
 
 
-def _tasks(found, chosen: list[str], options) -> Iterator[tuple[str, object]]:
-    """What there is to do, by a name for the display; each adds to what was found."""
-    from parity.suite import Skipped, guarded, load
-
-    def collect(results):
-        for result in results:
-            (found.skipped if isinstance(result, Skipped) else found.results).append(result)
-
-    subject = found.subject
+def _tasks(chosen: list[str], options) -> dict[str, Callable]:
+    """What there is to do, by a name for the display: functions of the subject, in the order of the report."""
     if options.against:
-        from parity import against
-        from parity.formats import read_weights
-
-        module, colon, _ = options.against.partition(":")
-        if colon and not Path(options.against).exists():
-            run = functools.partial(against.function, name=options.against)
-        else:
-            run = functools.partial(against.weights, other=read_weights(options.against))
-        yield options.against, lambda: collect(guarded("against", run, typed=module)(subject))
-        return
-    if options.prove:
-        from parity import faults
-
-        subject = found.subject = faults.subject_of()
-    for name in chosen:
-        yield name, lambda name=name: collect(load(name)(subject))
+        return {options.against: functools.partial(_against, options.against)}
+    tasks: dict[str, Callable] = {name: functools.partial(_check, name) for name in chosen}
     if options.full:
-        yield "gpt2 in float64", lambda: collect(guarded("forward", _at_full_size)(subject))
+        tasks["gpt2 in float64"] = _full_size
     if options.prove:
-        for fault in faults.FAULTS:
-            yield fault.name, lambda fault=fault: found.faults.append(faults.judge(fault))
+        from parity.faults import FAULTS
+
+        tasks |= {fault.name: functools.partial(_judge, fault) for fault in FAULTS}
+    return tasks
+
+
+def _check(name: str, subject) -> list:
+    from parity.suite import load
+
+    return list(load(name)(subject))
+
+
+def _against(other: str, subject) -> list:
+    from parity import against
+    from parity.formats import read_weights
+    from parity.suite import guarded
+
+    module, colon, _ = other.partition(":")
+    if colon and not Path(other).exists():
+        run = functools.partial(against.function, name=other)
+    else:
+        run = functools.partial(against.weights, other=read_weights(other))
+    return list(guarded("against", run, typed=module)(subject))
+
+
+def _judge(fault, _):
+    from parity.faults import judge
+
+    return judge(fault)
+
+
+def _full_size(subject) -> list:
+    from parity.suite import guarded
+
+    return list(guarded("forward", _at_full_size)(subject))
 
 
 def _at_full_size(_) -> Iterator:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from flax import nnx
 
 import gpt2_core.batches
 import gpt2_core.run_folder
@@ -39,6 +40,7 @@ import parity.sides
 from gpt2_core.batches import IGNORED
 from gpt2_core.config import ModelConfig, OptimizerConfig
 from gpt2_jax.capture import tap
+from parity.compiling import compiled_quickly
 from parity.subjects import random_weights, real_text
 from parity.suite import Result, Subject, in_words, load
 
@@ -59,6 +61,14 @@ class Fault:
     """The architecture it shows in, where it isn't GPT-2's own."""
     prepare: Callable[[str, np.ndarray], np.ndarray] = lambda name, array: array
     """Changes the weights so that the mistake shows."""
+
+    def __reduce__(self):
+        # Its functions can't be sent to another process; its name can.
+        return _called, (self.name,)
+
+
+def _called(name: str) -> Fault:
+    return next(fault for fault in FAULTS if fault.name == name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +100,7 @@ def judge(fault: Fault) -> Verdict:
     failed, placed = [], []
     try:
         subject = subject_of(fault)
-        with fault.patch():
+        with fault.patch(), compiled_quickly(), parity.sides.on_one_thread():
             for result in load(fault.check)(subject):
                 if isinstance(result, Result) and not result.passed:
                     failed.append(result)
@@ -641,6 +651,41 @@ def _layers_of_a_file_by_name(order):
     return wrong
 
 
+# --- masks and initial weights
+
+
+def _one_key(keys):
+    return lambda seed, step, shape: jnp.broadcast_to(keys(seed, step, (1, 1)), shape)
+
+
+def _one_mask_for_all_heads(draw):
+    def wrong(keys, shape, rate):
+        B, H, *rest = shape
+        return jnp.repeat(draw(keys, (B, 1, *rest), rate), H, axis=1)
+
+    return wrong
+
+
+def _key_of_the_dtype(dropout):
+    return lambda x, rate, keys: dropout(x, rate, gpt2_jax.dropout.site(keys, x.dtype.itemsize))
+
+
+def _uniform(normal):
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -_sqrt(3), _sqrt(3))
+
+
+def _truncated(normal):
+    # What jax.nn.initializers.truncated_normal and Flax's default initialisers draw: cut at two standard deviations.
+    return lambda key, shape, dtype: jax.random.truncated_normal(key, -2, 2, shape, dtype) / 0.87962566
+
+
+def _layers_alike(init):
+    def wrong(self, config, execution, rngs):
+        init(self, config, execution, nnx.Rngs(params=jax.random.fold_in(rngs.params.key[...], 1)))
+
+    return wrong
+
+
 _ROPE = dataclasses.replace(MODEL, position="rope")
 _SWIGLU = dataclasses.replace(MODEL, mlp="swiglu")
 _sqrt = math.sqrt
@@ -1109,6 +1154,82 @@ FAULTS = (
         "loss_curve",
         "step 5: parameter of",
         _rate(_restarted(5)),
+    ),
+    Fault(
+        "one mask for every sequence",
+        "dropout without a batch axis, broadcast: no two masks are equal as wholes, and every sequence loses the same",
+        "dropout",
+        "sequence 0 with embeddings of step 0, part 0, sequence 1",
+        replacing(gpt2_jax.train_step, "dropout_keys", _one_key),
+    ),
+    Fault(
+        "one mask for all heads",
+        "broadcast_dropout=True, the default of Flax's attention",
+        "dropout",
+        "block 0, attn weights with block 0, attn weights, displaced by [0, 1, 0, 0]",
+        replacing(gpt2_jax.attention, "dropout_mask", _one_mask_for_all_heads),
+    ),
+    Fault(
+        "attention's dropout forgotten",
+        "a kernel that takes no rate: two sites of three drop out",
+        "dropout",
+        "(4, 68, 36) where (4, 2, 68, 68) of block 0, attn weights is due",
+        replacing(
+            gpt2_jax.attention,
+            "_dropout_masks",
+            lambda _: lambda shape, *_: [None] * len(gpt2_jax.attention._blocks(shape[2])),
+        ),
+    ),
+    Fault(
+        "the rate kept in the place of dropped",
+        "bernoulli(rate) taken for what is kept, at one of the sites",
+        "dropout",
+        "block 0, attn weights",
+        replacing(
+            gpt2_jax.attention, "dropout_mask", lambda draw: lambda keys, shape, rate: draw(keys, shape, 1 - rate)
+        ),
+    ),
+    Fault(
+        "masks that depend on the precision",
+        "jax.random.bernoulli draws others in float64: no run in one precision can be held against another",
+        "dropout",
+        "bfloat16, part 0, embeddings",
+        replacing(gpt2_jax.model, "dropout", _key_of_the_dtype),
+    ),
+    Fault(
+        "every step seeded alike",
+        "torch.manual_seed(seed) moved into the loop: each step drops the same",
+        "dropout",
+        "embeddings of step 0, part 0, sequence 0 with embeddings of step 1, part 0, sequence 0",
+        replacing(gpt2_torch.train, "dropout_seed", lambda _: lambda seed, step, rank, processes: seed),
+    ),
+    Fault(
+        "uniform weights of the same variance",
+        "Xavier's or Kaiming's uniform form, scaled to the right standard deviation",
+        "initialization",
+        "JAX: mean, variance and normal shape of 10 tensors, -log10 p shape of wte.weight",
+        replacing(jax.random, "normal", _uniform),
+    ),
+    Fault(
+        "truncated normal weights",
+        "the truncated_normal of JAX's and Flax's initialisers, which scale it to the variance asked for",
+        "initialization",
+        "JAX: mean, variance and normal shape of 10 tensors, -log10 p shape of wte.weight",
+        replacing(jax.random, "normal", _truncated),
+    ),
+    Fault(
+        "every layer begins alike",
+        "one key given to each block: layers are copies, and the symmetry between them is never broken by the weights",
+        "initialization",
+        "h.0.attn.c_attn.weight with h.1.attn.c_attn.weight",
+        replacing(gpt2_jax.model.Block, "__init__", _layers_alike),
+    ),
+    Fault(
+        "PyTorch's own biases",
+        "nn.Linear draws its bias, and GPT-2's is zero",
+        "initialization",
+        "PyTorch: biases that aren't 0",
+        replacing(torch.nn.init, "zeros_", lambda _: lambda parameter: parameter),
     ),
     Fault(
         "windows left out",

@@ -23,7 +23,7 @@ SETTINGS = {
 def check(subject: Subject) -> Iterator[Result]:
     ours, theirs = JaxSide(subject.weights), TorchSide(subject.weights)
     prompts = prompts_of(subject)
-    count = subject.at(24, 128)
+    count = subject.at(24, 96, 128)
     numbers = np.stack([uniforms(subject.seed, i, count) for i in range(len(prompts))])
     for name in subject.at(list(SETTINGS)[:2], SETTINGS):
         a, b = (side.generate(prompts, numbers, SETTINGS[name]) for side in (ours, theirs))
@@ -115,7 +115,7 @@ def _cache_differs(
 def prompts_of(subject: Subject) -> list[list[int]]:
     """Pieces of the text of different lengths, so that padding is seen; the longest fills the block."""
     block_size = subject.weights.config.block_size
-    count = subject.at(6, 64)
+    count = subject.at(6, 16, 64)
     lengths = np.linspace(1, block_size, count).astype(int)
     starts = np.linspace(0, len(subject.tokens) - block_size - 1, count).astype(int)
     return [subject.tokens[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)]

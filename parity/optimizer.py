@@ -70,7 +70,7 @@ def _jax_decay(subject: Subject) -> dict[str, float]:
     side, config = JaxSide(subject.weights), subject.weights.config
     optimizer = gpt2_jax.train_step.make_optimizer(OptimizerConfig(weight_decay=0.1), config)
     zeros = jax.tree.map(np.zeros_like, side.params)
-    updates, _ = optimizer.update(zeros, optimizer.init(side.params), side.params)
+    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(side.params), side.params)
     return _ratios(jax_arrays(updates, config), jax_arrays(side.params, config))
 
 

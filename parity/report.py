@@ -36,6 +36,14 @@ class Report:
     faults: list[Any] = dataclasses.field(default_factory=list)
     """Verdicts of parity.faults, where they were asked for."""
 
+    def add(self, answer: Any) -> None:
+        """What a task answered: results and skipped cases of a check, or the verdict on a fault."""
+        if not isinstance(answer, list):
+            self.faults.append(answer)
+            return
+        for result in answer:
+            (self.skipped if isinstance(result, Skipped) else self.results).append(result)
+
     @property
     def passed(self) -> bool:
         """Whether everything that ran passed; nothing at all is a failure."""

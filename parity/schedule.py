@@ -53,10 +53,11 @@ def check(subject: Subject) -> Iterator[Result]:
         measured, where = next((f for f in found if not f[0] <= LIMIT), max(found))
         yield Result("schedule", f"{name}'s trainer: {len(found)} schedules", measured, LIMIT, where)
     weights = random_weights(_MODEL)
+    sides = {"JAX": JaxSide(weights), "PyTorch": TorchSide(weights)}
     for warmup, steps, final in subject.at(_APPLIED[:1], _APPLIED):
         optimizer = _optimizer(warmup, final)
         config = TrainConfig(model=_MODEL, optimizer=optimizer, steps=steps, batch_size=2, precision="float64", mesh=1)
-        for name, side in (("JAX", JaxSide(weights)), ("PyTorch", TorchSide(weights))):
+        for name, side in sides.items():
             applied = _applied(side, config, weights.arrays["wte.weight"][_UNUSED])
             measured, where = _compare(applied, warmup, steps, final)
             yield Result("schedule", f"{name}'s step: {_in_words(warmup, steps, final)}", measured, LIMIT, where)

@@ -1,8 +1,11 @@
 """The two models from one set of weights, each behind the functions that its own trainer uses."""
 
+import contextlib
+import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -35,11 +38,26 @@ from gpt2_jax.weights import from_canonical
 from gpt2_torch.weights import build
 
 Arrays = dict[str, np.ndarray]
+# The dropout masks of a forward pass in order of computation: for each site one array or, of attention weights, one for
+# each block of queries. 1 is kept, 0 dropped, -1 not to be seen.
+Sites = list[list[np.ndarray]]
 
 # LLVM contracts and vectorises a fused loop by what is in it, and a value that is asked for is not fused away: its
 # optimisations are off where a forward pass is compared to the bit with and without capture. The program that training
-# compiles is compared by its logits, gradients and curves.
-_PLAIN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# compiles is compared by its logits, gradients and curves. What only draws random numbers needs none either.
+PLAIN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@contextlib.contextmanager
+def on_one_thread() -> Iterator[None]:
+    """PyTorch computes on one thread inside: threads of tiny tensors wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
 
 # Where the PyTorch side computes; compare.py sets it. JAX computes where JAX does.
 DEVICE = torch.device("cpu")
@@ -98,15 +116,19 @@ class JaxSide:
         self.definition = define(weights.config, Execution(dtype, kernel, norm=norm))
         self.params = from_canonical(weights, self.definition.execution.param_dtype)
         self._generator = gpt2_jax.generate.Generator(self.definition)
+        self._steps: dict[TrainConfig, tuple] = {}
 
     @functools.cached_property
     def _logits(self):
         return jax.jit(lambda params, tokens_BT: self.definition.merge(params)(tokens_BT))
 
+    @functools.cached_property
+    def _plain_logits(self):
+        return jax.jit(lambda params, tokens_BT: self.definition.merge(params)(tokens_BT), compiler_options=PLAIN)
+
     def plain_logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         """Logits compiled as `intermediates` are, for a comparison to the bit."""
-        logits = jax.jit(lambda p, t: self.definition.merge(p)(t), compiler_options=_PLAIN)
-        return np.asarray(logits(self.params, tokens_BT))
+        return np.asarray(self._plain_logits(self.params, tokens_BT))
 
     @functools.cached_property
     def _loss_and_grads(self):
@@ -119,7 +141,7 @@ class JaxSide:
         """Every tapped value of a forward pass, the logits last, in order of computation."""
         names: list[str] = []
 
-        @functools.partial(jax.jit, compiler_options=_PLAIN)
+        @functools.partial(jax.jit, compiler_options=PLAIN)
         def run(params, tokens_BT):
             values: dict[str, jax.Array] = {}
             with tapping(record(values)):
@@ -173,15 +195,8 @@ class JaxSide:
     def steps(self, config: TrainConfig, batches: Sequence[Batch]) -> Iterator[Step]:
         """The same, one at a time."""
         mesh = make_mesh(parse_mesh(config.mesh))
-        model = config.model
-        kernel = choose_kernel(
-            config.attention, precision=config.precision, dropout=model.dropout, head_size=model.head_size
-        )
-        execution = Execution(config.precision, kernel, config.scan_layers, config.remat)
-        definition = define(config.model, execution)
-        optimizer = gpt2_jax.train_step.make_optimizer(config.optimizer, config.model)
+        definition, optimizer, step = self._train_step(_compiled_settings(config))
         state = gpt2_jax.train_step.initial_state(definition, optimizer, mesh, seed=config.seed, params=self.params)
-        step = gpt2_jax.train_step.make_train_step(definition, config, mesh)
 
         def canonical() -> State:
             trees = (state.params, state.opt_state[0].mu, state.opt_state[0].nu)
@@ -195,35 +210,50 @@ class JaxSide:
             # Set for this step alone: between two steps the caller computes without the mesh.
             with jax.set_mesh(mesh):
                 on_device = gpt2_jax.train_step.put_batch(batch, config.accumulation, mesh)
-                state, metrics = step(state, *on_device, np.asarray(rate, execution.param_dtype))
+                state, metrics = step(state, *on_device, np.asarray(rate, definition.execution.param_dtype))
             yield Step(float(metrics.loss), float(metrics.grad_norm), canonical, embedding)
 
-    def dropout_masks(self, config: TrainConfig, batches: Sequence[Batch]) -> list[list[list[np.ndarray]]]:
-        """The masks that the train step draws at each step, for each part of its batch, in order of computation."""
-        definition = define(config.model, Execution("float64"))
+    def _train_step(self, config: TrainConfig):
+        """The definition, the optimizer and the step that `config` asks for, compiled once for this side."""
+        if config not in self._steps:
+            kernel = choose_kernel(
+                config.attention,
+                precision=config.precision,
+                dropout=config.model.dropout,
+                head_size=config.model.head_size,
+            )
+            definition = define(config.model, Execution(config.precision, kernel, config.scan_layers, config.remat))
+            optimizer = gpt2_jax.train_step.make_optimizer(config.optimizer, config.model)
+            step = gpt2_jax.train_step.make_train_step(definition, config, make_mesh(parse_mesh(config.mesh)))
+            self._steps[config] = definition, optimizer, step
+        return self._steps[config]
 
-        @jax.jit
-        def masks(params, keys_B, inputs, targets):
-            found: list[jax.Array] = []
+    def dropout_masks(self, config: TrainConfig, batches: Sequence[Batch]) -> list[list[Sites]]:
+        """The masks that the train step draws at each step, for each part of its batch."""
+        masks = _dropout_masks(define(config.model, Execution(config.precision)))
 
-            def keep(name, value):
-                if name.endswith("dropout_mask"):
-                    found.append(value)
-                return value
-
-            with tapping(keep):
-                definition.merge(params).loss(inputs, targets, dropout_keys_B=keys_B)
-            return found
-
-        def of_step(step: int, batch: Batch) -> list[list[np.ndarray]]:
-            parts = [x.reshape(config.accumulation, -1, x.shape[-1]) for x in batch]
-            keys_AB = gpt2_jax.train_step.dropout_keys(config.seed, step, parts[0].shape[:2])
+        def of_step(step: int, batch: Batch) -> list[Sites]:
             return [
-                [np.asarray(mask) for mask in masks(self.params, keys_B, *part)]
-                for keys_B, *part in zip(keys_AB, *parts, strict=True)
+                _by_site(map(np.asarray, masks(self.params, *part))) for part in _dropout_parts(config, step, batch)
             ]
 
         return [of_step(step, batch) for step, batch in enumerate(batches)]
+
+    def dropped_intermediates(self, config: TrainConfig, batch: Batch) -> Arrays:
+        """The values of the first training step's first part, dropout included, in order of computation."""
+        definition = define(config.model, Execution(config.precision))
+        names: list[str] = []
+
+        @functools.partial(jax.jit, compiler_options=PLAIN)
+        def run(params, keys_B, *part):
+            values: dict[str, jax.Array] = {}
+            with tapping(record(values)):
+                definition.merge(params).loss(*part, dropout_keys_B=keys_B)
+            names[:] = [name for name in values if not name.endswith("dropout_mask")]
+            return values
+
+        values = run(self.params, *_dropout_parts(config, 0, batch)[0])
+        return {name: np.asarray(values[name]) for name in names}
 
     def generate(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling) -> np.ndarray:
         """New tokens, shape (prompts, tokens)."""
@@ -248,7 +278,7 @@ class JaxSide:
         """Every tapped value of the same, in order of computation."""
         names: list[str] = []
 
-        @functools.partial(jax.jit, compiler_options=_PLAIN)
+        @functools.partial(jax.jit, compiler_options=PLAIN)
         def run(params, caches, tokens_BT, start_B):
             values: dict[str, jax.Array] = {}
             model = self.definition.merge(params)
@@ -274,6 +304,45 @@ class JaxSide:
 
     def _canonical(self, params) -> Arrays:
         return gpt2_jax.weights.canonical_arrays(params, self.config)
+
+
+def _compiled_settings(config: TrainConfig) -> TrainConfig:
+    """`config` without what a train step is given at each call: runs that differ in their schedule share a program."""
+    schedule = {"learning_rate": 1.0, "warmup_steps": 0, "final_fraction": 1.0}
+    return dataclasses.replace(config, steps=1, optimizer=dataclasses.replace(config.optimizer, **schedule))
+
+
+def _dropout_parts(config: TrainConfig, step: int, batch: Batch) -> list[tuple]:
+    """The dropout keys, inputs and targets of each part that a train step computes at once."""
+    parts = [x.reshape(config.accumulation, -1, x.shape[-1]) for x in batch]
+    keys_AB = gpt2_jax.train_step.dropout_keys(config.seed, step, parts[0].shape[:2])
+    return list(zip(keys_AB, *parts, strict=True))
+
+
+def _dropout_masks(definition: Definition):
+    """(params, keys_B, inputs_BT, targets_BT) -> the masks that a training pass draws, in order of computation."""
+
+    # What is compiled is integer arithmetic, the same bits at any level of optimisation.
+    @functools.partial(jax.jit, compiler_options=PLAIN)
+    def masks(params, keys_B, inputs_BT, targets_BT):
+        found: list[jax.Array] = []
+
+        def keep(name, value):
+            if name.endswith("dropout_mask"):
+                found.append(value)
+            return value
+
+        with tapping(keep):
+            definition.merge(params).loss(inputs_BT, targets_BT, dropout_keys_B=keys_B)
+        return found
+
+    return masks
+
+
+def _by_site(masks: Iterable[np.ndarray]) -> Sites:
+    """Masks in order of computation by site: those of attention weights, (B, H, queries, keys), follow one another."""
+    groups = itertools.groupby(masks, key=lambda mask: mask.ndim == 4)
+    return [site for weights, found in groups for site in ([list(found)] if weights else [[mask] for mask in found])]
 
 
 class TorchSide:
@@ -338,12 +407,7 @@ class TorchSide:
 
     def steps(self, config: TrainConfig, batches: Sequence[Batch], masks: Sequence | None = None) -> Iterator[Step]:
         """The same, one at a time."""
-        model = build(self.weights).to(DEVICE)
-        if config.model.dropout > 0:
-            with_dropout = type(model)(config.model).to(DEVICE, torch.float64)
-            with_dropout.load_state_dict(model.state_dict())
-            model = with_dropout
-        model.train()
+        model = self._training_model(config)
         optimizer = gpt2_torch.optimizer.make_optimizer(model, config.optimizer)
         named = dict(model.named_parameters())
 
@@ -372,6 +436,39 @@ class TorchSide:
         """Next tokens (B,)."""
         given = (torch.from_numpy(x.copy()) for x in (logits_BV, uniforms_B))
         return gpt2_torch.generate.sample(*given, sampling).numpy()
+
+    def dropout_masks(
+        self, config: TrainConfig, batches: Sequence[Batch], *, rank: int = 0, processes: int = 1
+    ) -> tuple[list[list[Sites]], float]:
+        """The masks that PyTorch itself draws in training, likewise, in one of several processes; and how far what it
+        makes of a kept element is from the element over 1 - rate, relatively."""
+        model = self._training_model(config)
+
+        def of_step(step: int, batch: Batch) -> tuple[list[Sites], float]:
+            torch.manual_seed(gpt2_torch.train.dropout_seed(config.seed, step, rank, processes))
+            with _DrawnMasks() as drawn:
+                gpt2_torch.train.accumulate_gradients(model, *_tensors(batch), accumulation=config.accumulation)
+            count = math.ceil(len(drawn.masks) / config.accumulation)
+            sites = [[mask] for mask in drawn.masks]
+            return [sites[i * count : (i + 1) * count] for i in range(config.accumulation)], drawn.scale_error
+
+        steps, errors = zip(*itertools.starmap(of_step, enumerate(batches)), strict=True)
+        return list(steps), max(errors)
+
+    def dropped_intermediates(self, config: TrainConfig, batch: Batch, masks: Sequence[Sites]) -> Arrays:
+        """The values of the first part of a step, PyTorch given the masks of each part."""
+        model = self._training_model(config)
+        part = Batch(*(x[: len(x) // config.accumulation] for x in batch))
+        values: dict[str, torch.Tensor] = {}
+        with torch.no_grad(), _GivenMasks(masks[:1]), _Recorder(model, values.__setitem__):
+            model(*_tensors(part))
+        return {name: _to_numpy(value) for name, value in values.items()}
+
+    def _training_model(self, config: TrainConfig) -> torch.nn.Module:
+        """A model of these weights that drops out as `config` says."""
+        model = type(self.model)(config.model).to(DEVICE, next(self.model.parameters()).dtype)
+        model.load_state_dict(self.model.state_dict())
+        return model.train()
 
     def _canonical(self, state) -> Arrays:
         return gpt2_torch.weights.canonical_arrays(state, self.config)
@@ -447,32 +544,71 @@ class _Recorder(TorchFunctionMode):
 
 
 class _GivenMasks(TorchFunctionMode):
-    """Dropout with given masks: one list a part of the batch, each in order of computation."""
+    """Dropout with given masks: the sites of each part of the batch, in order of computation."""
 
-    def __init__(self, parts: Sequence[Sequence[np.ndarray]]) -> None:
+    def __init__(self, parts: Sequence[Sites]) -> None:
         super().__init__()
-        self._masks = iter([mask for part in parts for mask in part])
+        self._sites = iter([site for part in parts for site in part])
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.dropout:
-            p, training = args[1:3] if len(args) > 2 else (kwargs["p"], kwargs["training"])
-            return _dropped(args[0], next(self._masks), p) if training and p > 0 else args[0]
+            p, training = _dropout_options(args, kwargs)
+            return _dropped(args[0], next(self._sites)[0], p) if training and p > 0 else args[0]
         if function is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0) > 0:
             q, k, v = args
             future = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
             scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(future, -math.inf)
-            return _dropped(scores.softmax(dim=-1), self._mask_of_weights(scores.shape), kwargs["dropout_p"]) @ v
+            mask = _joined(next(self._sites), scores.shape)
+            return _dropped(scores.softmax(dim=-1), mask, kwargs["dropout_p"]) @ v
         return function(*args, **kwargs)
 
-    def _mask_of_weights(self, shape: torch.Size) -> np.ndarray:
-        """The mask (B, H, T, T) of attention weights: JAX draws one for each block of queries, over its keys."""
-        whole, rows = np.zeros(shape, bool), 0
-        while rows < shape[-2]:
-            mask = next(self._masks)
-            whole[..., rows : rows + mask.shape[-2], : mask.shape[-1]] = mask
-            rows += mask.shape[-2]
-        return whole
+
+class _DrawnMasks(TorchFunctionMode):
+    """Sees the masks that dropout draws, in order of computation, and whether what is kept is scaled by them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: list[np.ndarray] = []
+        self.scale_error = 0.0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.dropout:
+            p, training = _dropout_options(args, kwargs)
+            if training and p > 0:
+                return self._seen(lambda x: function(x, p, training), torch.ones_like(args[0]), p, args[0])
+        if function is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0) > 0:
+            q, k, v = args
+            # With the identity as values attention gives back its weights, dropped or not.
+            identity = torch.eye(k.shape[-2], dtype=v.dtype, device=v.device).expand(*k.shape[:-1], -1)
+            weights = function(q, k, identity, **kwargs | {"dropout_p": 0.0})
+            return self._seen(lambda v: function(q, k, v, **kwargs), identity, kwargs["dropout_p"], v, weights)
+        return function(*args, **kwargs)
+
+    def _seen(self, drop, probe: torch.Tensor, p: float, x: torch.Tensor, undropped: torch.Tensor | None = None):
+        """drop(x), after the same draw has been applied to what shows the mask."""
+        undropped = probe if undropped is None else undropped
+        with torch.random.fork_rng(), torch.no_grad():
+            shown = drop(probe)
+        mask = torch.where(undropped != 0, (shown != 0).to(torch.int8), -1)
+        expected = undropped * (mask == 1) / (1.0 - p)
+        self.scale_error = max(self.scale_error, ((shown - expected).abs() / expected.abs().max()).max().item())
+        self.masks.append(_to_numpy(mask))
+        return drop(x)
+
+
+def _dropout_options(args, kwargs) -> tuple[float, bool]:
+    return args[1:3] if len(args) > 2 else (kwargs["p"], kwargs["training"])
+
+
+def _joined(blocks: list[np.ndarray], shape: torch.Size) -> np.ndarray:
+    """The mask (B, H, T, T) of attention weights: JAX draws one for each block of queries, over its keys."""
+    whole, rows = np.zeros(shape, bool), 0
+    for mask in blocks:
+        whole[..., rows : rows + mask.shape[-2], : mask.shape[-1]] = mask
+        rows += mask.shape[-2]
+    return whole
 
 
 def _dropped(x: torch.Tensor, mask: np.ndarray, p: float) -> torch.Tensor:
