@@ -53,6 +53,10 @@ def check(subject: Subject) -> Iterator[Result | Skipped]:
 
 
 def _of(config: ModelConfig, draw_params: Callable[[int], Arrays], seed: int, options: str) -> Iterator[Result]:
+    params = draw_params(seed)
+    tables = [params[name] for name in ("wte.weight", "lm_head.weight") if name in params]
+    count = sum(np.count_nonzero(table[config.vocab_size :]) for table in tables)
+    yield Result("initialization", f"{options}JAX: values in the rows that pad the vocabulary", float(count), 0.0)
     pooled = []
     for side, draw in (
         ("JAX", lambda seed: jax_arrays(draw_params(seed), config)),
@@ -149,10 +153,7 @@ def _repetition(label: str, values: Arrays) -> Result:
 
 
 def _wherever_drawn(config: ModelConfig, params: Arrays, seed: int) -> Iterator[Result | Skipped]:
-    """The rows that pad the vocabulary; and whether JAX draws the same in another precision and on a mesh."""
-    tables = ("wte.weight", "lm_head.weight")
-    count = sum(np.count_nonzero(params[name][config.vocab_size :]) for name in tables)
-    yield Result("initialization", "JAX: values in the rows that pad the vocabulary", float(count), 0.0)
+    """Whether JAX draws the same in another precision and on a mesh."""
     with jax.enable_x64(False):
         single = _draw(config, "float32")(seed)
     yield _unequal("JAX: tensors that float32 draws otherwise", single, params)
