@@ -94,7 +94,7 @@ def _case(subject: Subject, name: str) -> Iterator[Result]:
     yield Result("settings", f"{name}: {STEPS} steps with {said}", measured, LIMIT, where)
     if masks is not None:
         # Both sides have JAX's masks: whether they drop what they should is counted.
-        drawn = [mask for step in masks for part in step for mask in part]
+        drawn = [mask for step in masks for part in step for site in part for mask in site]
         due, total, kept = 1 - model.dropout, sum(m.size for m in drawn), sum(int(m.sum()) for m in drawn)
         z = (kept - total * due) / math.sqrt(total * due * (1 - due))
         p = max(math.erfc(abs(z) / math.sqrt(2)), 1e-300)

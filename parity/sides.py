@@ -371,7 +371,8 @@ class TorchSide:
     @torch.no_grad()
     def dtypes(self, tokens_BT: np.ndarray) -> dict[str, str]:
         """The dtype of the same values, as training computes them."""
-        with _Recorder(self.model) as values, self._autocast():
+        values: dict[str, torch.Tensor] = {}
+        with _Recorder(self.model, values.__setitem__), self._autocast():
             self.model(_on_device(tokens_BT))
         return {name: str(value.dtype).removeprefix("torch.") for name, value in values.items()}
 

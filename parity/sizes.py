@@ -34,6 +34,7 @@ from parity.suite import Result, Subject, relative_norm
 CONSTANTS = {
     "attention.BLOCKS": "attention: lengths that it divides and doesn't",
     "attention.SHORTEST_IN_BLOCKS": "attention: one token less, and as many",
+    "loss.BLOCK": "loss: vocabularies of one block and of several",
     "loss.CHUNK_BYTES": "loss: one chunk and several, with a remainder and without",
     "generate.MIN_SLOTS": "generation: a cache that stays, grows, and ends at the block",
     "generate.CHUNK": "generation: tokens in chunks and one by one",
