@@ -185,9 +185,9 @@ def _continued_elsewhere(trainer: Trainer, setting: Setting, due: Outcome) -> It
 
 
 def _without_validation(setting: Setting) -> Iterator[Result]:
-    """The training losses choose the best checkpoint."""
+    """The training losses choose the best checkpoint; so many epochs are rounded up to a whole step."""
     data = dataclasses.replace(setting.config.data, validation_fraction=0.0)
-    config = dataclasses.replace(setting.config, data=data, steps=6, checkpoint_interval=2, log_interval=1)
+    config = dataclasses.replace(setting.config, data=data, epochs=1.2, checkpoint_interval=2, log_interval=1)
     due = setting.due(config)
     for trainer in (JAX, PYTORCH):
         yield from _uninterrupted(f"{trainer.name}, without validation", setting, due, trainer, config)
