@@ -20,7 +20,7 @@ from rich.table import Table
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
 from gpt2_core.tokenizer import get_tokenizer
-from parity.suite import Result, Skipped, Subject, explanation
+from parity.suite import CANNOT_SEE, Result, Skipped, Subject, explanation
 
 LOWEST, HIGHEST = -17, 1  # of the bars' scale, in powers of ten
 
@@ -194,10 +194,24 @@ def _page(report: Report, facts: dict[str, str], plots: list[dict]) -> str:
         skipped=report.skipped,
         plots=[p | {"data": base64.b64encode(p["png"]).decode()} for p in plots],
         texts=_texts(report.subject),
+        pairs=report.subject.evidence.get("combinations"),
         faults=faults,
+        classes=_by_check(report.faults),
+        cannot_see=CANNOT_SEE,
         faults_verdict=f"{caught} of {len(faults)} planted mistakes were caught, each by its check and at its place.",
         command=report.command,
     )
+
+
+def _by_check(verdicts: list[Any]) -> list[dict[str, Any]]:
+    """A row for each check: how many mistakes were planted for it, caught, and by how much at least."""
+    rows = []
+    for check in dict.fromkeys(v.fault.check for v in verdicts):
+        found = [v for v in verdicts if v.fault.check == check]
+        least = min(v.orders for v in found)
+        margin = "exact" if math.isinf(least) else f"{least:.1f}"
+        rows.append({"check": check, "planted": len(found), "caught": sum(v.in_place for v in found), "orders": margin})
+    return rows
 
 
 def _on_scale(x: float) -> float:

@@ -66,6 +66,17 @@ RESTS_ON: dict[str, tuple[str, ...]] = {
 }
 
 
+# What no check looks at, or none has the power to see; the page of --prove says it beside what was caught.
+CANNOT_SEE = (
+    "a mistake that both sides make alike in what they share: the configuration, the canonical names and the tokenizer",
+    "kernels for GPUs (cuDNN's attention, the Triton layer norm) on a CPU; with --device gpu `precision` compares them",
+    "a dropout rate that is wrong by less than 0.3 percentage points at one site",
+    "by the numbers alone, a residual stream in bfloat16, and a softmax in bfloat16 on small random weights: only the "
+    "traced program shows them",
+    "training on several hosts",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """One measured case. `where` names the first value that differs beyond the limit, or says what was seen.

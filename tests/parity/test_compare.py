@@ -1,6 +1,7 @@
 """The command, as a user runs it."""
 
 import dataclasses
+import html
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from gpt2_core.config import ModelConfig
 from gpt2_core.weights import write_safetensors
 from parity.subjects import random_weights
-from parity.suite import CHECKS
+from parity.suite import CANNOT_SEE, CHECKS
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=300)
@@ -43,6 +44,7 @@ def test_the_quick_form_proves_the_models_the_same_and_writes_its_report(run, tm
     page = (tmp_path / "parity_report" / "index.html").read_text()
     assert "The two are the same model" in page and "data:image/png;base64" in page
     assert not re.search(r"(src|href)=.?http", page)  # nothing to fetch
+    assert re.search(r"\d+ of \d+ pairs of options have met", page)
     assert {p.name for p in (tmp_path / "parity_report").iterdir()} == {
         *("report.json", "index.html", "table.svg"),
         *("loss_curve.png", "forward.png", "gradients.png", "precision.png"),
@@ -111,8 +113,9 @@ def test_every_mistake_is_caught_and_the_report_says_so(run, tmp_path):
     done = run("--prove")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "parity_report" / "report.json").read_text())
-    assert len(report["faults"]) >= 40 and all(f["in_place"] for f in report["faults"])
-    assert "planted mistakes were caught" in (tmp_path / "parity_report" / "index.html").read_text()
+    assert len(report["faults"]) >= 100 and all(f["in_place"] for f in report["faults"])
+    page = (tmp_path / "parity_report" / "index.html").read_text()
+    assert "planted mistakes were caught" in page and all(s in html.unescape(page) for s in CANNOT_SEE)
 
 
 def test_two_sets_of_weights_are_the_same_model_or_the_tensor_is_named(run, tmp_path):
