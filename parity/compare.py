@@ -35,7 +35,6 @@ def main(arguments: list[str]) -> None:
     folder = Path(options.report)
     report.open_folder(folder)
 
-    _use(options.device)
     from parity.formats import read_weights
     from parity.subjects import SMALL, random_weights, real_text
     from parity.suite import Subject
@@ -53,6 +52,8 @@ def main(arguments: list[str]) -> None:
         subject = found.subject = subject_of()
     tasks = _tasks(chosen, options)
     several = processes.count(subject, len(tasks), options.device)
+    if several == 1:
+        _use(options.device)
     answers = {}
     with _progress(console) as progress:
         bar = progress.add_task("", total=len(tasks), name="")
