@@ -106,12 +106,17 @@ def run(config: TrainConfig, weights: Weights, text: Text) -> Outcome:
             states[updates] = state_of(model, optimizer, updates)
         if over:
             break
-    judged_by = {row["step"]: row["loss"] for row in rows if row["split"] == "val"}
-    if not validates:
-        judged_by = {updates: np.mean(_training_losses(rows, updates)[-_RECENT:]) for updates in states}
-    best = min(states, key=judged_by.__getitem__)
-    kept = sorted({best, *sorted(states)[-config.keep_checkpoints :]})
+    kept, best = kept_and_best(rows, list(states), config)
     return Outcome(rows, kept, best, states, samples)
+
+
+def kept_and_best(rows: list[dict], saved: list[int], config: TrainConfig) -> tuple[list[int], int]:
+    """Of the checkpoints that a run saved: those that are left at its end, and the best of them."""
+    losses = {row["step"]: row["loss"] for row in rows if row["split"] == "val"}
+    if not losses:
+        losses = {updates: np.mean(_training_losses(rows, updates)[-_RECENT:]) for updates in saved}
+    best = min(saved, key=losses.__getitem__)
+    return sorted({best, *sorted(saved)[-config.keep_checkpoints :]}), best
 
 
 def training_batches(text: Text, config: TrainConfig, seed: int, process: int = 0, processes: int = 1):

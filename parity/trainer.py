@@ -178,8 +178,8 @@ def _continued_elsewhere(trainer: Trainer, setting: Setting, due: Outcome) -> It
     start = folder.steps()[-1]
     rows = [row for row in due.rows if row["step"] >= start + (row["split"] == "val")]
     samples = {updates: text for updates, text in due.samples.items() if updates > start}
-    last = max(due.states)
-    due = dataclasses.replace(due, rows=rows, samples=samples, kept=[last], best=last)
+    kept, best = plain_loop.kept_and_best(rows, [updates for updates in due.states if updates > start], setting.config)
+    due = dataclasses.replace(due, rows=rows, samples=samples, kept=kept, best=best)
     resumed = dataclasses.replace(setting.config, resume=str(folder.checkpoints / str(start)))
     yield from _uninterrupted(case, setting, due, trainer, resumed)
 
