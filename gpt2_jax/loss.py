@@ -29,7 +29,7 @@ def summed_cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.A
     padding and get no probability. Differentiated, the gradient is made along with the loss, while a chunk's logits are
     there: they are computed once, as without chunks.
     """
-    narrow_VD = head_VD.astype(x_BTD.dtype)
+    narrow_VD = _narrowed(head_VD, x_BTD.dtype)
 
     def add(total, chunk):
         return total + _chunk_loss(*chunk, narrow_VD, vocab_size)[0], None
@@ -39,8 +39,7 @@ def summed_cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.A
 
 def _forward(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, vocab_size: int):
     """The loss, and its gradients by x and by the head."""
-    # Once, and not in every chunk.
-    narrow_VD = head_VD.astype(x_BTD.dtype)
+    narrow_VD = _narrowed(head_VD, x_BTD.dtype)
 
     def add(totals, chunk):
         total, dhead_VD = totals
@@ -67,8 +66,14 @@ def _backward(vocab_size: int, grads, g: jax.Array):
 summed_cross_entropy.defvjp(_forward, _backward)
 
 
+def _narrowed(head_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The head as the products take it: rounded once, and not in every chunk."""
+    return head_VD.astype(dtype)
+
+
 def _chunk_loss(x_BCD: jax.Array, targets_BC: jax.Array, head_VD: jax.Array, vocab_size: int):
     """The summed loss of a chunk, and a function that gives its gradient by the logits."""
+    head_VD = head_VD.astype(x_BCD.dtype)
     logits_BCV = jnp.einsum("bcd,vd->bcv", x_BCD, head_VD, preferred_element_type=_wide(x_BCD))
     logits_BCV = constrain(logits_BCV, "batch", None, "vocab")
     ids_V = jnp.arange(len(head_VD))
@@ -87,6 +92,7 @@ def _chunk_loss(x_BCD: jax.Array, targets_BC: jax.Array, head_VD: jax.Array, voc
 
 def _times_head(dlogits_BCV: jax.Array, head_VD: jax.Array) -> jax.Array:
     """dlogits head, (B, C, D), in dlogits' dtype."""
+    head_VD = head_VD.astype(dlogits_BCV.dtype)
     if is_tensor_parallel():
         # The vocabulary is split already, and the partitioner can't split a loop over it.
         return _at_once(dlogits_BCV, head_VD)
