@@ -261,6 +261,19 @@ def _left_to_autodiff(project):
     return wrong
 
 
+def _kept_in_bfloat16(block_function):
+    def wrong(self, graph):
+        apply = block_function(self, graph)
+
+        def rounded(*inputs):
+            x, branch = apply(*inputs)
+            return (x.astype(jnp.bfloat16).astype(x.dtype) if self.execution.remat else x), branch
+
+        return rounded
+
+    return wrong
+
+
 def _narrow_parts(sum_over_parts):
     def wrong(of_part, parts):
         def narrow(part):
@@ -1045,29 +1058,47 @@ FAULTS = (
         "attention's softmax in bfloat16",
         "scores left in the operands' dtype: preferred_element_type forgotten",
         "precision",
-        "bfloat16 program: softmax and loss",
+        "bfloat16 program, unrolled: softmax and loss",
         replacing(gpt2_jax.attention, "_weights", _narrow_softmax),
     ),
     Fault(
         "logits in bfloat16",
         "the head's product rounded to its operands' dtype before the loss, as PyTorch's autocast does",
         "precision",
-        "bfloat16 program: softmax and loss",
+        "bfloat16 program, unrolled: softmax and loss",
         replacing(gpt2_jax.loss, "_wide", lambda _: lambda x: x.dtype),
     ),
     Fault(
         "gradients of weights rounded to bfloat16",
         "autodiff of x @ w.astype(x.dtype) makes w's gradient in x's dtype",
         "precision",
-        "bfloat16 program: gradients of parameters",
+        "bfloat16 program, unrolled: gradients of parameters",
         replacing(gpt2_jax.layers, "_project", _left_to_autodiff),
     ),
     Fault(
         "gradients accumulated in bfloat16",
         "parts of a batch added up in the compute dtype",
         "precision",
-        "bfloat16 program: gradients of parameters",
+        "bfloat16 program, unrolled: gradients of parameters",
         replacing(gpt2_jax.train_step, "_sum_over_parts", _narrow_parts),
+    ),
+    Fault(
+        "what rematerialisation keeps in bfloat16",
+        "a block's input rounded to save memory, in this way of executing it only",
+        "precision",
+        "scanned and rematerialised: values of the residual stream",
+        replacing(gpt2_jax.model.GPT2, "_block_function", _kept_in_bfloat16),
+    ),
+    Fault(
+        "gradients exchanged as they are computed",
+        "the dtype of the run in the place of the one that was asked for",
+        "precision",
+        "gradients exchanged in another dtype than float32",
+        replacing(
+            gpt2_jax.train_step,
+            "_exchange_dtype",
+            lambda _: lambda config: "bfloat16" if config.precision == "bfloat16" else None,
+        ),
     ),
     Fault(
         "a product at JAX's default precision",

@@ -15,14 +15,18 @@ import numpy as np
 from scipy import stats
 
 from gpt2_core.batches import Batch
+from gpt2_core.config import TrainConfig, format_mesh
 from gpt2_core.weights import Weights
+from gpt2_jax.model import Execution, define
+from gpt2_jax.optimizer import make_optimizer
 from gpt2_jax.runtime import matmul_precision
-from gpt2_jax.train_step import loss_and_grads
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.train_step import abstract_state, loss_and_grads, make_train_step
 from parity import dataflow, places
 from parity.gradients import uneven_batch
 from parity.sides import Arrays, JaxSide, TorchSide
 from parity.subjects import random_weights
-from parity.suite import Result, Subject
+from parity.suite import Result, Skipped, Subject
 
 # JAX's error over PyTorch's: what orders of summation and places of rounding may make of it. A lost digit is a factor
 # of ten, the fast variance of layer norm up to 29.
@@ -35,6 +39,15 @@ FALSE_ALARMS = 1e-3
 # rounds the sum at 1e-7. Rounded to bfloat16 once more, each logit is off by up to 4e-3.
 LOSS_LIMIT = 1e-6
 
+# Ways of executing a model, whose traced programs differ.
+EXECUTIONS: dict[str, dict[str, bool]] = {
+    "unrolled": {},
+    "scanned and rematerialised": {"scan_layers": True, "remat": True},
+    "rematerialised": {"remat": True},
+    "scanned": {"scan_layers": True},
+}
+
+_EXCHANGES = frozenset({"psum", "reduce_scatter"})
 _EXPONENTIALS = frozenset({"exp", "exp2", "log", "log1p"})
 # And sums, and what a norm divides by.
 _WIDE = _EXPONENTIALS | {"cumsum", "reduce", "reduce_sum", "rsqrt", "scatter-add", "sqrt"}
@@ -49,8 +62,9 @@ class Drawn:
     loss: float
 
 
-def check(subject: Subject) -> Iterator[Result]:
+def check(subject: Subject) -> Iterator[Result | Skipped]:
     yield from programs(subject)
+    yield from _exchanges(subject)
     yield _residual_stream(subject)
     weights = [subject.weights]
     if subject.weights.source.startswith("random"):
@@ -117,31 +131,69 @@ def programs(subject: Subject) -> Iterator[Result]:
         products = [o for o in program.operations if o.primitive == "dot_general" and o.params["precision"] != full]
         yield _none("float32 program: products that may be done in TF32", products)
 
-        program = _program(subject, "bfloat16")
-    yield _residual_additions(subject, program)
+    layers = subject.weights.config.n_layer
+    for name in subject.at(list(EXECUTIONS)[:2], EXECUTIONS):
+        with jax.enable_x64(False):
+            program = _program(subject, "bfloat16", **EXECUTIONS[name])
+        yield from _of_bfloat16(f"bfloat16 program, {name}", program, 1 if "scan" in name else layers)
+
+
+def _exchanges(subject: Subject) -> Iterator[Result | Skipped]:
+    """What devices exchange in a step of bfloat16, in the dtype that was asked for: scalars are float32 always."""
+    sizes = {"data": 2, "fsdp": 2, "tensor": 1}
+    if len(jax.devices()) < 4:
+        yield Skipped("precision", f"dtypes of what is exchanged: needs 4 devices and there are {len(jax.devices())}")
+        return
+    mesh, model = make_mesh(sizes), subject.weights.config
+    definition = define(model, Execution("bfloat16"))
+    for asked in ("float32", "bfloat16"):
+        config = TrainConfig(
+            model=model,
+            batch_size=4,
+            precision="bfloat16",
+            mesh=format_mesh(sizes),
+            attention="xla",
+            gradient_exchange=asked,
+        )
+        with jax.enable_x64(False):
+            state = abstract_state(definition, make_optimizer(config.optimizer, model), mesh)
+            tokens = jax.ShapeDtypeStruct((1, 4, model.block_size), np.int32)
+            rate = jax.ShapeDtypeStruct((), np.float32)
+            with jax.set_mesh(mesh):
+                program = dataflow.trace(make_train_step(definition, config, mesh), state, tokens, tokens, rate)
+        sent = [v for o in program.operations if o.primitive in _EXCHANGES for v in o.operands if v.shape]
+        other = [v for v in sent if np.dtype(v.dtype).name != asked]
+        case = f"gradients exchanged in another dtype than {asked}, of {len(sent)} arrays"
+        # Nothing exchanged at all would be as wrong.
+        yield Result("precision", case, float(len(other) if sent else 1), 0.0, f"first {other[0]}" if other else "")
+
+
+def _of_bfloat16(name: str, program: dataflow.Graph, blocks: int) -> Iterator[Result]:
+    yield _residual_additions(name, program, blocks)
     softmax = [v for o in program.operations if o.primitive in _EXPONENTIALS for v in o.operands]
     found = _narrow(program.outputs[:1] + softmax, dataflow.ELEMENTWISE)
-    yield _none("bfloat16 program: softmax and loss, from their logits on, in bfloat16", found)
+    yield _none(f"{name}: softmax and loss, from their logits on, in bfloat16", found)
     sums = [o for o in program.operations if o.primitive in _WIDE and any(v.is_narrow for v in o.operands)]
-    yield _none("bfloat16 program: sums, roots and exponentials of bfloat16", sums)
+    yield _none(f"{name}: sums, roots and exponentials of bfloat16", sums)
     found = _narrow(program.outputs[1:], dataflow.ELEMENTWISE)
-    yield _none("bfloat16 program: gradients of parameters, from the sum that makes them on, in bfloat16", found)
+    yield _none(f"{name}: gradients of parameters, from the sum that makes them on, in bfloat16", found)
 
 
-def _program(subject: Subject, dtype: str) -> dataflow.Graph:
+def _program(subject: Subject, dtype: str, **execution: bool) -> dataflow.Graph:
     """Of logits, loss and gradients, in this order; in two parts, whose gradients are added up."""
     side = JaxSide(subject.weights, dtype)
+    definition = define(side.config, dataclasses.replace(side.definition.execution, **execution))
     inputs, targets = (jnp.asarray(x).reshape(2, -1, x.shape[-1]) for x in uneven_batch(subject))
 
     def compute(params, inputs, targets):
-        loss, grads = loss_and_grads(side.definition, params, inputs, targets)
-        return (side.definition.merge(params)(inputs[0]), loss), grads
+        loss, grads = loss_and_grads(definition, params, inputs, targets)
+        return (definition.merge(params)(inputs[0]), loss), grads
 
     with jax.default_matmul_precision(matmul_precision(dtype)):
         return dataflow.trace(compute, side.params, inputs, targets)
 
 
-def _residual_additions(subject: Subject, program: dataflow.Graph) -> Result:
+def _residual_additions(name: str, program: dataflow.Graph, blocks: int) -> Result:
     """What is looked up in the embeddings and everything that it is added up to, and what their gradients are added
     from: an addition that can't be found counts too."""
     embedded = [o.results[0] for o in program.operations if o.primitive == "gather" and o.results[0].is_float]
@@ -149,9 +201,9 @@ def _residual_additions(subject: Subject, program: dataflow.Graph) -> Result:
     gradient = [o.operands[2] for o in program.operations if o.primitive == "scatter-add"]
     narrow = [v for v in found if v.is_narrow] + _narrow(gradient, _SUMS)
     additions = {id(o) for v in found for o in v.makers if o.primitive == "add"}
-    # Two a layer, in the logits' forward pass and in the loss's.
-    missing = max(0, 4 * subject.weights.config.n_layer - len(additions))
-    case = "bfloat16 program: values of the residual stream in bfloat16, or lost"
+    # Two a block of the program, in the logits' forward pass and in the loss's.
+    missing = max(0, 4 * blocks - len(additions))
+    case = f"{name}: values of the residual stream in bfloat16, or lost"
     where = f"first {narrow[0]}" if narrow else f"{len(additions)} additions, all in float32"
     return Result("precision", case, float(len(narrow) + missing), 0.0, where)
 

@@ -18,6 +18,9 @@ from gpt2_core.weights import Weights
 Bytes = dict[str, bytes]
 """The bytes of each tensor, by its name in the file."""
 
+# transformers.activations.ACT2FN: names of GELU in its two forms.
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_exact"}
+
 _LLMC_HEADER = 1024
 _LLMC_BLOCK = "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj"
 

@@ -1,6 +1,9 @@
 """Check `weights`: every way from the canonical form through a framework or a file and back is bitwise, and keeps the
 architecture; what a format can't hold it refuses."""
 
+import contextlib
+import dataclasses
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ from gpt2_jax.weights import from_canonical
 from gpt2_jax.weights import to_canonical as from_jax
 from gpt2_torch.weights import build
 from gpt2_torch.weights import to_canonical as from_torch
-from parity import raw_files
+from parity import raw_files, variants
 from parity.formats import FORMATS, open_weights, write_weights
 from parity.subjects import random_weights
 from parity.suite import Result, Skipped, Subject
@@ -95,7 +98,43 @@ def check(subject: Subject) -> Iterator[Result | Skipped]:
             yield _through(folder, first, able, weights)
     for name in subject.at(list(MODELS)[:5], MODELS):
         yield _model(name, *MODELS[name])
+    yield _one_by_one()
     yield _raw("11 layers in bfloat16")
+    yield _activations()
+
+
+def _one_by_one() -> Result:
+    """GPT-2 with one setting changed at a time: a format holds it or refuses it, whatever else it could hold."""
+    small = ModelConfig(n_layer=1, n_head=3, n_embd=18, block_size=7, vocab_size=129)
+    changes = {name: options for name, options in variants.OPTIONS.items() if name != "all at once"}
+    changes |= {f"epsilon {epsilon}": {"layer_norm_epsilon": epsilon} for epsilon in (1e-6, 0.03)}
+    changes |= {"MLP 20 wide": {"mlp_width": 20}, "base 50": {"position": "rope", "rope_theta": 50.0}}
+    lost, pairs = [], 0
+    for name, options in changes.items():
+        weights = _awkward(dataclasses.replace(small, **options), "float32")
+        for form in FORMATS:
+            with tempfile.TemporaryDirectory() as folder, contextlib.suppress(UserError):
+                write_weights(weights, _path(folder, form), form)
+                found = _compare(form, weights, _open(folder, form))
+                lost += [] if found.passed else [f"{form}: {name}: {found.where}"]
+                pairs += 1
+    case = f"{len(changes)} settings, one at a time, in each format: {pairs} kept, the others refused"
+    return Result("weights", case, float(len(lost)), LIMIT, lost[0] if lost else "")
+
+
+def _activations() -> Result:
+    """Files that transformers wrote, or might: every name it has for an activation that is one of ours."""
+    weights, wrong = _awkward(_DEEP, "float32"), []
+    for name, mlp in raw_files.ACTIVATIONS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = _path(folder, "hf")
+            write_weights(weights, path, "hf")
+            settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            (path / "config.json").write_text(json.dumps(settings | {"activation_function": name}), encoding="utf-8")
+            found = open_weights(path).config.mlp
+            wrong += [] if found == mlp else [f"{name} is read as {found}, and is {mlp}"]
+    case = f"hf: {', '.join(raw_files.ACTIVATIONS)}"
+    return Result("weights", case, float(len(wrong)), LIMIT, wrong[0] if wrong else "")
 
 
 def _raw(name: str) -> Result:
