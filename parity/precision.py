@@ -15,14 +15,14 @@ import numpy as np
 from scipy import stats
 
 from gpt2_core.batches import Batch
-from gpt2_core.config import TrainConfig, format_mesh
+from gpt2_core.config import ModelConfig, TrainConfig, format_mesh
 from gpt2_core.weights import Weights
 from gpt2_jax.model import Execution, define
 from gpt2_jax.optimizer import make_optimizer
 from gpt2_jax.runtime import matmul_precision
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train_step import abstract_state, loss_and_grads, make_train_step
-from parity import dataflow, places
+from parity import dataflow, places, variants
 from parity.gradients import uneven_batch
 from parity.sides import Arrays, JaxSide, TorchSide
 from parity.subjects import random_weights
@@ -64,6 +64,7 @@ class Drawn:
 
 def check(subject: Subject) -> Iterator[Result | Skipped]:
     yield from programs(subject)
+    yield from _bfloat16_program(_with_every_option(subject), "unrolled")
     yield from _exchanges(subject)
     yield _residual_stream(subject)
     weights = [subject.weights]
@@ -131,11 +132,43 @@ def programs(subject: Subject) -> Iterator[Result]:
         products = [o for o in program.operations if o.primitive == "dot_general" and o.params["precision"] != full]
         yield _none("float32 program: products that may be done in TF32", products)
 
-    layers = subject.weights.config.n_layer
     for name in subject.at(list(EXECUTIONS)[:2], EXECUTIONS):
-        with jax.enable_x64(False):
-            program = _program(subject, "bfloat16", **EXECUTIONS[name])
-        yield from _of_bfloat16(f"bfloat16 program, {name}", program, 1 if "scan" in name else layers)
+        yield from _bfloat16_program(subject, name)
+
+
+def _with_every_option(subject: Subject) -> Subject:
+    """A small model with the architectural options that the subject may not have."""
+    config = ModelConfig(
+        n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257, **variants.OPTIONS["all at once"]
+    )
+    return dataclasses.replace(subject, weights=random_weights(config), tokens=subject.tokens % config.vocab_size)
+
+
+def _bfloat16_program(subject: Subject, execution: str) -> Iterator[Result]:
+    config = subject.weights.config
+    with jax.enable_x64(False):
+        program = _program(subject, "bfloat16", **EXECUTIONS[execution])
+    options = "" if config.norm == "layernorm" else f", {config.norm} and {config.mlp}"
+    name = f"bfloat16 program, {execution}{options}"
+    yield _residual_additions(name, program, 1 if "scan" in execution else config.n_layer)
+    softmax = [v for o in program.operations if o.primitive in _EXPONENTIALS for v in o.operands]
+    found = _narrow(program.outputs[:1] + softmax, dataflow.ELEMENTWISE)
+    yield _none(f"{name}: softmax and loss, from their logits on, in bfloat16", found)
+    sums = [o for o in program.operations if o.primitive in _WIDE and any(v.is_narrow for v in o.operands)]
+    yield _none(f"{name}: sums, roots and exponentials of bfloat16", sums)
+    # A constant of the program has no maker.
+    rounded = [o for o in program.operations if o.primitive == "convert_element_type" and o.operands[0].makers]
+    scalars = [v for o in rounded for v in o.results if v.is_narrow and not v.shape]
+    yield _none(f"{name}: numbers that scale whole arrays, in bfloat16", scalars)
+    # Parameters are the first inputs, in the order of their names.
+    parameters = zip(sorted(config.parameter_shapes), program.inputs, strict=False)
+    norms = [value for parameter, value in parameters if _kind(parameter) == "gradients of norms"]
+    found = [v for v in dataflow.after(program, norms, dataflow.LAYOUT) if v.is_narrow]
+    yield _none(f"{name}: weights of norms, in bfloat16", found)
+    products = [o for o in program.operations if o.primitive == "add" and all(map(_is_narrow_product, o.operands))]
+    yield _none(f"{name}: sums of matrix products that are rounded to bfloat16 first", products)
+    found = _narrow(program.outputs[1:], dataflow.ELEMENTWISE)
+    yield _none(f"{name}: gradients of parameters, from the sum that makes them on, in bfloat16", found)
 
 
 def _exchanges(subject: Subject) -> Iterator[Result | Skipped]:
@@ -168,17 +201,6 @@ def _exchanges(subject: Subject) -> Iterator[Result | Skipped]:
         yield Result("precision", case, float(len(other) if sent else 1), 0.0, f"first {other[0]}" if other else "")
 
 
-def _of_bfloat16(name: str, program: dataflow.Graph, blocks: int) -> Iterator[Result]:
-    yield _residual_additions(name, program, blocks)
-    softmax = [v for o in program.operations if o.primitive in _EXPONENTIALS for v in o.operands]
-    found = _narrow(program.outputs[:1] + softmax, dataflow.ELEMENTWISE)
-    yield _none(f"{name}: softmax and loss, from their logits on, in bfloat16", found)
-    sums = [o for o in program.operations if o.primitive in _WIDE and any(v.is_narrow for v in o.operands)]
-    yield _none(f"{name}: sums, roots and exponentials of bfloat16", sums)
-    found = _narrow(program.outputs[1:], dataflow.ELEMENTWISE)
-    yield _none(f"{name}: gradients of parameters, from the sum that makes them on, in bfloat16", found)
-
-
 def _program(subject: Subject, dtype: str, **execution: bool) -> dataflow.Graph:
     """Of logits, loss and gradients, in this order; in two parts, whose gradients are added up."""
     side = JaxSide(subject.weights, dtype)
@@ -206,6 +228,11 @@ def _residual_additions(name: str, program: dataflow.Graph, blocks: int) -> Resu
     case = f"{name}: values of the residual stream in bfloat16, or lost"
     where = f"first {narrow[0]}" if narrow else f"{len(additions)} additions, all in float32"
     return Result("precision", case, float(len(narrow) + missing), 0.0, where)
+
+
+def _is_narrow_product(value: dataflow.Value) -> bool:
+    made = [o for v in dataflow.before(value, dataflow.LAYOUT | {"add"}) if v.is_narrow for o in v.makers]
+    return value.is_narrow and any(o.primitive == "dot_general" for o in made)
 
 
 def _narrow(values: Collection[dataflow.Value], through: Collection[str]) -> list[dataflow.Value]:

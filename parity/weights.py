@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -87,7 +88,7 @@ def check(subject: Subject) -> Iterator[Result | Skipped]:
         able = []
         for form in FORMATS:
             try:
-                write_weights(weights, _path(folder, form), form)
+                _write(weights, folder, form)
                 able.append(form)
             except UserError as error:
                 yield Skipped("weights", f"{form}: {error}")
@@ -114,7 +115,7 @@ def _one_by_one() -> Result:
         weights = _awkward(dataclasses.replace(small, **options), "float32")
         for form in FORMATS:
             with tempfile.TemporaryDirectory() as folder, contextlib.suppress(UserError):
-                write_weights(weights, _path(folder, form), form)
+                _write(weights, folder, form)
                 found = _compare(form, weights, _open(folder, form))
                 lost += [] if found.passed else [f"{form}: {name}: {found.where}"]
                 pairs += 1
@@ -128,7 +129,7 @@ def _activations() -> Result:
     for name, mlp in raw_files.ACTIVATIONS.items():
         with tempfile.TemporaryDirectory() as folder:
             path = _path(folder, "hf")
-            write_weights(weights, path, "hf")
+            _write(weights, folder, "hf")
             settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
             (path / "config.json").write_text(json.dumps(settings | {"activation_function": name}), encoding="utf-8")
             found = open_weights(path).config.mlp
@@ -143,7 +144,7 @@ def _raw(name: str) -> Result:
     weights, differing = _awkward(config, dtype), []
     for form, read in raw_files.READERS.items():
         with tempfile.TemporaryDirectory() as folder:
-            write_weights(weights, _path(folder, form), form)
+            _write(weights, folder, form)
             found, due = read(_path(folder, form)), raw_files.expected(weights, form)
         differing += [f"{form}: {n}" for n in found | due if found.get(n) != due.get(n)]
     case = f"{name}: the files of {', '.join(raw_files.READERS)}, read by other means"
@@ -158,7 +159,7 @@ def _model(name: str, config: ModelConfig, dtype: str, formats: frozenset[str]) 
     for form in FORMATS:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                write_weights(weights, _path(folder, form), form)
+                _write(weights, folder, form)
                 found = _compare(form, weights, _open(folder, form))
             except UserError as error:
                 refused.append(form)
@@ -188,7 +189,7 @@ def _through(folder: str, first: str, formats: list[str], weights: Weights) -> R
     differing, where = 0.0, ""
     for second in formats:
         with tempfile.TemporaryDirectory() as again:
-            write_weights(_open(folder, first), _path(again, second), second)
+            _write(_open(folder, first), again, second)
             found = _compare(second, weights, _open(again, second))
         differing += found.measured
         where = where or (f"{second}: {found.where}" if found.measured else "")
@@ -199,8 +200,15 @@ def _path(folder: str, form: str) -> Path:
     return Path(folder) / f"{form}.safetensors"
 
 
+def _write(weights: Weights, folder: str, form: str) -> None:
+    # As convert.py does: JAX's float64 is off there, and on in this suite.
+    with jax.enable_x64(False):
+        write_weights(weights, _path(folder, form), form)
+
+
 def _open(folder: str, form: str) -> Weights:
-    return open_weights(_path(folder, form))
+    with jax.enable_x64(False):
+        return open_weights(_path(folder, form))
 
 
 def _compare(name: str, weights: Weights, back: Weights) -> Result:
