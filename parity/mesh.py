@@ -16,16 +16,16 @@ from parity.suite import Result, Skipped, Subject
 
 LIMIT = 1e-11  # a sum over devices is a sum in another order, no more
 CASES = {
-    "1 device": {},
     "data=8": {"mesh": "data=8"},
     "fsdp=8": {"mesh": "fsdp=8"},
     "tensor=2": {"mesh": "tensor=2"},
     "data=2, fsdp=2, tensor=2": {"mesh": "data=2,fsdp=2,tensor=2"},
+    "data=2, accumulation 4, remat, scan": {"mesh": "data=2", "accumulation": 4, "remat": True, "scan_layers": True},
+    "1 device": {},
     "accumulation 2": {"accumulation": 2},
     "accumulation 4": {"accumulation": 4},
     "remat": {"remat": True},
     "scan over layers": {"scan_layers": True},
-    "data=2, accumulation 4, remat, scan": {"mesh": "data=2", "accumulation": 4, "remat": True, "scan_layers": True},
 }
 _QUICK = ("data=2, fsdp=2, tensor=2",)
 
@@ -37,7 +37,8 @@ def check(subject: Subject) -> Iterator[Result | Skipped]:
     batches = [stream[step] for step in range(steps)]
     ours, theirs, reference = JaxSide(subject.weights), TorchSide(subject.weights), _config(subject, steps, {})
     b = theirs.train(reference, batches)
-    for name in subject.at(_QUICK, CASES):
+    # What the later cases change, `combinations` changes too.
+    for name in subject.at(_QUICK, list(CASES)[:5], CASES):
         settings = CASES[name]
         needed = math.prod(parse_mesh(settings.get("mesh", 1)).values())
         try:
