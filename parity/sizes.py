@@ -237,9 +237,14 @@ def _until_end_of_text(model: ModelConfig, lengths: tuple[int, ...], count: int)
     prompts, numbers = _prompts(model, lengths), np.stack([uniforms(1, row, count) for row in range(len(lengths))])
     sampling = Sampling(temperature=1.5)
     expected = TorchSide(weights).generate(prompts, numbers, sampling)
-    # The token whose last first appearance is latest, but before the end.
-    firsts = {token: [(row == token).argmax() for row in expected] for token in set(expected[0].tolist())}
-    firsts = {t: f for t, f in firsts.items() if all((row == t).any() for row in expected)}
+    # The token whose last first appearance is latest, but before the end, and not in every prompt's text at once.
+    firsts = {token: [int((row == token).argmax()) for row in expected] for token in set(expected[0].tolist())}
+    firsts = {
+        token: found
+        for token, found in firsts.items()
+        if all((row == token).any() for row in expected)
+        and (len(found) == 1 or not (expected[:, max(found)] == token).all())
+    }
     end = max(firsts, key=lambda token: max(firsts[token]))
     side = JaxSide(weights)
     generator = gpt2_jax.generate.Generator(side.definition)
