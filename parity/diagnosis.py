@@ -310,7 +310,7 @@ _HEADS = _Row(
         **{f"rotary embeddings of base {t:g}": _but(_heads, theta=t) for t in (1e4, 5e5, 1e6)},
         "rotary embeddings of positions from one": _but(_heads, first=1),
         "no query and key norm": _but(_heads, norm=False),
-        "the query and key norm after the rotary embeddings": _but(_heads, norm_after_rope=True),
+        "query and key norms after the rotary embeddings, not before": _but(_heads, norm_after_rope=True),
     },
 )
 _ATTENTION = _Row(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gpt2_core.batches import TrainingBatches
+from gpt2_core.batches import Batch, TrainingBatches
 from gpt2_core.config import TrainConfig
 from gpt2_core.tokenizer import get_tokenizer
 from gpt2_core.tokens import Source
@@ -171,13 +171,23 @@ def _whole_sequences(batch) -> np.ndarray:
 def evaluation(model: GPT2, config: TrainConfig, text: Text) -> float:
     """Mean loss over every target of the windows that an evaluation reads: evenly spread over the split."""
     model.eval()
-    every = windows((text.val,), config.model.block_size)
-    count = min(config.eval_sequences, len(every))
-    chosen = np.stack([every[number * len(every) // count] for number in range(count)])
+    chosen = _validation_windows(config, text)
     logits_BTV = model(torch.from_numpy(chosen[:, :-1].copy()).to(sides.DEVICE)).cpu().numpy()
     logits_BTV -= logits_BTV.max(axis=-1, keepdims=True)
     of_targets_BT1 = np.take_along_axis(logits_BTV, chosen[:, 1:, None], axis=-1)
     return float(np.mean(np.log(np.exp(logits_BTV).sum(axis=-1)) - of_targets_BT1[..., 0]))
+
+
+def validation_batch(config: TrainConfig, text: Text) -> Batch:
+    """The sequences that an evaluation reads, all at once."""
+    chosen = _validation_windows(config, text)
+    return Batch(np.ascontiguousarray(chosen[:, :-1]), np.ascontiguousarray(chosen[:, 1:]))
+
+
+def _validation_windows(config: TrainConfig, text: Text) -> np.ndarray:
+    every = windows((text.val,), config.model.block_size)
+    count = min(config.eval_sequences, len(every))
+    return np.stack([every[number * len(every) // count] for number in range(count)])
 
 
 def state_of(model: GPT2, optimizer: torch.optim.Optimizer, updates: int) -> State:

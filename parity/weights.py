@@ -125,12 +125,14 @@ def _one_by_one() -> Result:
 
 def _activations() -> Result:
     """Files that transformers wrote, or might: every name it has for an activation that is one of ours."""
-    weights, wrong = _awkward(_DEEP, "float32"), []
+    wrong = []
     for name, mlp in raw_files.ACTIVATIONS.items():
         with tempfile.TemporaryDirectory() as folder:
             path = _path(folder, "hf")
-            _write(weights, folder, "hf")
+            _write(_awkward(dataclasses.replace(_DEEP, mlp=mlp), "float32"), folder, "hf")
             settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            written = settings["activation_function"]
+            wrong += [] if raw_files.ACTIVATIONS[written] == mlp else [f"{mlp} is written as {written}"]
             (path / "config.json").write_text(json.dumps(settings | {"activation_function": name}), encoding="utf-8")
             found = open_weights(path).config.mlp
             wrong += [] if found == mlp else [f"{name} is read as {found}, and is {mlp}"]

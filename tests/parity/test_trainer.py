@@ -1,5 +1,6 @@
 """The check of the trainers: that its setting shows what it should, and that what differs is named."""
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import gpt2_core.batches
+import gpt2_torch.train
 from gpt2_core.run_folder import RunFolder
 from parity import plain_loop, trainer
 from parity.faults import subject_of
@@ -174,3 +176,15 @@ def test_both_trainers_pass_on_other_devices_and_weights(subject, seed):
     found = list(trainer.check(dataclasses.replace(subject, level="full", seed=seed)))
     assert not any(isinstance(result, Skipped) for result in found)
     assert all(result.passed for result in found), [r for r in found if not r.passed]
+
+
+@pytest.mark.slow
+def test_an_evaluation_in_float32_of_a_run_in_bfloat16_is_seen(setting):
+    evaluate = gpt2_torch.train.evaluate
+
+    def wide(model, batches, device, autocast):
+        return evaluate(model, batches, device, contextlib.nullcontext())
+
+    with mock.patch.object(gpt2_torch.train, "evaluate", wide):
+        failed = [result.case for result in trainer._in_bfloat16(setting) if not result.passed]
+    assert failed == ["PyTorch, in bfloat16: the first loss of evaluation"]
