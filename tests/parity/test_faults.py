@@ -1,7 +1,5 @@
 """Each mistake of the catalogue is caught, by its check and at its place."""
 
-import collections
-
 import pytest
 
 from parity.faults import FAULTS, judge
@@ -9,16 +7,12 @@ from parity.suite import CHECKS
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-# Of each check so many are planted in every run of the tests, the others in the slow ones: each takes some seconds.
-ALWAYS = 2
 
-
-def _parameters():
-    seen = collections.Counter()
-    for fault in FAULTS:
-        seen[fault.check] += 1
-        marks = [pytest.mark.slow] if seen[fault.check] > ALWAYS else []
-        yield pytest.param(fault, marks=marks, id=fault.name)
+def _parameters() -> list:
+    """The first mistake of each check in every run of the tests, the others in the slow ones: each takes seconds."""
+    first = {fault.check: fault for fault in reversed(FAULTS)}
+    slow = [() if first[fault.check] is fault else pytest.mark.slow for fault in FAULTS]
+    return [pytest.param(fault, marks=marks, id=fault.name) for fault, marks in zip(FAULTS, slow, strict=True)]
 
 
 def test_the_catalogue_has_mistakes_for_every_check():

@@ -32,8 +32,14 @@ def test_every_mesh_and_pytorch_give_the_same_float64_loss_curve(run, recipe, tm
             assert max(abs(a - b) for (_, a), (_, b) in zip(ours, theirs, strict=True)) <= 1e-11, name
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("script", ["train_jax.py", "train_torch.py"])
+@pytest.mark.parametrize(
+    ("script", "times"),
+    [
+        ("train_jax.py", 1),
+        pytest.param("train_jax.py", 3, marks=pytest.mark.slow),
+        pytest.param("train_torch.py", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_killed_at_random_and_resumed_is_the_run_never_killed(script, times, start, run, recipe, tmp_path):
     mesh = ("--mesh", "2") if script == "train_jax.py" else ()
     arguments = (*mesh, "--config", recipe, "--steps", "40", "--checkpoint_interval", "2", "--model.dropout", "0.1")
