@@ -204,7 +204,7 @@ def _parser() -> Parser:
         "--steps", type=int, help="Length of the loss curve, in steps. Left out: 200; quick 40, full 1000."
     )
     parser.add_argument(
-        "--quick", action="store_true", help="One real case of every check: about a minute on two cores."
+        "--quick", action="store_true", help="One real case of every check: one to two minutes on two cores."
     )
     parser.add_argument(
         "--full", action="store_true", help="GPT-2 at 124M parameters and a loss curve of 1,000 steps besides."
