@@ -21,7 +21,6 @@ from gpt2_core.sampling import Sampling
 from gpt2_core.weights import Weights
 from gpt2_jax.sharding import make_mesh
 from parity import forward, gradients, places
-from parity.compiling import compiled_quickly
 from parity.covering import Row, all_pairs, covering_rows, pairs_of
 from parity.sides import JaxSide, TorchSide, Trained
 from parity.subjects import random_weights
@@ -88,8 +87,7 @@ def check(subject: Subject) -> Iterator[Result | Skipped]:
         if needed > len(jax.devices()):
             yield Skipped("combinations", f"mesh {mesh}: needs {needed} devices and there are {len(jax.devices())}")
             continue
-        with compiled_quickly():
-            results = list(_row(subject, number, row))
+        results = list(_row(subject, number, row))
         ran.append(row)
         covered = f"{len(pairs_of(ran))} of {len(all_pairs(TABLE))} pairs of options have met"
         yield from (dataclasses.replace(r, where=r.where or (covered if r.passed else "")) for r in results)
@@ -225,7 +223,7 @@ def bfloat16_tokens(subject: Subject, head: str) -> Result | Skipped:
     config = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=T, vocab_size=257, tie_embeddings=head == "tied")
     lengths = [1 + number % 8 for number in range(32)]
     prompts = [(subject.tokens[97 * n :][:length] % 257).tolist() for n, length in enumerate(lengths)]
-    with jax.enable_x64(False), compiled_quickly():
+    with jax.enable_x64(False):
         side = JaxSide(random_weights(config), "bfloat16")
         count = T - max(lengths)
         tokens = side.generate(prompts, np.zeros((len(prompts), count)), Sampling(greedy=True)).tolist()

@@ -12,7 +12,6 @@ import numpy as np
 
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
 from parity.combinations import divergence, explained, uneven_batch
-from parity.compiling import compiled_quickly
 from parity.sides import JaxSide, TorchSide
 from parity.subjects import random_weights
 from parity.suite import Result, Subject
@@ -65,9 +64,7 @@ CASES = {
 
 def check(subject: Subject) -> Iterator[Result]:
     for name in CASES:
-        with compiled_quickly():
-            results = list(_case(subject, name))
-        yield from results
+        yield from _case(subject, name)
 
 
 def config_of(model: ModelConfig, optimizer: OptimizerConfig) -> TrainConfig:

@@ -25,7 +25,6 @@ from gpt2_core.weights import Weights
 from gpt2_jax.capture import tapping
 from gpt2_jax.model import padded_vocab_size
 from parity.combinations import divergence, explained, uneven_batch
-from parity.compiling import compiled_quickly
 from parity.sides import JaxSide, TorchSide
 from parity.subjects import random_weights
 from parity.suite import Result, Subject, relative_norm
@@ -51,9 +50,7 @@ Compared = dict[str, tuple[np.ndarray, np.ndarray]]
 
 def check(subject: Subject) -> Iterator[Result]:
     for part in (_attention, _loss, _sampling, _generation, _training):
-        with compiled_quickly():
-            results = list(part(subject))
-        yield from results
+        yield from part(subject)
 
 
 # --- attention: blocks of queries, head sizes, lengths
