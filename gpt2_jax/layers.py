@@ -68,10 +68,19 @@ class Linear(nnx.Module):
 @jax.custom_vjp
 def _project(x_MI: jax.Array, w_INO: jax.Array, b_NO: jax.Array | None) -> list[jax.Array]:
     """The N projections x W + b, in x's dtype."""
-    weights = [w_INO[:, n].astype(x_MI.dtype) for n in range(w_INO.shape[1])]
-    if b_NO is None:
-        return [x_MI @ w_IO for w_IO in weights]
-    return [_affine(x_MI, w_IO, b_NO[n].astype(x_MI.dtype)) for n, w_IO in enumerate(weights)]
+    M, (I, N, O) = len(x_MI), w_INO.shape
+    # One product and its outputs taken apart, or N products for which a CPU copies the weights apart: whichever copies
+    # less. Flattening would have to undo what a tensor mesh has split.
+    if N > 1 and M < I and not is_tensor_parallel():
+        out_MP = _product(x_MI, w_INO.reshape(I, N * O), None if b_NO is None else b_NO.reshape(-1))
+        return jnp.split(out_MP, N, axis=1)
+    return [_product(x_MI, w_INO[:, n], None if b_NO is None else b_NO[n]) for n in range(N)]
+
+
+def _product(x_MI: jax.Array, w_IO: jax.Array, b_O: jax.Array | None) -> jax.Array:
+    if b_O is None:
+        return x_MI @ w_IO.astype(x_MI.dtype)
+    return _affine(x_MI, w_IO.astype(x_MI.dtype), b_O.astype(x_MI.dtype))
 
 
 def _project_forward(x_MI, w_INO, b_NO):
