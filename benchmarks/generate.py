@@ -240,7 +240,7 @@ def _bandwidth() -> float:
 
 
 def _weights(spec: dict[str, Any]):
-    from parity.subjects import random_weights
+    from parity.gpt2.cases import random_weights
 
     return random_weights(model_from_dict(spec["model"], "--model"))
 

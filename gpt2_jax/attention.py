@@ -135,7 +135,7 @@ def _causal_backward(rate, keep_weights, residuals, dout_BHTK):
             q_BHCK, dout_BHCK, dq = jax.lax.optimization_barrier((q_BHCK, dout_BHCK, dq))
             w_BHCS = _block_weights(q_BHCK, k_BHTK, begin)
         dw_BHCS = _drop(product("bhck,bhsk->bhcs", dout_BHCK, v_BHTK[:, :, :end]), mask_BHCP, rate)
-        dscores_BHCS = w_BHCS * (dw_BHCS - sums_BHT1[:, :, begin:end]) / math.sqrt(q_BHTK.shape[-1])
+        dscores_BHCS = w_BHCS * (dw_BHCS - sums_BHT1[:, :, begin:end]) / _score_divisor(q_BHTK.shape[-1])
         dscores_BHCS = dscores_BHCS.astype(dtype)
         dq.append(jnp.einsum("bhcs,bhsk->bhck", dscores_BHCS, k_BHTK[:, :, :end]))
         dk_BHSK = product("bhcs,bhck->bhsk", dscores_BHCS, q_BHCK)
@@ -172,6 +172,11 @@ def _causal_mask(T: int) -> jax.Array:
     return jnp.tril(jnp.ones((T, T), bool))
 
 
+def _score_divisor(head_size: int) -> float:
+    """What scores are divided by, so that their variance doesn't grow with the head (Vaswani et al. 2017)."""
+    return math.sqrt(head_size)
+
+
 def cached_attention(q_BHTK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, positions_BT: jax.Array) -> jax.Array:
     """Attention over a cache of S slots: the query at position p sees the slots 0 .. p."""
     S = k_BHSK.shape[2]
@@ -182,5 +187,5 @@ def cached_attention(q_BHTK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, po
 
 def _weights(q, k, mask) -> jax.Array:
     # The product accumulates and the softmax is taken in float32 at least, whatever the inputs.
-    scores = wide_einsum("bhtk,bhsk->bhts", q, k) / math.sqrt(q.shape[-1])
+    scores = wide_einsum("bhtk,bhsk->bhts", q, k) / _score_divisor(q.shape[-1])
     return jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)

@@ -35,6 +35,11 @@ def rounded_once(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]
     return apply
 
 
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> jax.Array:
+    """Values of a standard normal distribution, in float32 whatever the parameters' dtype."""
+    return jax.random.normal(rngs.params(), shape, jnp.float32)
+
+
 @rounded_once
 def _affine(x_MI: jax.Array, w_IO: jax.Array, b_O: jax.Array) -> jax.Array:
     return x_MI @ w_IO + b_O
@@ -44,7 +49,7 @@ class Linear(nnx.Module):
     """x W + b. `shape` is (in, out) or, for n projections of one input, (in, n, out)."""
 
     def __init__(self, shape, axes, *, std: float, bias: bool, param_dtype, rngs: nnx.Rngs) -> None:
-        weight = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+        weight = std * _normal(rngs, shape)
         self.weight = nnx.Param(weight.astype(param_dtype), logical_axes=axes, narrow=True)
         bias_axes = (*axes[1:-1], _BIAS_AXIS[axes[-1]])
         self.bias = nnx.Param(jnp.zeros(shape[1:], param_dtype), logical_axes=bias_axes) if bias else None
@@ -199,7 +204,7 @@ class Embedding(nnx.Module):
     def __init__(
         self, rows: int, size: int, axes, *, used: int, std: float, param_dtype, rngs: nnx.Rngs, narrow: bool = False
     ) -> None:
-        table = std * jax.random.normal(rngs.params(), (used, size), jnp.float32)
+        table = std * _normal(rngs, (used, size))
         table = jnp.pad(table, ((0, rows - used), (0, 0)))
         self.weight = nnx.Param(table.astype(param_dtype), logical_axes=axes, narrow=narrow)
 

@@ -121,7 +121,7 @@ class MLP(nnx.Module):
         if self.config.mlp == "swiglu":
             a_BTF = _recomputed(_silu_gated)(tap("mlp.c_gate", self.c_gate(x_BTD)), a_BTF)
         else:
-            a_BTF = _recomputed(functools.partial(jax.nn.gelu, approximate=self.config.mlp == "gelu_tanh"))(a_BTF)
+            a_BTF = _recomputed(functools.partial(_gelu, approximate=self.config.mlp == "gelu_tanh"))(a_BTF)
         a_BTF = tap("mlp.activation", constrain(a_BTF, "batch", None, "mlp"))
         return dropout(tap("mlp.c_proj", self.c_proj(a_BTF)), self.config.dropout, key)
 
@@ -321,6 +321,10 @@ def padded_vocab_size(vocab_size: int) -> int:
     zero, take no part in any softmax and never leave this package."""
     multiple = JAX.vocabulary_multiple
     return math.ceil(vocab_size / multiple) * multiple
+
+
+def _gelu(a_BTF: jax.Array, *, approximate: bool) -> jax.Array:
+    return jax.nn.gelu(a_BTF, approximate=approximate)
 
 
 def _silu_gated(gate_BTF: jax.Array, value_BTF: jax.Array) -> jax.Array:

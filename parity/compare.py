@@ -16,10 +16,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from gpt2_core.cli import Parser, run
 from gpt2_core.errors import UserError
-from parity.suite import CHECKS
+from parity.engine.errors import EngineError
+from parity.gpt2.suite import CANNOT_SEE, CHECKS, RESTS_ON
 
 
 def main(arguments: list[str]) -> None:
+    try:
+        _compare(arguments)
+    except EngineError as error:
+        raise UserError(str(error)) from error
+
+
+def _compare(arguments: list[str]) -> None:
     options = _parser().parse(arguments)
     chosen = _chosen(options.checks)
     if options.steps is not None and options.steps < 1:
@@ -30,41 +38,43 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             "--prove: plants its mistakes in a tiny model of its own; give it without other weights and lengths"
         )
-    from parity import processes, report
+    from parity.engine import processes, report
 
     folder = Path(options.report)
     report.open_folder(folder)
 
     from parity.formats import read_weights
-    from parity.subjects import SMALL, random_weights, real_text
-    from parity.suite import Subject
+    from parity.gpt2.adapters.protocol import NAMES
+    from parity.gpt2.cases import SMALL, Case, random_weights, real_text
 
     weights = read_weights(options.weights, options.checkpoint) if options.weights else random_weights(SMALL)
     level = "quick" if options.quick else "full" if options.full else "default"
-    subject = Subject(weights, real_text(weights), level, options.steps)
-    found = report.Report(subject, shlex.join(["python", "parity/compare.py", *arguments]))
+    case = Case(weights, real_text(weights), level, options.steps)
+    command = shlex.join(["python", "parity/compare.py", *arguments])
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{weights.source}: {weights.config.parameter_count:,} parameters")
 
     if options.prove:
-        from parity.faults import subject_of
+        from parity.gpt2.faults import case_of
 
-        subject = found.subject = subject_of()
+        case = case_of()
+    found = report.Report(NAMES, case.weights.source, command, RESTS_ON, CANNOT_SEE)
     tasks = _tasks(chosen, options)
-    several = processes.count(subject, len(tasks), options.device)
+    parameters = case.weights.config.parameter_count
+    several = processes.count(parameters, len(tasks), options.device)
     if several == 1:
         _use(options.device)
-    answers = {}
+    answers, evidence = {}, {}
     with _progress(console) as progress:
         bar = progress.add_task("", total=len(tasks), name="")
-        for done in processes.run(tasks, subject, several, functools.partial(_use, options.device)):
-            answers[done.name] = done.answer
-            subject.evidence.update(done.evidence)
+        for done in processes.run(tasks, case, parameters, several, functools.partial(_use, options.device)):
+            answers[done.name], evidence[done.name] = done.answer, done.evidence
             progress.update(bar, advance=1, name=done.name)
             if not console.is_terminal:
                 console.print(f"{done.name}: {done.seconds:.1f} s")
     for name in tasks:
         found.add(answers[name])
+        found.evidence.update(evidence[name])
     report.write(folder, found)
     wide = Console() if console.is_terminal else Console(width=150)
     wide.print(report.table(found.results))
@@ -91,69 +101,75 @@ def _use(device: str) -> None:
 
     configure("float64", 8)
     if device == "gpu":
-        from parity import sides
-
         for framework, there in (("JAX", has_accelerator()), ("PyTorch", torch.cuda.is_available())):
             if not there:
                 raise UserError(f"--device gpu: {framework} finds no GPU here; use --device cpu")
-        sides.DEVICE = torch.device("cuda")
 
 
 def _tasks(chosen: list[str], options) -> dict[str, Callable]:
-    """What there is to do, by a name for the display: functions of the subject, in the order of the report."""
+    """What there is to do, by a name for the display: functions of the case, in the order of the report."""
+    device = "cuda" if options.device == "gpu" else "cpu"
     if options.against:
-        return {options.against: functools.partial(_against, options.against)}
-    tasks: dict[str, Callable] = {name: functools.partial(_check, name) for name in chosen}
+        return {options.against: functools.partial(_against, options.against, device)}
+    tasks: dict[str, Callable] = {name: functools.partial(_check, name, device) for name in chosen}
     if options.full:
-        tasks["gpt2 in float64"] = _full_size
+        tasks["gpt2 in float64"] = functools.partial(_full_size, device)
     if options.prove:
-        from parity.faults import FAULTS
+        from parity.gpt2.faults import FAULTS
 
         tasks |= {fault.name: functools.partial(_judge, fault) for fault in FAULTS}
     return tasks
 
 
-def _check(name: str, subject) -> list:
-    from parity.suite import load
+def _check(name: str, device: str, case) -> list:
+    from parity.gpt2.adapters import both
+    from parity.gpt2.suite import load
 
-    return list(load(name)(subject))
+    return list(load(name)(case, *both(case.weights, device)))
 
 
-def _against(other: str, subject) -> list:
-    from parity import against
+def _against(other: str, device: str, case) -> list:
+    from parity.engine import results
     from parity.formats import read_weights
-    from parity.suite import guarded
+    from parity.gpt2 import external
+    from parity.gpt2.adapters import both
+    from parity.gpt2.suite import PACKAGES
 
+    candidate, reference = both(case.weights, device)
     module, colon, _ = other.partition(":")
     if colon and not Path(other).exists():
-        run = functools.partial(against.function, name=other)
+        run = functools.partial(external.function, case, reference, other)
     else:
-        run = functools.partial(against.weights, other=read_weights(other))
-    return list(guarded("against", run, typed=module)(subject))
+        run = functools.partial(external.weights, case, candidate, read_weights(other))
+    # What the user typed is theirs: lines of the module are named too, and a UserError is no failed case.
+    packages = (*PACKAGES, module.partition(".")[0])
+    return list(results.guarded("against", run, packages=packages, passes=UserError)())
 
 
 def _judge(fault, _):
-    from parity.faults import judge
+    from parity.gpt2.faults import judge
 
     return judge(fault)
 
 
-def _full_size(subject) -> list:
-    from parity.suite import guarded
+def _full_size(device: str, _) -> list:
+    from parity.gpt2.suite import guarded
 
-    return list(guarded("forward", _at_full_size)(subject))
+    return list(guarded("forward", _at_full_size)(device))
 
 
-def _at_full_size(_) -> Iterator:
+def _at_full_size(device: str) -> Iterator:
     """GPT-2 at 124M parameters, forward and gradients."""
     from gpt2_core.config import PRESETS, ModelConfig
-    from parity.subjects import random_weights, real_text
-    from parity.suite import Result, Subject, load
+    from parity.engine.results import Result
+    from parity.gpt2.adapters import both
+    from parity.gpt2.cases import Case, random_weights, real_text
+    from parity.gpt2.suite import load
 
     weights = random_weights(ModelConfig(**PRESETS["gpt2"], block_size=128))
-    subject = Subject(weights, real_text(weights, 2_000), "quick")
+    case = Case(weights, real_text(weights, 2_000), "quick")
     for name in ("forward", "gradients"):
-        for r in load(name)(subject):
+        for r in load(name)(case, *both(weights, device)):
             yield Result(r.check, f"gpt2, 124M: {r.case}", r.measured, r.limit, r.where)
 
 
@@ -212,7 +228,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--prove",
         action="store_true",
-        help="Plant every mistake of parity/faults.py in a tiny model and see each caught; without them it must pass.",
+        help="Plant every mistake of parity/gpt2/faults in a tiny model and see each caught; without, it must pass.",
     )
     return parser
 

@@ -91,7 +91,7 @@ def _verify(weights: Weights, target: Path, to: str, console: Console) -> None:
     if not all(np.isfinite(back.arrays[name]).all() for name in back.arrays):
         console.print("no forward pass: some values aren't finite")
         return
-    from parity.forward import agreement_in_float32
+    from parity.gpt2.checks.forward import agreement_in_float32
 
     difference, limit = agreement_in_float32(back)
     said = f"a forward pass in float32, JAX against PyTorch: logits differ by {difference:.1e} of the largest"

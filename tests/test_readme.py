@@ -56,7 +56,7 @@ def test_the_readme_has_commands_of_each_kind():
 
 @pytest.mark.slow
 def test_the_demo_compares_with_every_check_and_all_pass(checkout):
-    from parity.suite import CHECKS
+    from parity.gpt2.suite import CHECKS
 
     report = json.loads((checkout / "parity_report" / "report.json").read_text(encoding="utf-8"))
     assert report["passed"] and {case["check"] for case in report["checks"]} == set(CHECKS)

@@ -1,4 +1,4 @@
-"""Tasks on one subject in several processes at once: compiling, which is most of what they do, uses one core.
+"""Tasks on one case in several processes at once: compiling, which is most of what they do, uses one core.
 
 Processes and not threads, because a task switches the compiler's options, float64 and random states for all of one.
 """
@@ -13,11 +13,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from gpt2_core.errors import UserError
-from parity.suite import Subject
+from parity.engine.errors import EngineError
 
-# A task's answer to the subject; its evidence is the subject's.
-Task = Callable[[Subject], Any]
+# What tasks are about: a dataclass with a field `evidence`, a dict that is empty for each task.
+Case = Any
+Task = Callable[[Case], Any]
 
 # Each process has both frameworks in memory, about a gigabyte.
 MOST = 4
@@ -25,7 +25,7 @@ MOST = 4
 # ones wait for each other longer than they compute.
 LARGEST = 10_000_000
 
-_subject: Subject
+_case: Case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,45 +38,54 @@ class Done:
     seconds: float
 
 
-def count(subject: Subject, tasks: int, device: str) -> int:
-    """In how many processes to run so many tasks; 1 is this one."""
-    if device != "cpu" or not _is_small(subject):
+def count(parameters: int, tasks: int, device: str) -> int:
+    """In how many processes to run so many tasks on a model of so many parameters; 1 is this one."""
+    if device != "cpu" or parameters > LARGEST:
         return 1
     return min(tasks, os.cpu_count() or 1, MOST)
 
 
-def run(tasks: Mapping[str, Task], subject: Subject, processes: int, prepare: Callable[[], None]) -> Iterator[Done]:
+def run(
+    tasks: Mapping[str, Task], case: Case, parameters: int, processes: int, prepare: Callable[[], None]
+) -> Iterator[Done]:
     """Each task as it is done. `prepare` is called in each new process; whatever is given must be picklable if there is
-    more than one. Raises UserError if a process is killed."""
+    more than one. Raises EngineError if a process is killed."""
     if processes == 1:
-        from parity.sides import on_one_thread
-
-        with on_one_thread() if _is_small(subject) else contextlib.nullcontext():
+        with on_one_thread() if parameters <= LARGEST else contextlib.nullcontext():
             for name, task in tasks.items():
-                yield _do(name, task, subject)
+                yield _do(name, task, case)
         return
     context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork wouldn't have
-    with ProcessPoolExecutor(processes, context, _begin, (subject, prepare)) as pool:
+    with ProcessPoolExecutor(processes, context, _begin, (case, prepare)) as pool:
         # The later tasks are the longer ones.
         running = {pool.submit(_do_here, name, task): name for name, task in reversed(tasks.items())}
         try:
             for future in as_completed(running):
                 yield future.result()
         except BrokenProcessPool as error:
-            raise UserError(
+            raise EngineError(
                 "a process that ran a check was killed, probably for want of memory; run fewer at once, with --checks"
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _is_small(subject: Subject) -> bool:
-    return subject.weights.config.parameter_count <= LARGEST
+@contextlib.contextmanager
+def on_one_thread() -> Iterator[None]:
+    """PyTorch computes on one thread inside: threads of tiny tensors wait for each other longer than they compute."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _begin(subject: Subject, prepare: Callable[[], None]) -> None:
-    global _subject
-    _subject = subject
+def _begin(case: Case, prepare: Callable[[], None]) -> None:
+    global _case
+    _case = case
     prepare()
     import torch
 
@@ -84,10 +93,10 @@ def _begin(subject: Subject, prepare: Callable[[], None]) -> None:
 
 
 def _do_here(name: str, task: Task) -> Done:
-    return _do(name, task, _subject)
+    return _do(name, task, _case)
 
 
-def _do(name: str, task: Task, subject: Subject) -> Done:
-    start, own = time.perf_counter(), dataclasses.replace(subject, evidence={})
+def _do(name: str, task: Task, case: Case) -> Done:
+    start, own = time.perf_counter(), dataclasses.replace(case, evidence={})
     answer = task(own)
     return Done(name, answer, own.evidence, time.perf_counter() - start)

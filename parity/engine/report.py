@@ -5,7 +5,9 @@ import dataclasses
 import io
 import json
 import math
+import os
 import platform
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -17,24 +19,33 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gpt2_core.errors import UserError
-from gpt2_core.files import write_atomically
-from gpt2_core.tokenizer import get_tokenizer
-from parity.suite import CANNOT_SEE, Result, Skipped, Subject, explanation
+from parity.engine.errors import EngineError
+from parity.engine.evidence import Coverage, Curves, Depth, Errors, Evidence, Texts
+from parity.engine.results import Result, Skipped, explanation
 
 LOWEST, HIGHEST = -17, 1  # of the bars' scale, in powers of ten
 
 
 @dataclasses.dataclass
 class Report:
-    """Everything a run of the suite found."""
+    """Everything a run of a suite found."""
 
-    subject: Subject
+    names: tuple[str, str]
+    """Of the candidate and the reference."""
+    weights: str
+    """Where the weights come from."""
     command: str
+    """What was typed."""
+    rests_on: Mapping[str, Collection[str]]
+    """Of each check the checks that explain its failures."""
+    cannot_see: Collection[str] = ()
+    """What no check of the suite looks at, a sentence each."""
     results: list[Result] = dataclasses.field(default_factory=list)
     skipped: list[Skipped] = dataclasses.field(default_factory=list)
     faults: list[Any] = dataclasses.field(default_factory=list)
-    """Verdicts of parity.faults, where they were asked for."""
+    """Verdicts on planted mistakes, where they were asked for."""
+    evidence: dict[str, Evidence] = dataclasses.field(default_factory=dict)
+    """What the checks left to be drawn, by names that begin with theirs."""
 
     def add(self, answer: Any) -> None:
         """What a task answered: results and skipped cases of a check, or the verdict on a fault."""
@@ -65,33 +76,43 @@ class Report:
     @property
     def explanation(self) -> str:
         """Where to look first, if something failed."""
-        return explanation(self.results)
+        return explanation(self.results, self.rests_on)
 
 
 def open_folder(path: Path) -> None:
-    """Make the report's folder; raises UserError if it holds something else or can't be written."""
+    """Make the report's folder; raises EngineError if it holds something else or can't be written."""
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / "report.json").is_file())):
-        raise UserError(f"--report {path}: exists and is not a report; name another folder")
+        raise EngineError(f"--report {path}: exists and is not a report; name another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / ".writable", "")
+        _write(path / ".writable", "")
         (path / ".writable").unlink()
     except OSError as error:
-        raise UserError(f"--report {path}: can't write there ({error.strerror})") from error
+        raise EngineError(f"--report {path}: can't write there ({error.strerror})") from error
 
 
 def write(path: Path, report: Report) -> None:
     """Write the report's files into the folder."""
-    facts = environment(report.subject.weights.source)
-    write_atomically(path / "report.json", json.dumps(_as_json(report, facts), indent=2, allow_nan=False) + "\n")
+    facts = environment(report.weights)
+    _write(path / "report.json", json.dumps(_as_json(report, facts), indent=2, allow_nan=False) + "\n")
     picture = Console(record=True, width=150, file=io.StringIO())
     picture.print(table(report.results))
-    svg = picture.export_svg(title="python parity/compare.py", code_format=_svg_without_web_fonts())
-    write_atomically(path / "table.svg", svg)
-    plots = _plots(report.subject.evidence)
+    svg = picture.export_svg(title=" ".join(report.command.split()[:2]), code_format=_svg_without_web_fonts())
+    _write(path / "table.svg", svg)
+    plots = _plots(report.evidence, report.names)
     for plot in plots:
-        write_atomically(path / f"{plot['file']}.png", plot["png"])
-    write_atomically(path / "index.html", _page(report, facts, plots))
+        _write(path / f"{plot['file']}.png", plot["png"])
+    _write(path / "index.html", _page(report, facts, plots))
+
+
+def _write(path: Path, content: bytes | str) -> None:
+    """A whole file: a reader finds the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def environment(source: str) -> dict[str, str]:
@@ -157,7 +178,7 @@ def figure(x: float) -> str:
 
 
 def _page(report: Report, facts: dict[str, str], plots: list[dict]) -> str:
-    template = Environment(autoescape=True).from_string((files("parity") / "report.html").read_text())
+    template = Environment(autoescape=True).from_string((files("parity.engine") / "report.html").read_text())
     rows = [
         {
             "check": r.check,
@@ -193,11 +214,12 @@ def _page(report: Report, facts: dict[str, str], plots: list[dict]) -> str:
         rows=rows,
         skipped=report.skipped,
         plots=[p | {"data": base64.b64encode(p["png"]).decode()} for p in plots],
-        texts=_texts(report.subject),
-        pairs=report.subject.evidence.get("combinations"),
+        names=report.names,
+        texts=[{"name": _label(name), "texts": texts} for name, texts in _left(report.evidence, Texts)],
+        pairs=next((coverage for _, coverage in _left(report.evidence, Coverage)), None),
         faults=faults,
         classes=_by_check(report.faults),
-        cannot_see=CANNOT_SEE,
+        cannot_see=report.cannot_see,
         faults_verdict=f"{caught} of {len(faults)} planted mistakes were caught, each by its check and at its place.",
         command=report.command,
     )
@@ -221,40 +243,35 @@ def _on_scale(x: float) -> float:
     return round(100 * min(1.0, max(0.0, (power - LOWEST) / (HIGHEST - LOWEST))), 1)
 
 
-def _texts(subject: Subject) -> list[dict[str, str]]:
-    names = [name for name in subject.evidence if name.startswith("generation ")]
-    if not names:
-        return []
-    tokenizer = get_tokenizer(subject.weights.tokenizer or "gpt2")
-    return [
-        {
-            "name": name.removeprefix("generation "),
-            "prompt": tokenizer.decode(prompt)[-60:],
-            "jax": tokenizer.decode(ours),
-            "torch": tokenizer.decode(theirs),
-        }
-        for name, (prompt, ours, theirs) in ((n, subject.evidence[n]) for n in names)
-    ]
+def _left(evidence: Mapping[str, Evidence], kind: type[Evidence]) -> list[tuple[str, Any]]:
+    return [(name, left) for name, left in evidence.items() if isinstance(left, kind)]
 
 
-def _plots(evidence: dict[str, Any]) -> list[dict]:
+def _label(name: str) -> str:
+    """What follows the check's name in a name of evidence."""
+    return name.partition(" ")[2]
+
+
+def _plots(evidence: Mapping[str, Evidence], names: tuple[str, str]) -> list[dict]:
     """PNGs of what the checks left, with a title and a sentence each."""
     plots = []
-    if curve := evidence.get("loss_curve"):
+    for file, curves in _left(evidence, Curves):
         text = (
-            "Both trainers' losses, and below how far apart they are. The grey line is PyTorch against itself, started "
+            "Both trainers' losses, and below how far apart they are. The grey line is "
+            f"{names[1]} against itself, started from weights changed in their last digit: what chaos alone would do."
         )
-        text += "from weights changed in their last digit: what chaos alone would do."
-        plots.append({"file": "loss_curve", "title": "Loss curves", "text": text, "png": _draw_curves(curve)})
-    for name, title in (("forward", "Error by depth, forward"), ("gradients", "Error by depth, backward")):
-        if found := evidence.get(name):
-            text = "Relative difference of every value, in the order it is computed; the dashed line is the limit."
-            limit = 1e-12 if name == "forward" else 1e-10
-            plots.append({"file": name, "title": title, "text": text, "png": _draw_depth(found, limit)})
-    pairs = {n.removeprefix("precision "): v for n, v in evidence.items() if n.startswith("precision ")}
-    if pairs:
-        text = "Each dot is a tensor: PyTorch's error against the float64 truth, and JAX's. On the line they are equal."
-        plots.append({"file": "precision", "title": "Precision", "text": text, "png": _draw_precision(pairs)})
+        plots.append({"file": file, "title": "Loss curves", "text": text, "png": _draw_curves(curves, names)})
+    for file, depth in _left(evidence, Depth):
+        text = "Relative difference of every value, in the order it is computed; the dashed line is the limit."
+        plots.append({"file": file, "title": depth.title, "text": text, "png": _draw_depth(depth)})
+    if errors := _left(evidence, Errors):
+        text = (
+            f"Each dot is a tensor: {names[1]}'s error against the float64 truth, and {names[0]}'s. On the line they "
+            "are equal."
+        )
+        file = errors[0][0].partition(" ")[0]
+        pairs = {_label(name): kind.points for name, kind in errors}
+        plots.append({"file": file, "title": "Precision", "text": text, "png": _draw_precision(pairs, names)})
     return plots
 
 
@@ -264,20 +281,20 @@ def _png(figure) -> bytes:
     return image.getvalue()
 
 
-def _draw_curves(curve: dict[str, np.ndarray]) -> bytes:
+def _draw_curves(curves: Curves, names: tuple[str, str]) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    ours, theirs, nudged = curve.values()
-    above.plot(ours, color="tab:blue", linewidth=3, alpha=0.5, label="JAX")
-    above.plot(theirs, color="tab:orange", linewidth=1, label="PyTorch")
+    ours, theirs, nudged = curves.candidate, curves.reference, curves.nudged
+    above.plot(ours, color="tab:blue", linewidth=3, alpha=0.5, label=names[0])
+    above.plot(theirs, color="tab:orange", linewidth=1, label=names[1])
     above.set_ylabel("loss")
     above.legend(frameon=False)
     floor = 1e-17  # so that equal losses can be drawn on a log axis
-    below.semilogy(np.abs(nudged - theirs) + floor, color="0.6", linewidth=1, label="PyTorch from 1e-16 away")
-    below.semilogy(np.abs(ours - theirs) + floor, color="tab:blue", linewidth=1, label="JAX - PyTorch")
-    below.axhline(1e-11 if len(ours) < 1000 else 1e-9, color="black", linestyle="--", linewidth=1, label="limit")
+    below.semilogy(np.abs(nudged - theirs) + floor, color="0.6", linewidth=1, label=f"{names[1]} from 1e-16 away")
+    below.semilogy(np.abs(ours - theirs) + floor, color="tab:blue", linewidth=1, label=" - ".join(names))
+    below.axhline(curves.limit, color="black", linestyle="--", linewidth=1, label="limit")
     below.set_ylabel("difference")
     below.set_xlabel("step")
     below.legend(frameon=False, ncols=3)
@@ -287,13 +304,14 @@ def _draw_curves(curve: dict[str, np.ndarray]) -> bytes:
     return _png(figure)
 
 
-def _draw_depth(found: list[tuple[str, float]], limit: float) -> bytes:
+def _draw_depth(depth: Depth) -> bytes:
     from matplotlib.figure import Figure
 
+    found = depth.differences
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
     axis.semilogy([max(difference, 1e-17) for _, difference in found], marker=".", linewidth=1, color="tab:blue")
-    axis.axhline(limit, color="black", linestyle="--", linewidth=1)
+    axis.axhline(depth.limit, color="black", linestyle="--", linewidth=1)
     every = max(1, len(found) // 24)
     axis.set_xticks(range(0, len(found), every), [name for name, _ in found][::every], rotation=90, fontsize=7)
     axis.set_ylabel("relative difference")
@@ -302,7 +320,7 @@ def _draw_depth(found: list[tuple[str, float]], limit: float) -> bytes:
     return _png(figure)
 
 
-def _draw_precision(pairs: dict[str, list[tuple[float, float]]]) -> bytes:
+def _draw_precision(pairs: dict[str, list[tuple[float, float]]], names: tuple[str, str]) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 5), layout="constrained")
@@ -312,8 +330,8 @@ def _draw_precision(pairs: dict[str, list[tuple[float, float]]]) -> bytes:
         axis.loglog(theirs, ours, marker="o", markersize=4, linestyle="", alpha=0.7, label=name)
     ends = axis.get_xlim()
     axis.plot(ends, ends, color="black", linewidth=1)
-    axis.set_xlabel("PyTorch's error")
-    axis.set_ylabel("JAX's error")
+    axis.set_xlabel(f"{names[1]}'s error")
+    axis.set_ylabel(f"{names[0]}'s error")
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)
     return _png(figure)

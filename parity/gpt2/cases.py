@@ -1,16 +1,40 @@
-"""The weights and the text that are compared when the user brings none of their own."""
+"""What the checks compare on: weights, the user's or random ones, and real text."""
 
+import dataclasses
 import itertools
+from typing import Any, Literal
 
 import numpy as np
 
 from gpt2_core.config import DataConfig, ModelConfig
 from gpt2_core.corpora import get_corpus
 from gpt2_core.errors import UserError
-from gpt2_core.tokenizer import get_tokenizer
+from gpt2_core.tokenizer import Tokenizer, get_tokenizer
 from gpt2_core.weights import Weights
+from parity.engine.evidence import Evidence
+
+Level = Literal["quick", "default", "full"]
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=64, vocab_size=257)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is compared: one set of weights in both implementations, on real text."""
+
+    weights: Weights
+    tokens: np.ndarray
+    """Ids of the text, shape (T,)."""
+    level: Level = "default"
+    steps: int | None = None
+    """Length of the loss curve; None: what the level says."""
+    seed: int = 0
+    evidence: dict[str, Evidence] = dataclasses.field(default_factory=dict)
+    """What the checks leave for the report to draw."""
+
+    def at(self, quick: Any, default: Any, full: Any | None = None) -> Any:
+        """The one of these that belongs to the level."""
+        return {"quick": quick, "default": default, "full": default if full is None else full}[self.level]
 
 
 def random_weights(config: ModelConfig, seed: int = 0, dtype: type = np.float32) -> Weights:
@@ -39,12 +63,10 @@ def random_weights(config: ModelConfig, seed: int = 0, dtype: type = np.float32)
 
 def real_text(weights: Weights, tokens: int = 200_000) -> np.ndarray:
     """About `tokens` ids of Python's standard library, in the tokenizer that the weights were trained with."""
-    vocab_size = weights.config.vocab_size
-    name = weights.tokenizer or ("gpt2" if vocab_size >= 50257 else "bytes")
-    tokenizer = get_tokenizer(name)
+    tokenizer, vocab_size = tokenizer_of(weights), weights.config.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{weights.source}: a vocabulary of {vocab_size} is too small for the text's tokenizer {name} "
+            f"{weights.source}: a vocabulary of {vocab_size} is too small for the text's tokenizer {tokenizer.name} "
             f"({tokenizer.vocab_size} ids)"
         )
     needed = max(tokens, 4 * weights.config.block_size)
@@ -59,3 +81,8 @@ def real_text(weights: Weights, tokens: int = 200_000) -> np.ndarray:
         if count >= needed:
             break
     return np.concatenate(parts)[:needed]
+
+
+def tokenizer_of(weights: Weights) -> Tokenizer:
+    """The one that the weights were trained with; where they don't say, the one that fits their vocabulary."""
+    return get_tokenizer(weights.tokenizer or ("gpt2" if weights.config.vocab_size >= 50257 else "bytes"))

@@ -15,7 +15,7 @@ import numpy as np
 
 from gpt2_core.config import ModelConfig
 from gpt2_core.weights import Weights
-from parity.places import Place
+from parity.engine.divergence import Divergence
 
 Values = Mapping[str, np.ndarray]
 
@@ -52,15 +52,22 @@ Formula = Callable[[Site], np.ndarray]
 
 
 def hint(
-    places: list[Place], limit: float, ours: Values, theirs: Values, weights: Weights, tokens_BT: np.ndarray
+    found: list[Divergence],
+    limit: float,
+    ours: Values,
+    theirs: Values,
+    names: tuple[str, str],
+    weights: Weights,
+    tokens_BT: np.ndarray,
 ) -> str:
     """«; JAX looks like tanh GELU, and the configuration asks for mlp gelu_exact».
 
     Nothing where no formula is known, or both sides have what it gives.
 
-    `ours` and `theirs` are the values of a forward pass on `tokens_BT`, by which `places` were found.
+    `ours` and `theirs` are the values of a forward pass on `tokens_BT`, in which `found` was found; `names` are those
+    of the two sides.
     """
-    first = next(place.name for place in places if not place.difference <= limit)
+    first = next(d.name for d in found if not d.difference <= limit)
     if first not in ours or first not in theirs or ours[first].shape != theirs[first].shape:
         return ""
     kind = first.partition(".")[2].partition(".")[2] if first.startswith("h.") else first
@@ -71,20 +78,24 @@ def hint(
     expected = _computed(formula, site)
     if expected is None:
         return ""
-    sides = {"JAX": ours[first], "PyTorch": theirs[first]}
-    departing = [name for name, value in sides.items() if not _fits(value, expected)]
+    departing = [
+        (name, values[first])
+        for name, values in zip(names, (ours, theirs), strict=True)
+        if not _fits(values[first], expected)
+    ]
     if not departing:
         return ""
     settings = ", ".join(f"{name} {getattr(site.config, name)}" for name in asks)
     right = f"what the configuration asks for ({settings})" if asks else "GPT-2's formula"
     if len(departing) == 2:
-        return f"; neither JAX nor PyTorch has {right}"
+        return f"; neither {names[0]} nor {names[1]} has {right}"
+    ((side, value),) = departing
     for mistake, wrong in mistakes.items():
         suspected = _computed(wrong, site)
-        if suspected is not None and _fits(sides[departing[0]], suspected):
+        if suspected is not None and _fits(value, suspected):
             asked = f", and the configuration asks for {settings}" if asks else ""
-            return f"; {departing[0]} looks like {mistake}{asked}"
-    return f"; {departing[0]} departs from {right}"
+            return f"; {side} looks like {mistake}{asked}"
+    return f"; {side} departs from {right}"
 
 
 def _computed(formula: Formula, site: Site) -> np.ndarray | None:

@@ -11,63 +11,60 @@ import numpy as np
 from gpt2_core.config import differences
 from gpt2_core.errors import UserError
 from gpt2_core.weights import Weights
-from parity import forward, places
-from parity.precision import relative_error
-from parity.sides import JaxSide, TorchSide
-from parity.suite import Result, Subject, relative_norm, relative_to_largest
+from parity.engine import divergence
+from parity.engine.divergence import Divergence
+from parity.engine.precision import relative_error
+from parity.engine.results import Result, relative_norm, relative_to_largest
+from parity.gpt2 import limits
+from parity.gpt2.adapters.protocol import Adapter
+from parity.gpt2.cases import Case
+from parity.gpt2.naming import first_beyond
 
-# Of the error that PyTorch's own float32 or bfloat16 has. Wider than the limit of `precision`, which draws several
-# sequences and knows what chance does.
-LIMIT_RATIO = 1.5
 
-
-def weights(subject: Subject, other: Weights) -> Iterator[Result]:
-    """Whether two sets of weights are the same model: tensor by tensor, and value by value through a forward pass."""
-    changed = list(differences(subject.weights.config, other.config))
+def weights(case: Case, candidate: Adapter, other: Weights) -> Iterator[Result]:
+    """Whether two sets of weights are the same model: tensor by tensor, and value by value through a forward pass of
+    the candidate."""
+    changed = list(differences(case.weights.config, other.config))
     if changed:
         name, a, b = changed[0]
-        raise UserError(
-            f"--against {other.source}: has {name} {b} where {subject.weights.source} has {a}; not one model"
-        )
-    ours, theirs = ({n: a.astype(np.float64) for n, a in w.arrays.items()} for w in (subject.weights, other))
-    found = [places.Place(name, relative_norm(theirs[name], ours[name])) for name in ours]
-    unequal = sum(not place.difference <= 0.0 for place in found)  # a NaN too
-    where = places.first_beyond(found, 0.0) if unequal else "every number is equal"
-    yield Result("against", f"tensors that differ, of {len(found)}", float(unequal), 0.0, where)
-    tokens_BT = subject.tokens[: subject.weights.config.block_size][None]
-    a, b = JaxSide(other).intermediates(tokens_BT), JaxSide(subject.weights).intermediates(tokens_BT)
-    passed = places.compare(a, b, sides=("--against", "--weights"))
-    where = places.first_beyond(passed, forward.LIMIT)
-    yield Result("against", f"{len(passed)} values of a forward pass", places.worst_of(passed), forward.LIMIT, where)
+        raise UserError(f"--against {other.source}: has {name} {b} where {case.weights.source} has {a}; not one model")
+    ours, theirs = ({n: a.astype(np.float64) for n, a in w.arrays.items()} for w in (case.weights, other))
+    found = [Divergence(name, relative_norm(theirs[name], ours[name])) for name in ours]
+    unequal = sum(not d.difference <= limits.NONE for d in found)  # a NaN too
+    where = first_beyond(found, limits.NONE) if unequal else "every number is equal"
+    yield Result("against", f"tensors that differ, of {len(found)}", float(unequal), limits.NONE, where)
+    tokens_BT = case.tokens[: case.weights.config.block_size][None]
+    a, b = candidate.make(other).intermediates(tokens_BT), candidate.intermediates(tokens_BT)
+    passed = divergence.compare(a, b, ("--against", "--weights"))
+    where = first_beyond(passed, limits.FORWARD)
+    title = f"{len(passed)} values of a forward pass"
+    yield Result("against", title, divergence.worst_of(passed), limits.FORWARD, where)
 
 
-def function(subject: Subject, name: str) -> Iterator[Result]:
+def function(case: Case, reference: Adapter, name: str) -> Iterator[Result]:
     """A user's own implementation against the reference in float64.
 
     `name` is module:function; the function takes token ids, an int64 numpy array (B, T), and gives logits (B, T, V) as
     an array of either framework or numpy. In float64 it must agree to rounding; in a narrower dtype it may be no
-    further from the truth than PyTorch is in that dtype.
+    further from the truth than the reference is in that dtype.
     """
     compute = _load(name)
-    truth = TorchSide(subject.weights)
-    block_size = subject.weights.config.block_size
+    block_size = case.weights.config.block_size
     for batch, length in ((1, 1), (1, block_size), (4, max(1, block_size // 2 + 1))):
-        tokens_BT = subject.tokens[: batch * length].reshape(batch, length).astype(np.int64)
-        expected = truth.logits(tokens_BT)
+        tokens_BT = case.tokens[: batch * length].reshape(batch, length).astype(np.int64)
+        expected = reference.logits(tokens_BT)
         logits, dtype = _as_numpy(compute(tokens_BT), name)
         if logits.shape != expected.shape:
             raise UserError(f"--against {name}: gives the shape {logits.shape} for {batch} x {length} tokens; "
                             f"expected {expected.shape}")  # fmt: skip
-        case = f"{name}: logits in {dtype}, {batch} x {length} tokens"
+        title, where = f"{name}: logits in {dtype}, {batch} x {length} tokens", _where(logits, expected)
         if dtype == "float64":
-            yield Result(
-                "against", case, relative_to_largest(logits, expected), forward.LIMIT, _where(logits, expected)
-            )
+            yield Result("against", title, relative_to_largest(logits, expected), limits.FORWARD, where)
             continue
-        reference = relative_error(TorchSide(subject.weights, dtype).logits(tokens_BT), expected)
         error = relative_error(logits, expected)
-        where = f"relative error {error:.1e}, PyTorch's {reference:.1e}; {_where(logits, expected)}"
-        yield Result("against", f"{case}: error over PyTorch's", error / reference, LIMIT_RATIO, where)
+        other = relative_error(reference.make(case.weights, dtype).logits(tokens_BT), expected)
+        where = f"relative error {error:.1e}, {reference.name}'s {other:.1e}; {where}"
+        yield Result("against", f"{title}: error over {reference.name}'s", error / other, limits.EXTERNAL_RATIO, where)
 
 
 def _where(logits: np.ndarray, expected: np.ndarray) -> str:

@@ -20,11 +20,10 @@ from gpt2_core.tokenizer import get_tokenizer
 from gpt2_core.tokens import Source
 from gpt2_core.weights import Weights
 from gpt2_torch.model import GPT2
-from gpt2_torch.weights import build, canonical_arrays
-from parity import sides
-from parity.schedule import closed_form
-
-Arrays = dict[str, np.ndarray]
+from gpt2_torch.weights import build
+from parity.gpt2.adapters.protocol import TrainerState
+from parity.gpt2.adapters.torch_adapter import state_of
+from parity.gpt2.checks.schedule import closed_form
 
 # Logged training losses whose mean judges a checkpoint without validation, and whether the target is reached.
 _RECENT = 10
@@ -37,15 +36,6 @@ class Text(NamedTuple):
     val: np.ndarray
 
 
-class State(NamedTuple):
-    """What a checkpoint holds: the number of updates, and arrays by canonical name."""
-
-    updates: int
-    params: Arrays
-    first_moments: Arrays
-    second_moments: Arrays
-
-
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What a run leaves behind."""
@@ -56,7 +46,7 @@ class Outcome:
     """Steps of the checkpoints that are there at the end."""
     best: int
     """The one that `--checkpoint best` names."""
-    states: dict[int, State]
+    states: dict[int, TrainerState]
     """By the number of updates: of all checkpoints ever saved, or of those that are there."""
     samples: dict[int, bytes]
 
@@ -72,8 +62,9 @@ def windows(shards: tuple[np.ndarray, ...], block_size: int) -> list[np.ndarray]
 
 
 def run(config: TrainConfig, weights: Weights, text: Text) -> Outcome:
-    """Train from `weights` on `text` as `config` says, in float64, without dropout and with one sum over each batch."""
-    model = build(weights.astype(np.float64)).to(sides.DEVICE)
+    """Train from `weights` on `text` as `config` says, in float64, without dropout and with one sum over each batch,
+    where PyTorch's trainer would compute."""
+    model = build(weights.astype(np.float64)).to(config.device)
     optimizer = _adamw(model, config)
     block_size, validates = config.model.block_size, config.data.validation_fraction > 0
     steps = config.steps
@@ -92,7 +83,7 @@ def run(config: TrainConfig, weights: Weights, text: Text) -> Outcome:
             getattr(config.optimizer, n) for n in ("learning_rate", "warmup_steps", "final_fraction")
         )
         rate = peak * closed_form(step, warmup, steps, final)
-        loss, norm = _update(model, optimizer, batches[step], rate, config.optimizer.clip_norm)
+        loss, norm = _update(model, optimizer, batches[step], rate, config)
         if step % config.log_interval == 0 or step == steps - 1:
             rows.append({"split": "train", "step": step, "loss": loss, "lr": rate, "grad_norm": norm})
         updates = step + 1
@@ -172,7 +163,7 @@ def evaluation(model: GPT2, config: TrainConfig, text: Text) -> float:
     """Mean loss over every target of the windows that an evaluation reads: evenly spread over the split."""
     model.eval()
     chosen = _validation_windows(config, text)
-    logits_BTV = model(torch.from_numpy(chosen[:, :-1].copy()).to(sides.DEVICE)).cpu().numpy()
+    logits_BTV = model(torch.from_numpy(chosen[:, :-1].copy()).to(config.device)).cpu().numpy()
     logits_BTV -= logits_BTV.max(axis=-1, keepdims=True)
     of_targets_BT1 = np.take_along_axis(logits_BTV, chosen[:, 1:, None], axis=-1)
     return float(np.mean(np.log(np.exp(logits_BTV).sum(axis=-1)) - of_targets_BT1[..., 0]))
@@ -190,14 +181,6 @@ def _validation_windows(config: TrainConfig, text: Text) -> np.ndarray:
     return np.stack([every[number * len(every) // count] for number in range(count)])
 
 
-def state_of(model: GPT2, optimizer: torch.optim.Optimizer, updates: int) -> State:
-    named = dict(model.named_parameters())
-    moments = ({n: optimizer.state[p][kind] for n, p in named.items()} for kind in ("exp_avg", "exp_avg_sq"))
-    # Copied: the next update changes the parameters in place.
-    copies = ({n: a.copy() for n, a in canonical_arrays(tree, model.config).items()} for tree in (named, *moments))
-    return State(updates, *copies)
-
-
 def _adamw(model: GPT2, config: TrainConfig) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -209,15 +192,17 @@ def _adamw(model: GPT2, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def _update(model: GPT2, optimizer: torch.optim.AdamW, batch, rate: float, clip_norm: float) -> tuple[float, float]:
+def _update(
+    model: GPT2, optimizer: torch.optim.AdamW, batch: Batch, rate: float, config: TrainConfig
+) -> tuple[float, float]:
     """One update; the mean loss of the batch, and the norm of its gradient."""
-    inputs_BT, targets_BT = (torch.from_numpy(x).to(sides.DEVICE, torch.long) for x in batch)
+    inputs_BT, targets_BT = (torch.from_numpy(x).to(config.device, torch.long) for x in batch)
     loss = F.cross_entropy(model(inputs_BT).flatten(0, 1), targets_BT.flatten())
     optimizer.zero_grad()
     loss.backward()
     grads = [p.grad for p in model.parameters()]
     norm = math.sqrt(sum(float((g * g).sum()) for g in grads))
-    if clip_norm > 0:
+    if (clip_norm := config.optimizer.clip_norm) > 0:
         for grad in grads:
             grad *= min(1.0, clip_norm / (norm + 1e-6))
     for group in optimizer.param_groups:
@@ -242,7 +227,7 @@ def _sample(model: GPT2, config: TrainConfig, updates: int) -> bytes:
     tokenizer = get_tokenizer(config.data.tokenizer)
     ids = [tokenizer.end_of_text]
     for uniform in np.random.default_rng([config.seed, updates]).random(config.sample_tokens):
-        logits_V = model(torch.tensor([ids], device=sides.DEVICE))[0, -1].cpu().numpy()
+        logits_V = model(torch.tensor([ids], device=config.device))[0, -1].cpu().numpy()
         order = np.argsort(-logits_V, kind="stable")
         cumulative = np.cumsum(np.exp(logits_V[order] - logits_V.max()))
         ids.append(int(order[np.argmax(cumulative > uniform * cumulative[-1])]))

@@ -14,8 +14,8 @@ import pytest
 
 from gpt2_core.config import ModelConfig
 from gpt2_core.weights import write_safetensors
-from parity.subjects import random_weights
-from parity.suite import CANNOT_SEE, CHECKS
+from parity.gpt2.cases import random_weights
+from parity.gpt2.suite import CANNOT_SEE, CHECKS
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=300)

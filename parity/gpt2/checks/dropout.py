@@ -1,9 +1,10 @@
-"""Check `dropout`: the masks that each framework draws, and training with them, PyTorch given those that JAX drew.
+"""Check `dropout`: the masks that each implementation draws, and training with them, the reference given those that the
+candidate drew.
 
 What masks are like is a matter of their shapes and not of the weights: they are looked at on a small model with the
 options of the one compared, whose lengths are no multiples of what masks are packed in. The masks that the train step
-uses are those looked at, because PyTorch, given them, trains the same. cuDNN's attention has no dropout here (see
-gpt2_jax.attention), so there are no masks that can't be seen.
+uses are those looked at, because the reference, given them, trains the same. cuDNN's attention has no dropout here
+(see gpt2_jax.attention), so there are no masks that can't be seen.
 """
 
 import dataclasses
@@ -16,17 +17,26 @@ import numpy as np
 import scipy.stats
 
 from gpt2_core.batches import Batch, TrainingBatches
-from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig, parse_mesh
-from gpt2_core.weights import Weights
-from parity import places
-from parity.independence import aligned, displaced, first_surprise, two_sided
-from parity.sides import JaxSide, Sites, TorchSide, Trained
-from parity.subjects import random_weights
-from parity.suite import Result, Skipped, Subject
+from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
+from parity.engine import divergence
+from parity.engine.adapter import lacking
+from parity.engine.independence import aligned, displaced, first_surprise, two_sided
+from parity.engine.results import Result, Skipped
+from parity.gpt2 import limits
+from parity.gpt2.adapters.protocol import (
+    DROPOUT,
+    DROPPED_INTERMEDIATES,
+    GIVEN_MASKS,
+    MESH,
+    PLAIN_LOGITS,
+    TRAINING,
+    Adapter,
+    Sites,
+    Trained,
+)
+from parity.gpt2.cases import Case, random_weights
+from parity.gpt2.naming import first_beyond, in_words
 
-LIMIT = 1e-11  # as for a loss curve without dropout: with the same masks it is one
-LIMIT_P = 6.0  # -log10 p of all tests of a case together, as in `initialization`
-LIMIT_SCALE = 1e-12  # of kept elements: attention weights computed twice differ in their last digits
 # Neither is GPT-2's 0.1, and neither is 1 minus itself. The statistics of pairs are taken at the first, where products
 # of masks are nearly symmetric; they see a correlation of 0.1 in any two masks.
 RATES = (0.4, 0.15)
@@ -39,57 +49,85 @@ MODES = {
 }
 
 
-def check(subject: Subject) -> Iterator[Result | Skipped]:
+def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 36, "block_size": 68, "mlp_width": None}
-    plain = dataclasses.replace(subject.weights.config, dropout=0.0, **shape)
+    plain = dataclasses.replace(case.weights.config, dropout=0.0, **shape)
     weights = random_weights(plain)
-    ours, theirs = JaxSide(weights), TorchSide(weights)
-    steps = subject.at(5, 20)
-    stream = TrainingBatches(subject.tokens, block_size=plain.block_size, batch_size=8, seed=subject.seed)
+    steps = case.at(5, 20)
+    stream = TrainingBatches(case.tokens, block_size=plain.block_size, batch_size=8, seed=case.seed)
     batches = [stream[step] for step in range(steps)]
-    modes = subject.at(list(MODES)[:1], list(MODES))
+    ours, theirs = candidate.make(weights), reference.make(weights)
 
     # Where no key is given, as in evaluation and generation, nothing is dropped.
     dropping = dataclasses.replace(weights, config=dataclasses.replace(plain, dropout=RATES[0]))
-    tokens_BT = batches[0].inputs[:1]
-    for name, dropped, undropped in (
-        ("PyTorch", TorchSide(dropping).logits, theirs.logits),
-        ("JAX", JaxSide(dropping).plain_logits, ours.plain_logits),
-    ):
-        difference = np.abs(dropped(tokens_BT) - undropped(tokens_BT)).max()
-        yield Result("dropout", f"{name}: evaluation drops nothing", float(difference), 0.0)
+    for undropped in (theirs, ours):
+        a, b = (_logits(adapter, batches[0].inputs[:1]) for adapter in (undropped.make(dropping), undropped))
+        title = f"{undropped.name}: evaluation drops nothing"
+        yield Result("dropout", title, float(np.abs(a - b).max()), limits.NONE)
 
     for number, rate in enumerate(RATES):
-        config = _config(plain, rate, steps, subject.seed)
-        masks = ours.dropout_masks(config, batches)
-        drawn, scale_error = theirs.dropout_masks(config, batches[:STEPS_LOOKED_AT])
-        placed = [_sites("JAX", masks, config), _sites("PyTorch", drawn, config)]
-        yield from placed
-        if not all(result.passed for result in placed):
-            continue  # there is no telling whose mask is whose
-        case = f"PyTorch: kept elements at rate {rate} are scaled by 1 / (1 - rate)"
-        yield Result("dropout", case, scale_error, LIMIT_SCALE)
-        for name, of_side in (("JAX", masks), ("PyTorch", drawn)):
-            yield _shares(name, of_side[:STEPS_LOOKED_AT], config)
-        if number == 0:
-            precisions = subject.at(("bfloat16",), ("float32", "bfloat16"))
-            yield _in_other_precisions(weights, config, batches[0], masks[0], precisions)
-            other = dataclasses.replace(config, seed=config.seed + 1)
-            yield from _independence("JAX", [*masks[:STEPS_LOOKED_AT], *ours.dropout_masks(other, batches[:1])], config)
-            others, _ = theirs.dropout_masks(other, batches[:1])
-            yield from _independence("PyTorch", [*drawn, *others], config)
-        b = theirs.train(config, batches, masks)
-        for name in modes[number :: len(RATES)]:
-            settings = MODES[name]
-            if math.prod(parse_mesh(settings.get("mesh", 1)).values()) > len(jax.devices()):
-                yield Skipped("dropout", f"{name}: there are {len(jax.devices())} devices")
+        config = _config(plain, rate, steps, case.seed)
+        of_adapters = {}
+        for adapter in (ours, theirs):
+            if skipped := lacking("dropout", f"masks at rate {rate}", (adapter, DROPOUT)):
+                yield skipped
                 continue
-            a = ours.train(dataclasses.replace(config, **settings), batches)
-            measured, where = _first_difference(a, b)
-            if not measured <= LIMIT:
-                where += _place(ours, theirs, config, batches[0], masks[0])
-            case = f"{steps} steps at rate {rate}, {name}, PyTorch given JAX's masks"
-            yield Result("dropout", case, measured, LIMIT, where)
+            # Those that are trained with, of the candidate; otherwise those that are looked at.
+            drawn = adapter.dropout_masks(config, batches if adapter is ours else batches[:STEPS_LOOKED_AT])
+            yield (placed := _sites(adapter.name, drawn.steps, config))
+            if placed.passed:  # otherwise there is no telling whose mask is whose
+                of_adapters[adapter] = drawn
+        for adapter, drawn in of_adapters.items():
+            if drawn.scale_error is not None:
+                title = f"{adapter.name}: kept elements at rate {rate} are scaled by 1 / (1 - rate)"
+                yield Result("dropout", title, drawn.scale_error, limits.DROPOUT_SCALE)
+        for adapter, drawn in of_adapters.items():
+            yield _shares(adapter.name, drawn.steps[:STEPS_LOOKED_AT], config)
+        if number == 0:
+            if ours in of_adapters:
+                precisions = case.at(("bfloat16",), ("float32", "bfloat16"))
+                yield _in_other_precisions(ours, config, batches[0], of_adapters[ours].steps[0], precisions)
+            other = dataclasses.replace(config, seed=config.seed + 1)
+            for adapter, drawn in of_adapters.items():
+                of_seeds = [*drawn.steps[:STEPS_LOOKED_AT], *adapter.dropout_masks(other, batches[:1]).steps]
+                yield from _independence(adapter.name, of_seeds, config)
+        if len(of_adapters) < 2:
+            continue
+        if skipped := lacking("dropout", f"training at rate {rate}", (ours, TRAINING), (theirs, GIVEN_MASKS)):
+            yield skipped
+            continue
+        masks = of_adapters[ours].steps
+        b = theirs.train_with_masks(config, batches, masks)
+        for mode in case.at(list(MODES)[:1], list(MODES))[number :: len(RATES)]:
+            yield _trained(ours, theirs, config, mode, batches, masks, b)
+
+
+def _logits(adapter: Adapter, tokens_BT: np.ndarray) -> np.ndarray:
+    return adapter.plain_logits(tokens_BT) if PLAIN_LOGITS.of(adapter) else adapter.logits(tokens_BT)
+
+
+def _trained(
+    candidate: Adapter,
+    reference: Adapter,
+    config: TrainConfig,
+    mode: str,
+    batches: Sequence[Batch],
+    masks: list[list[Sites]],
+    expected: Trained,
+) -> Result | Skipped:
+    """The candidate trained in a way of executing it, against the reference with the masks that the candidate draws."""
+    executed = dataclasses.replace(config, **MODES[mode])
+    if executed.mesh != 1:
+        if skipped := lacking("dropout", mode, (candidate, MESH)):
+            return skipped
+        if candidate.devices_of(executed.mesh) > candidate.devices():
+            return Skipped("dropout", f"{mode}: there are {candidate.devices()} devices")
+    measured, where = _first_difference(candidate.train(executed, batches), expected)
+    if not measured <= limits.CURVE and DROPPED_INTERMEDIATES.of(candidate):
+        where += _first_value(candidate, reference, config, batches[0], masks[0])
+    rate = config.model.dropout
+    title = f"{len(batches)} steps at rate {rate}, {mode}, {reference.name} given {candidate.name}'s masks"
+    return Result("dropout", title, measured, limits.CURVE, where)
 
 
 def _config(model: ModelConfig, rate: float, steps: int, seed: int) -> TrainConfig:
@@ -125,12 +163,12 @@ def _sites(side: str, steps: list[list[Sites]], config: TrainConfig) -> Result:
     for (step, parts), part in itertools.product(enumerate(steps), range(config.accumulation)):
         found = [tuple(_shape(site)) for site in parts[part]]
         wrong += [
-            f"step {step}, part {part}: {shape or 'no mask'} where {due} of {places.in_words(name)} is due"
+            f"step {step}, part {part}: {shape or 'no mask'} where {due} of {in_words(name)} is due"
             for shape, (name, due) in itertools.zip_longest(found, expected, fillvalue=("what follows", None))
             if shape != due
         ]
-    case = f"{side}: masks at rate {config.model.dropout} that aren't those of GPT-2's {len(expected)} sites"
-    return Result("dropout", case, float(len(wrong)), 0.0, wrong[0] if wrong else "")
+    title = f"{side}: masks at rate {config.model.dropout} that aren't those of GPT-2's {len(expected)} sites"
+    return Result("dropout", title, float(len(wrong)), limits.NONE, wrong[0] if wrong else "")
 
 
 def _shape(blocks: list[np.ndarray]) -> tuple[int, ...]:
@@ -171,11 +209,11 @@ def _shares(side: str, steps: list[list[Sites]], config: TrainConfig) -> Result:
         tests.append((name, "all", kept.sum(), present.sum()))
     k, n = (np.array(column) for column in list(zip(*tests, strict=True))[2:])
     tails = np.minimum(scipy.stats.binom.logcdf(k, n, keep), scipy.stats.binom.logsf(k - 1, n, keep))
-    measured, (name, what, k, n) = first_surprise(tails + math.log(2.0), tests, LIMIT_P)
+    measured, (name, what, k, n) = first_surprise(tails + math.log(2.0), tests, limits.SURPRISE)
     sites = len(expected_sites(config))
-    case = f"{side}: share kept at rate {config.model.dropout}, {len(tests)} slices of {sites} sites, -log10 p"
+    title = f"{side}: share kept at rate {config.model.dropout}, {len(tests)} slices of {sites} sites, -log10 p"
     return Result(
-        "dropout", case, measured, LIMIT_P, f"{places.in_words(name)}, {what}: {k / n:.4f} where {keep} is due"
+        "dropout", title, measured, limits.SURPRISE, f"{in_words(name)}, {what}: {k / n:.4f} where {keep} is due"
     )
 
 
@@ -188,13 +226,15 @@ def _independence(side: str, steps: list[list[Sites]], config: TrainConfig) -> I
         seed = f"step {step}" if step < STEPS_LOOKED_AT else "another seed's step 0"
         for (part, sites), sequence in itertools.product(enumerate(parts), range(config.microbatch_size)):
             for name, blocks in zip(expected_sites(config), sites, strict=True):
-                label = f"{places.in_words(name)} of {seed}, part {part}, sequence {sequence}"
+                label = f"{in_words(name)} of {seed}, part {part}, sequence {sequence}"
                 streams[label] = _values([block[sequence] for block in blocks], rate)
     scores, labels = aligned(list(streams.values())), list(streams)
     pairs = np.tril_indices(len(labels), -1)
-    measured, (i, j) = first_surprise(two_sided(scores[pairs]), list(zip(*pairs, strict=True)), LIMIT_P)
-    case = f"{side}: correlation of masks by pairs, of {len(labels)} sites, sequences, parts, steps and seeds, -log10 p"
-    yield Result("dropout", case, measured, LIMIT_P, f"{labels[j]} with {labels[i]}")
+    measured, (i, j) = first_surprise(two_sided(scores[pairs]), list(zip(*pairs, strict=True)), limits.SURPRISE)
+    title = (
+        f"{side}: correlation of masks by pairs, of {len(labels)} sites, sequences, parts, steps and seeds, -log10 p"
+    )
+    yield Result("dropout", title, measured, limits.SURPRISE, f"{labels[j]} with {labels[i]}")
 
     tests, found = 0, []
     stacked = _stacked(steps[:STEPS_LOOKED_AT], config)
@@ -210,40 +250,42 @@ def _independence(side: str, steps: list[list[Sites]], config: TrainConfig) -> I
             tests += scores.size
             peak = np.unravel_index(np.abs(scores).argmax(), scores.shape)
             by = [int(i) if i < m else int(i) - n for i, m, n in zip(peak, x.shape[1:], scores.shape, strict=True)]
-            found.append((f"{places.in_words(a)} with {places.in_words(b)}{turned}, displaced by {by}", scores[peak]))
-    measured, (where, _) = first_surprise(two_sided(np.array([z for _, z in found])), found, LIMIT_P, tests)
-    case = f"{side}: correlation of masks displaced, {len(stacked)} sites, {tests:,} displacements, -log10 p"
-    yield Result("dropout", case, measured, LIMIT_P, where)
+            found.append((f"{in_words(a)} with {in_words(b)}{turned}, displaced by {by}", scores[peak]))
+    measured, (where, _) = first_surprise(two_sided(np.array([z for _, z in found])), found, limits.SURPRISE, tests)
+    title = f"{side}: correlation of masks displaced, {len(stacked)} sites, {tests:,} displacements, -log10 p"
+    yield Result("dropout", title, measured, limits.SURPRISE, where)
 
 
 def _in_other_precisions(
-    weights: Weights, config: TrainConfig, batch: Batch, masks: list[Sites], precisions: Sequence[str]
+    adapter: Adapter, config: TrainConfig, batch: Batch, masks: list[Sites], precisions: Sequence[str]
 ) -> Result:
-    """How many of JAX's masks of the first step aren't those of float64."""
+    """How many of an adapter's masks of the first step aren't those of float64."""
     names, wrong = list(expected_sites(config)), []
     for dtype in precisions:
         with jax.enable_x64(False):
-            found = JaxSide(weights, dtype).dropout_masks(dataclasses.replace(config, precision=dtype), [batch])[0]
+            narrow = adapter.make(adapter.weights, dtype)
+            (found,) = narrow.dropout_masks(dataclasses.replace(config, precision=dtype), [batch]).steps
         for (part, sites), (number, name) in itertools.product(enumerate(found), enumerate(names)):
             same = all(map(np.array_equal, sites[number], masks[part][number]))
-            wrong += [] if same else [f"{dtype}, part {part}, {places.in_words(name)}"]
-    case = f"JAX: masks of {' and '.join(precisions)} that aren't those of float64"
-    return Result("dropout", case, float(len(wrong)), 0.0, wrong[0] if wrong else "")
+            wrong += [] if same else [f"{dtype}, part {part}, {in_words(name)}"]
+    title = f"{adapter.name}: masks of {' and '.join(precisions)} that aren't those of float64"
+    return Result("dropout", title, float(len(wrong)), limits.NONE, wrong[0] if wrong else "")
 
 
 def _first_difference(a: Trained, b: Trained) -> tuple[float, str]:
     """The largest difference of losses, and of gradient norms relatively; and the first beyond the limit."""
     differences = np.stack([np.abs(a.losses - b.losses), np.abs(a.grad_norms - b.grad_norms) / b.grad_norms], axis=1)
-    beyond = np.argwhere(~(differences <= LIMIT))
+    beyond = np.argwhere(~(differences <= limits.CURVE))
     step, what = beyond[0] if len(beyond) else np.unravel_index(np.argmax(differences), differences.shape)
     where = f"{'first' if len(beyond) else 'largest'} at step {step}, {('loss', 'gradient norm')[what]}"
     return float(differences.max()), where
 
 
-def _place(ours: JaxSide, theirs: TorchSide, config: TrainConfig, batch: Batch, masks: list[Sites]) -> str:
-    """Where the first forward pass parts, dropout included."""
-    a, b = ours.dropped_intermediates(config, batch), theirs.dropped_intermediates(config, batch, masks)
-    found = places.compare({name: a[name] for name in b}, b)
-    if all(place.difference <= LIMIT for place in found):
+def _first_value(candidate: Adapter, reference: Adapter, config: TrainConfig, batch: Batch, masks: list[Sites]) -> str:
+    """Where the first forward pass diverges, dropout included."""
+    a = candidate.dropped_intermediates(config, batch)
+    b = reference.intermediates_with_masks(config, batch, masks)
+    found = divergence.compare({name: a[name] for name in b}, b, (candidate.name, reference.name))
+    if all(d.difference <= limits.CURVE for d in found):
         return "; the first forward pass agrees, computed unrolled on one device"
-    return "; " + places.first_beyond(found, LIMIT)
+    return "; " + first_beyond(found, limits.CURVE)

@@ -7,49 +7,56 @@ from collections.abc import Iterator
 import numpy as np
 
 from gpt2_core.weights import Weights
-from parity import diagnosis, places
-from parity.sides import JaxSide, TorchSide
-from parity.suite import Result, Subject, relative_to_largest
+from parity.engine import divergence
+from parity.engine.adapter import lacking
+from parity.engine.evidence import Depth
+from parity.engine.results import Result, Skipped, relative_to_largest
+from parity.gpt2 import diagnosis, limits
+from parity.gpt2.adapters import both
+from parity.gpt2.adapters.protocol import INTERMEDIATES, PLAIN_LOGITS, Adapter
+from parity.gpt2.cases import Case
+from parity.gpt2.naming import first_beyond
 
-# Rounding in float64 is 1e-16; sums over a few hundred terms and some tens of layers leave it below 1e-14. A wrong
-# formula shows at 1e-9 and above, a float32 somewhere at 1e-7.
-LIMIT = 1e-12
 
-
-def check(subject: Subject) -> Iterator[Result]:
-    ours, theirs = JaxSide(subject.weights), TorchSide(subject.weights)
-    block_size = subject.weights.config.block_size
+def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
+    if skipped := lacking("forward", "what is between", (candidate, INTERMEDIATES), (reference, INTERMEDIATES)):
+        yield skipped
+    block_size = case.weights.config.block_size
     shapes = ((1, 1), (1, block_size), (4, max(1, block_size // 2 + 1)))
-    for batch, length in subject.at(shapes[1:2], shapes):
-        tokens_BT = subject.tokens[: batch * length].reshape(batch, length)
-        yield compare(ours, theirs, tokens_BT, f"{batch} x {length} tokens", subject.evidence)
-    padded = _with_padded_vocabulary(subject.weights)
-    tokens_BT = subject.tokens[:block_size].reshape(1, block_size)
-    yield compare(JaxSide(padded), TorchSide(padded), tokens_BT, f"vocabulary padded to {padded.config.vocab_size}")
+    for batch, length in case.at(shapes[1:2], shapes):
+        tokens_BT = case.tokens[: batch * length].reshape(batch, length)
+        yield compare(candidate, reference, tokens_BT, f"{batch} x {length} tokens", case.evidence)
+    padded = _with_padded_vocabulary(case.weights)
+    tokens_BT = case.tokens[:block_size].reshape(1, block_size)
+    both_padded = candidate.make(padded), reference.make(padded)
+    yield compare(*both_padded, tokens_BT, f"vocabulary padded to {padded.config.vocab_size}")
 
 
-def compare(ours: JaxSide, theirs: TorchSide, tokens_BT: np.ndarray, case: str, evidence: dict | None = None) -> Result:
-    """One forward pass, value by value."""
-    a, b = ours.intermediates(tokens_BT), theirs.intermediates(tokens_BT)
-    found = places.compare(a, b)
-    # Capturing must not change what is computed.
-    same = np.array_equal(a["logits"], ours.plain_logits(tokens_BT), equal_nan=True)
+def compare(
+    candidate: Adapter, reference: Adapter, tokens_BT: np.ndarray, title: str, evidence: dict | None = None
+) -> Result:
+    """One forward pass, value by value; of the logits alone where an adapter shows nothing else."""
+    names = candidate.name, reference.name
     # The same function as training compiles it.
     compiled = "logits as training compiles them"
-    found += places.compare({compiled: ours.logits(tokens_BT)}, {compiled: b["logits"]})
-    worst = places.worst_of(found)
-    where = places.first_beyond(found, LIMIT)
-    if not worst <= LIMIT:
-        where += diagnosis.hint(found, LIMIT, a, b, theirs.weights, tokens_BT)
-    if not same:
-        worst, where = math.nan, f"capturing values changed the logits; with them captured: {where}"
+    ours, theirs = candidate.logits(tokens_BT), reference.logits(tokens_BT)
+    found = divergence.compare({compiled: ours}, {compiled: theirs}, names)
+    values = None
+    if INTERMEDIATES.of(candidate) and INTERMEDIATES.of(reference):
+        values = candidate.intermediates(tokens_BT), reference.intermediates(tokens_BT)
+        found = divergence.compare(*values, names) + found
+    worst, where = divergence.worst_of(found), first_beyond(found, limits.FORWARD)
+    if values is not None:
+        if not worst <= limits.FORWARD:
+            where += diagnosis.hint(found, limits.FORWARD, *values, names, reference.weights, tokens_BT)
+        # Capturing must not change what is computed.
+        plain = candidate.plain_logits(tokens_BT) if PLAIN_LOGITS.of(candidate) else ours
+        if not np.array_equal(values[0]["logits"], plain, equal_nan=True):
+            worst, where = math.nan, f"capturing values changed the logits; with them captured: {where}"
     if evidence is not None:
-        evidence["forward"] = [(p.name, p.difference) for p in found]
-    return Result("forward", f"{len(found)} values, {case}", worst, LIMIT, where)
-
-
-# A float32 pass rounds at 1e-7, which tens of layers bring to 1e-6 or 1e-5; another model is off by tenths.
-LIMIT_FLOAT32 = 1e-4
+        differences = [(d.name, d.difference) for d in found]
+        evidence["forward"] = Depth("Error by depth, forward", differences, limits.FORWARD)
+    return Result("forward", f"{len(found)} values, {title}", worst, limits.FORWARD, where)
 
 
 def agreement_in_float32(weights: Weights) -> tuple[float, float]:
@@ -57,9 +64,10 @@ def agreement_in_float32(weights: Weights) -> tuple[float, float]:
     float32 takes. `check` is the proof."""
     config = weights.config
     tokens_BT = (np.arange(min(config.block_size, 32))[None] * 7919) % config.vocab_size
-    theirs = TorchSide(weights, "float32").logits(tokens_BT)
-    ours = JaxSide(weights, "float32").logits(tokens_BT)
-    return relative_to_largest(ours, theirs), LIMIT_FLOAT32
+    candidate, reference = both(weights)
+    theirs = reference.make(weights, "float32").logits(tokens_BT)
+    ours = candidate.make(weights, "float32").logits(tokens_BT)
+    return relative_to_largest(ours, theirs), limits.FLOAT32_LOGITS
 
 
 def _with_padded_vocabulary(weights: Weights) -> Weights:

@@ -1,4 +1,5 @@
-"""Check `generation`: the same tokens from both, JAX with its KV cache and PyTorch recomputing every context."""
+"""Check `generation`: the same tokens from both, the candidate with its KV cache and the reference recomputing every
+context."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -6,12 +7,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from gpt2_core.sampling import Sampling, fit_context, uniforms
-from parity import forward, places
-from parity.sides import JaxSide, TorchSide
-from parity.suite import Result, Subject, mismatch, relative_to_largest
-
-LIMIT = 0.0  # tokens that differ: in float64 no two logits are close enough for rounding to choose
-LIMIT_LOGITS = 1e-12  # as in `forward`
+from parity.engine import divergence
+from parity.engine.adapter import lacking
+from parity.engine.evidence import Texts
+from parity.engine.results import Result, Skipped, mismatch, relative_to_largest
+from parity.gpt2 import limits
+from parity.gpt2.adapters.protocol import DECODING, GENERATION, INTERMEDIATES, Adapter
+from parity.gpt2.cases import Case, tokenizer_of
+from parity.gpt2.checks import forward
+from parity.gpt2.naming import first_beyond
 
 SETTINGS = {
     "greedy": Sampling(greedy=True),
@@ -20,53 +24,63 @@ SETTINGS = {
 }
 
 
-def check(subject: Subject) -> Iterator[Result]:
-    ours, theirs = JaxSide(subject.weights), TorchSide(subject.weights)
-    prompts = prompts_of(subject)
-    count = subject.at(24, 96, 128)
-    numbers = np.stack([uniforms(subject.seed, i, count) for i in range(len(prompts))])
-    for name in subject.at(list(SETTINGS)[:2], SETTINGS):
-        a, b = (side.generate(prompts, numbers, SETTINGS[name]) for side in (ours, theirs))
-        subject.evidence[f"generation {name}"] = (prompts[-1], a[-1].tolist(), b[-1].tolist())
+def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
+    if skipped := lacking("generation", "generated tokens", (candidate, GENERATION), (reference, GENERATION)):
+        yield skipped
+    else:
+        yield from _tokens(case, candidate, reference)
+    if skipped := lacking("generation", "KV cache against recomputation", (candidate, DECODING)):
+        yield skipped
+        return
+    block_size = case.weights.config.block_size
+    tokens_BT = case.tokens[: 2 * block_size].reshape(2, block_size)
+    for pieces in ([block_size], [block_size // 2, *[1] * (block_size - block_size // 2)]):
+        cached, whole = candidate.decoded_logits(tokens_BT, pieces), candidate.logits(tokens_BT)
+        difference = relative_to_largest(cached, whole)
+        where = "" if difference <= limits.FORWARD else _cache_differs(candidate, tokens_BT, pieces, cached, whole)
+        number = f"{len(pieces)} piece{'s' if len(pieces) > 1 else ''}"
+        title = f"{candidate.name}: KV cache against recomputation, in {number}"
+        yield Result("generation", title, difference, limits.FORWARD, where)
+
+
+def _tokens(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result]:
+    prompts, tokenizer = prompts_of(case), tokenizer_of(case.weights)
+    count = case.at(24, 96, 128)
+    numbers = np.stack([uniforms(case.seed, i, count) for i in range(len(prompts))])
+    for name in case.at(list(SETTINGS)[:2], SETTINGS):
+        a, b = (adapter.generate(prompts, numbers, SETTINGS[name]) for adapter in (candidate, reference))
+        texts = (tokenizer.decode(tokens[-1].tolist()) for tokens in (a, b))
+        case.evidence[f"generation {name}"] = Texts(tokenizer.decode(prompts[-1])[-60:], *texts)
 
         def explain(row: int, number: int, sampling: Sampling = SETTINGS[name], tokens: np.ndarray = a) -> str:
-            ids = _context(prompts[row], tokens[row, :number], ours.config.block_size)
-            return why(ours, theirs, ids, len(prompts[row]), numbers[row, number], sampling)
+            ids = _context(prompts[row], tokens[row, :number], case.weights.config.block_size)
+            return why(candidate, reference, ids, len(prompts[row]), numbers[row, number], sampling)
 
         yield compare_tokens(f"{name}: {len(prompts)} prompts x {count} tokens", a, b, explain)
 
     # A batch of prompts of different lengths, against each by itself.
     sampling = SETTINGS["temperature 0.8, top-k 50, top-p 0.9"]
     few = range(0, len(prompts), max(1, len(prompts) // 3))
-    alone = np.concatenate([ours.generate([prompts[i]], numbers[i : i + 1, :12], sampling) for i in few])
-    together = ours.generate(prompts, numbers[:, :12], sampling)[list(few)]
+    alone = np.concatenate([candidate.generate([prompts[i]], numbers[i : i + 1, :12], sampling) for i in few])
+    together = candidate.generate(prompts, numbers[:, :12], sampling)[list(few)]
     yield compare_tokens(
-        "JAX: a batch of prompts against one at a time",
+        f"{candidate.name}: a batch of prompts against one at a time",
         together,
         alone,
         lambda row, number: f"the prompt has {len(prompts[few[row]])} tokens, the batch's longest {len(prompts[-1])}",
     )
 
-    block_size = subject.weights.config.block_size
-    tokens_BT = subject.tokens[: 2 * block_size].reshape(2, block_size)
-    for pieces in ([block_size], [block_size // 2, *[1] * (block_size - block_size // 2)]):
-        cached, whole = ours.decoded_logits(tokens_BT, pieces), ours.logits(tokens_BT)
-        difference = relative_to_largest(cached, whole)
-        where = "" if difference <= LIMIT_LOGITS else _cache_differs(ours, tokens_BT, pieces, cached, whole)
-        case = f"JAX: KV cache against recomputation, in {len(pieces)} piece{'s' if len(pieces) > 1 else ''}"
-        yield Result("generation", case, difference, LIMIT_LOGITS, where)
 
-
-def compare_tokens(case: str, a: np.ndarray, b: np.ndarray, explain: Callable[[int, int], str]) -> Result:
+def compare_tokens(title: str, a: np.ndarray, b: np.ndarray, explain: Callable[[int, int], str]) -> Result:
     """Tokens (prompts, tokens) that differ; `explain` is asked about the first in time, by prompt and number."""
     if a.shape != b.shape:
-        return Result("generation", case, math.inf, LIMIT, mismatch(a, b))
+        return Result("generation", title, math.inf, limits.TOKENS, mismatch(a, b, ("one", "the other")))
     differing = np.argwhere((a != b).T)
     if not len(differing):
-        return Result("generation", case, 0.0, LIMIT)
+        return Result("generation", title, 0.0, limits.TOKENS)
     number, row = differing[0].tolist()
     where = f"first at prompt {row}, token {number}: {a[row, number]} against {b[row, number]}; {explain(row, number)}"
-    return Result("generation", case, float(len(differing)), LIMIT, where)
+    return Result("generation", title, float(len(differing)), limits.TOKENS, where)
 
 
 def _context(prompt: list[int], generated: np.ndarray, block_size: int) -> list[int]:
@@ -77,25 +91,29 @@ def _context(prompt: list[int], generated: np.ndarray, block_size: int) -> list[
     return ids
 
 
-def why(ours: JaxSide, theirs: TorchSide, ids: list[int], prompt: int, uniform: float, sampling: Sampling) -> str:
+def why(candidate: Adapter, reference: Adapter, ids: list[int], prompt: int, uniform: float, sampling: Sampling) -> str:
     """What of the next token differs: the logits, the sampler, the KV cache, or none of them by itself.
 
     `ids` is the context, of which the first `prompt` were given.
     """
     tokens_BT = np.array([ids])
-    logits = theirs.logits(tokens_BT)
-    if not relative_to_largest(ours.logits(tokens_BT), logits) <= LIMIT_LOGITS:
-        return f"the logits differ: {forward.compare(ours, theirs, tokens_BT, '').where}"
-    a, b = (side.sample(logits[:, -1], np.array([uniform]), sampling).item() for side in (ours, theirs))
+    logits, whole = reference.logits(tokens_BT), candidate.logits(tokens_BT)
+    if not relative_to_largest(whole, logits) <= limits.FORWARD:
+        return f"the logits differ: {forward.compare(candidate, reference, tokens_BT, '').where}"
+    adapters = candidate, reference
+    a, b = (adapter.sample(logits[:, -1], np.array([uniform]), sampling).item() for adapter in adapters)
     if a != b:
         return (
-            f"the samplers differ: from equal logits JAX's takes {a} and PyTorch's {b} at uniform number {uniform:.6f}"
+            f"the samplers differ: from equal logits {candidate.name}'s takes {a} and {reference.name}'s {b} at "
+            f"uniform number {uniform:.6f}"
         )
-    first = min(prompt, len(ids))
-    pieces = [first, *[1] * (len(ids) - first)]
-    cached, whole = ours.decoded_logits(tokens_BT, pieces), ours.logits(tokens_BT)
-    if not relative_to_largest(cached, whole) <= LIMIT_LOGITS:
-        return f"the KV cache differs from recomputation: {_cache_differs(ours, tokens_BT, pieces, cached, whole)}"
+    if DECODING.of(candidate):
+        first = min(prompt, len(ids))
+        pieces = [first, *[1] * (len(ids) - first)]
+        cached = candidate.decoded_logits(tokens_BT, pieces)
+        if not relative_to_largest(cached, whole) <= limits.FORWARD:
+            differs = _cache_differs(candidate, tokens_BT, pieces, cached, whole)
+            return f"the KV cache differs from recomputation: {differs}"
     return (
         f"logits, KV cache and samplers agree for this context of {len(ids)} tokens: look at how generation pads "
         "prompts, feeds tokens back, and grows or cuts the context"
@@ -103,19 +121,23 @@ def why(ours: JaxSide, theirs: TorchSide, ids: list[int], prompt: int, uniform: 
 
 
 def _cache_differs(
-    ours: JaxSide, tokens_BT: np.ndarray, pieces: list[int], cached: np.ndarray, whole: np.ndarray
+    candidate: Adapter, tokens_BT: np.ndarray, pieces: list[int], cached: np.ndarray, whole: np.ndarray
 ) -> str:
     """The first position whose logits differ, and the first value in order of computation."""
-    beyond_T = ~(np.abs(cached - whole).max(axis=(0, 2)) <= LIMIT_LOGITS * np.nanmax(np.abs(whole), initial=0.0))
-    decoded, recomputed = ours.decoded_intermediates(tokens_BT, pieces), ours.intermediates(tokens_BT)
-    found = places.compare(decoded, {n: recomputed[n] for n in decoded}, sides=("the cache", "recomputation"))
-    return f"position {np.argmax(beyond_T)}; {places.first_beyond(found, LIMIT_LOGITS)}"
+    beyond_T = ~(np.abs(cached - whole).max(axis=(0, 2)) <= limits.FORWARD * np.nanmax(np.abs(whole), initial=0.0))
+    position = f"position {np.argmax(beyond_T)}"
+    if not INTERMEDIATES.of(candidate):
+        return position
+    decoded = candidate.decoded_intermediates(tokens_BT, pieces)
+    recomputed = candidate.intermediates(tokens_BT)
+    found = divergence.compare(decoded, {n: recomputed[n] for n in decoded}, ("the cache", "recomputation"))
+    return f"{position}; {first_beyond(found, limits.FORWARD)}"
 
 
-def prompts_of(subject: Subject) -> list[list[int]]:
+def prompts_of(case: Case) -> list[list[int]]:
     """Pieces of the text of different lengths, so that padding is seen; the longest fills the block."""
-    block_size = subject.weights.config.block_size
-    count = subject.at(6, 16, 64)
+    block_size = case.weights.config.block_size
+    count = case.at(6, 16, 64)
     lengths = np.linspace(1, block_size, count).astype(int)
-    starts = np.linspace(0, len(subject.tokens) - block_size - 1, count).astype(int)
-    return [subject.tokens[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)]
+    starts = np.linspace(0, len(case.tokens) - block_size - 1, count).astype(int)
+    return [case.tokens[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)]

@@ -1,5 +1,5 @@
-"""Check `initialization`: both frameworks' own initialisers draw from the distributions GPT-2 prescribes, and every
-tensor by itself.
+"""Check `initialization`: the initialisers of both draw from the distributions GPT-2 prescribes, and every tensor by
+itself.
 
 Distributions and independence are looked at on a model of one size with the options of the one compared: in 4,096
 values, the smallest random tensor here, a truncated normal or a uniform distribution of the same variance has a p-value
@@ -7,32 +7,28 @@ below 1e-10, and a correlation of 0.15 with another tensor too; in 300 neither c
 """
 
 import dataclasses
-import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import jax
 import numpy as np
 import scipy.stats
-import torch
 
-import gpt2_torch.model
-from gpt2_core.config import ModelConfig, OptimizerConfig, parse_mesh
-from gpt2_jax.model import Execution, define
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train_step import initial_state, make_optimizer
-from gpt2_jax.weights import canonical_arrays as jax_arrays
-from gpt2_torch.weights import canonical_arrays as torch_arrays
-from parity.independence import aligned, displaced, first_surprise, surprise, two_sided
-from parity.sides import PLAIN
-from parity.suite import Result, Skipped, Subject
+from gpt2_core.config import ModelConfig
+from parity.engine.adapter import lacking
+from parity.engine.independence import aligned, displaced, first_surprise, surprise, two_sided
+from parity.engine.results import Result, Skipped
+from parity.gpt2 import limits
+from parity.gpt2.adapters.protocol import (
+    BORN_ON_MESH,
+    INITIALIZATION,
+    NARROW_INITIALIZATION,
+    PADDING,
+    Adapter,
+    Arrays,
+)
+from parity.gpt2.cases import Case
 
-Arrays = dict[str, np.ndarray]
-
-# -log10 of the probability that right initialisers look at least this unlikely in all tests of a case together: of the
-# eight cases here, fewer than one run in a hundred thousand fails one.
-LIMIT = 6.0
 # Two layers, so that they can be told apart; a vocabulary that JAX pads.
 SIZE = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "mlp_width": None, "vocab_size": 300}
 # The options that add random tensors or take constant ones away.
@@ -42,32 +38,38 @@ CELLS = 64
 TAIL = 2.5
 
 
-def check(subject: Subject) -> Iterator[Result | Skipped]:
-    config = dataclasses.replace(subject.weights.config, **SIZE)
-    yield from _of(config, _draw(config), subject.seed, "")
-    if subject.level != "quick":
+def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
+    config = dataclasses.replace(case.weights.config, **SIZE)
+    yield from _of(config, candidate, reference, case.seed, "")
+    if case.level != "quick":
         more = dataclasses.replace(config, **MORE_TENSORS)
-        draw = _draw(more)
-        yield from _of(more, draw, subject.seed, "SwiGLU, untied head: ")
-        yield from _wherever_drawn(more, draw(subject.seed), subject.seed)
+        yield from _of(more, candidate, reference, case.seed, "SwiGLU, untied head: ")
+        yield from _wherever_drawn(more, candidate, case.seed)
 
 
-def _of(config: ModelConfig, draw_params: Callable[[int], Arrays], seed: int, options: str) -> Iterator[Result]:
-    params = draw_params(seed)
-    tables = [params[name] for name in ("wte.weight", "lm_head.weight") if name in params]
-    count = sum(np.count_nonzero(table[config.vocab_size :]) for table in tables)
-    yield Result("initialization", f"{options}JAX: values in the rows that pad the vocabulary", float(count), 0.0)
-    pooled = []
-    for side, draw in (
-        ("JAX", lambda seed: jax_arrays(draw_params(seed), config)),
-        ("PyTorch", functools.partial(_torch, config)),
+def _of(
+    config: ModelConfig, candidate: Adapter, reference: Adapter, seed: int, options: str
+) -> Iterator[Result | Skipped]:
+    if skipped := lacking(
+        "initialization", f"{options}values in the rows that pad the vocabulary", (candidate, PADDING)
     ):
-        arrays, again, other = draw(seed), draw(seed), draw(seed + 1)
+        yield skipped
+    else:
+        count = candidate.padding_values(config, seed)
+        title = f"{options}{candidate.name}: values in the rows that pad the vocabulary"
+        yield Result("initialization", title, float(count), limits.NONE)
+    pooled = []
+    for adapter in (candidate, reference):
+        label = f"{options}{adapter.name}: "
+        if skipped := lacking("initialization", f"{options}initial weights", (adapter, INITIALIZATION)):
+            yield skipped
+            continue
+        arrays, again, other = (adapter.initialize(config, s) for s in (seed, seed, seed + 1))
         prescribed = {name: _prescribed(name, config) for name in arrays}
         constant = {name: mean for name, (mean, deviation) in prescribed.items() if deviation == 0.0}
         wrong = [name for name, value in constant.items() if not (arrays[name] == value).all()]
-        case = f"{options}{side}: biases that aren't 0 and norms that aren't 1, of {len(constant)}"
-        yield Result("initialization", case, float(len(wrong)), 0.0, wrong[0] if wrong else "")
+        title = f"{label}biases that aren't 0 and norms that aren't 1, of {len(constant)}"
+        yield _count(title, wrong)
         values, others = (
             {
                 name: (x[name].astype(np.float64) - mean) / deviation
@@ -76,16 +78,17 @@ def _of(config: ModelConfig, draw_params: Callable[[int], Arrays], seed: int, op
             }
             for x in (arrays, other)
         )
-        yield _distributions(f"{options}{side}: ", values)
-        yield _pairs(f"{options}{side}: ", values, others)
-        yield _repetition(f"{options}{side}: ", values)
+        yield _distributions(label, values)
+        yield _pairs(label, values, others)
+        yield _repetition(label, values)
         changed = [name for name in arrays if not np.array_equal(arrays[name], again[name])]
-        case = f"{options}{side}: tensors that one seed doesn't give twice"
-        yield Result("initialization", case, float(len(changed)), 0.0, changed[0] if changed else "")
+        yield _count(f"{label}tensors that one seed doesn't give twice", changed)
         pooled.append(np.concatenate([value.ravel() for value in values.values()]))
-    p = scipy.stats.ks_2samp(*pooled).pvalue
-    case = f"{options}JAX and PyTorch draw from one family, {pooled[0].size:,} values each, -log10 p"
-    yield Result("initialization", case, float(surprise(np.log(max(p, 1e-300)), 1)), LIMIT)
+    if len(pooled) == 2:
+        p = scipy.stats.ks_2samp(*pooled).pvalue
+        names = f"{candidate.name} and {reference.name}"
+        title = f"{options}{names} draw from one family, {pooled[0].size:,} values each, -log10 p"
+        yield Result("initialization", title, float(surprise(np.log(max(p, 1e-300)), 1)), limits.SURPRISE)
 
 
 def _prescribed(name: str, config: ModelConfig) -> tuple[float, float]:
@@ -122,9 +125,9 @@ def _distributions(label: str, values: Arrays) -> Result:
         ]
     everything = np.concatenate([value.ravel() for value in values.values()])
     tests.append(("shape of all together", np.log(max(scipy.stats.kstest(everything, "norm").pvalue, 1e-300))))
-    measured, (where, _) = first_surprise(np.array([log_p for _, log_p in tests]), tests, LIMIT)
-    case = f"{label}mean, variance and normal shape of {len(values)} tensors, -log10 p"
-    return Result("initialization", case, measured, LIMIT, where)
+    measured, (where, _) = first_surprise(np.array([log_p for _, log_p in tests]), tests, limits.SURPRISE)
+    title = f"{label}mean, variance and normal shape of {len(values)} tensors, -log10 p"
+    return Result("initialization", title, measured, limits.SURPRISE, where)
 
 
 def _pairs(label: str, values: Arrays, others: Arrays) -> Result:
@@ -134,9 +137,11 @@ def _pairs(label: str, values: Arrays, others: Arrays) -> Result:
     scores = aligned([named[name].T if turned else named[name] for name, turned in streams])
     # A tensor isn't independent of its own transpose.
     pairs = [(i, j) for i, j in itertools.combinations(range(len(streams)), 2) if streams[i][0] != streams[j][0]]
-    measured, (i, j) = first_surprise(two_sided(np.array([scores[pair] for pair in pairs])), pairs, LIMIT)
-    case = f"{label}correlation of {len(named)} tensors of two seeds by pairs, -log10 p"
-    return Result("initialization", case, measured, LIMIT, f"{''.join(streams[i])} with {''.join(streams[j])}")
+    measured, (i, j) = first_surprise(two_sided(np.array([scores[pair] for pair in pairs])), pairs, limits.SURPRISE)
+    title = f"{label}correlation of {len(named)} tensors of two seeds by pairs, -log10 p"
+    return Result(
+        "initialization", title, measured, limits.SURPRISE, f"{''.join(streams[i])} with {''.join(streams[j])}"
+    )
 
 
 def _repetition(label: str, values: Arrays) -> Result:
@@ -147,37 +152,27 @@ def _repetition(label: str, values: Arrays) -> Result:
         scores.flat[0] = 0.0
         tests += scores.size
         found.append((name, scores.flat[np.abs(scores).argmax()]))
-    measured, (where, _) = first_surprise(two_sided(np.array([z for _, z in found])), found, LIMIT, tests)
-    case = f"{label}correlation of each tensor with itself displaced, {tests:,} displacements, -log10 p"
-    return Result("initialization", case, measured, LIMIT, where)
+    measured, (where, _) = first_surprise(two_sided(np.array([z for _, z in found])), found, limits.SURPRISE, tests)
+    title = f"{label}correlation of each tensor with itself displaced, {tests:,} displacements, -log10 p"
+    return Result("initialization", title, measured, limits.SURPRISE, where)
 
 
-def _wherever_drawn(config: ModelConfig, params: Arrays, seed: int) -> Iterator[Result | Skipped]:
-    """Whether JAX draws the same in another precision and on a mesh."""
-    with jax.enable_x64(False):
-        single = _draw(config, "float32")(seed)
-    yield _unequal("JAX: tensors that float32 draws otherwise", single, params)
+def _wherever_drawn(config: ModelConfig, candidate: Adapter, seed: int) -> Iterator[Result | Skipped]:
+    """Whether the candidate draws the same in another precision and on a mesh."""
+    if skipped := lacking("initialization", "weights drawn in float32", (candidate, NARROW_INITIALIZATION)):
+        yield skipped
+    else:
+        changed = candidate.changed_by_precision(config, seed)
+        yield _count(f"{candidate.name}: tensors that float32 draws otherwise", changed)
     mesh = "data=2,fsdp=2,tensor=2"
-    if math.prod(parse_mesh(mesh).values()) > len(jax.devices()):
-        yield Skipped("initialization", f"{mesh}: there are {len(jax.devices())} devices")
-        return
-    definition, optimizer = define(config, Execution("float64")), make_optimizer(OptimizerConfig(), config)
-    state = initial_state(definition, optimizer, make_mesh(parse_mesh(mesh)), seed=seed)
-    yield _unequal(f"JAX: tensors born otherwise on {mesh}", state.params, params)
+    if skipped := lacking("initialization", "weights born on a mesh", (candidate, BORN_ON_MESH)):
+        yield skipped
+    elif candidate.devices_of(mesh) > candidate.devices():
+        yield Skipped("initialization", f"{mesh}: there are {candidate.devices()} devices")
+    else:
+        changed = candidate.changed_by_mesh(config, seed, mesh)
+        yield _count(f"{candidate.name}: tensors born otherwise on {mesh}", changed)
 
 
-def _unequal(case: str, found: Arrays, expected: Arrays) -> Result:
-    """How many tensors are others, beyond the last digits of the float32 in which they are drawn."""
-    wrong = [n for n in expected if not np.allclose(found[n], expected[n], rtol=1e-5, atol=0.0, equal_nan=False)]
-    return Result("initialization", case, float(len(wrong)), 0.0, wrong[0] if wrong else "")
-
-
-def _draw(config: ModelConfig, dtype: str = "float64") -> Callable[[int], Arrays]:
-    """(seed) -> JAX's own parameters."""
-    initialize = jax.jit(define(config, Execution(dtype)).initialize, compiler_options=PLAIN)
-    return lambda seed: {name: np.asarray(x) for name, x in initialize(jax.random.key(seed)).items()}
-
-
-def _torch(config: ModelConfig, seed: int) -> Arrays:
-    torch.manual_seed(seed)
-    return torch_arrays(gpt2_torch.model.GPT2(config).state_dict(), config)
+def _count(title: str, wrong: list[str]) -> Result:
+    return Result("initialization", title, float(len(wrong)), limits.NONE, wrong[0] if wrong else "")

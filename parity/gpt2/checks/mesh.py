@@ -1,20 +1,20 @@
-"""Check `mesh`: JAX's losses and gradient norms on meshes of several shapes, and executed in every way, against
-PyTorch's."""
+"""Check `mesh`: the candidate's losses and gradient norms on meshes of several shapes, and executed in every way,
+against the reference's."""
 
-import math
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from gpt2_core.batches import TrainingBatches
-from gpt2_core.config import OptimizerConfig, TrainConfig, check_mesh, parse_mesh
+from gpt2_core.config import OptimizerConfig, TrainConfig
 from gpt2_core.errors import UserError
-from parity.sides import JaxSide, TorchSide
-from parity.steps import first_divergence
-from parity.suite import Result, Skipped, Subject
+from parity.engine.adapter import lacking
+from parity.engine.results import Result, Skipped
+from parity.gpt2 import limits
+from parity.gpt2.adapters.protocol import MESH, TRAINING, Adapter
+from parity.gpt2.cases import Case
+from parity.gpt2.steps import first_divergence
 
-LIMIT = 1e-11  # a sum over devices is a sum in another order, no more
 CASES = {
     "data=8": {"mesh": "data=8"},
     "fsdp=8": {"mesh": "fsdp=8"},
@@ -30,41 +30,45 @@ CASES = {
 _QUICK = ("data=2, fsdp=2, tensor=2",)
 
 
-def check(subject: Subject) -> Iterator[Result | Skipped]:
-    steps = subject.at(4, 10)
-    model = subject.weights.config
-    stream = TrainingBatches(subject.tokens, block_size=model.block_size, batch_size=8, seed=subject.seed)
+def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
+    if skipped := lacking(
+        "mesh", "training on meshes", (candidate, TRAINING), (candidate, MESH), (reference, TRAINING)
+    ):
+        yield skipped
+        return
+    steps, limit = case.at(4, 10), limits.CURVE
+    model = case.weights.config
+    stream = TrainingBatches(case.tokens, block_size=model.block_size, batch_size=8, seed=case.seed)
     batches = [stream[step] for step in range(steps)]
-    ours, theirs, reference = JaxSide(subject.weights), TorchSide(subject.weights), _config(subject, steps, {})
-    b = theirs.train(reference, batches)
+    plainly = _config(case, steps, {})
+    b = reference.train(plainly, batches)
     # What the later cases change, `combinations` changes too.
-    for name in subject.at(_QUICK, list(CASES)[:5], CASES):
+    for name in case.at(_QUICK, list(CASES)[:5], CASES):
         settings = CASES[name]
-        needed = math.prod(parse_mesh(settings.get("mesh", 1)).values())
+        needed = candidate.devices_of(settings.get("mesh", 1))
         try:
-            config = _config(subject, steps, settings)
-            check_mesh(parse_mesh(config.mesh), config)
+            config = _config(case, steps, settings)
+            candidate.check_mesh(config)
         except UserError as error:
             yield Skipped("mesh", f"{name}: {error}")
             continue
-        if needed > len(jax.devices()):
-            yield Skipped("mesh", f"{name}: needs {needed} devices and there are {len(jax.devices())}")
+        if needed > candidate.devices():
+            yield Skipped("mesh", f"{name}: needs {needed} devices and there are {candidate.devices()}")
             continue
-        a = ours.train(config, batches)
+        a = candidate.train(config, batches)
         # The norm of the gradient too: AdamW hardly sees a gradient that is too large by a factor.
         norms = np.abs(a.grad_norms - b.grad_norms) / b.grad_norms
         differences = np.maximum(np.abs(a.losses - b.losses), norms)
         where = f"largest at step {np.argmax(differences)}"
-        if (beyond := ~(differences <= LIMIT)).any():
-            again = ours.steps(config, batches), theirs.steps(reference, batches)
+        if (beyond := ~(differences <= limit)).any():
             where = f"loss or gradient norm part at step {np.argmax(beyond)}"
-            where += f"; {first_divergence(subject.weights, *again, config, batches)}"
-        yield Result("mesh", f"{name}, {steps} steps", float(np.max(differences)), LIMIT, where)
+            where += f"; {first_divergence(case.weights, candidate, reference, config, plainly, batches)}"
+        yield Result("mesh", f"{name}, {steps} steps", float(np.max(differences)), limit, where)
 
 
-def _config(subject: Subject, steps: int, settings: dict) -> TrainConfig:
+def _config(case: Case, steps: int, settings: dict) -> TrainConfig:
     return TrainConfig(
-        model=subject.weights.config,
+        model=case.weights.config,
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2),
         steps=steps,
         batch_size=8,

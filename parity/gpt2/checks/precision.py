@@ -1,4 +1,4 @@
-"""Check `precision`: in float32 and bfloat16 JAX is no further from the float64 truth than PyTorch is.
+"""Check `precision`: in float32 and bfloat16 the candidate is no further from the float64 truth than the reference is.
 
 Two right programs differ in these dtypes, and comparing them with each other says little. Compared with the truth each
 has an error, and the two errors must be of one size. What so small a model can't show, the traced program does: which
@@ -6,38 +6,25 @@ of its operations are in which dtype.
 """
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 from gpt2_core.batches import Batch
-from gpt2_core.config import ModelConfig, TrainConfig, format_mesh
+from gpt2_core.config import ModelConfig, TrainConfig
 from gpt2_core.weights import Weights
-from gpt2_jax.model import Execution, define
-from gpt2_jax.optimizer import make_optimizer
-from gpt2_jax.runtime import matmul_precision
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train_step import abstract_state, loss_and_grads, make_train_step
-from parity import dataflow, places, variants
-from parity.gradients import uneven_batch
-from parity.sides import Arrays, JaxSide, TorchSide
-from parity.subjects import random_weights
-from parity.suite import Result, Skipped, Subject
-
-# JAX's error over PyTorch's: what orders of summation and places of rounding may make of it. A lost digit is a factor
-# of ten, the fast variance of layer norm up to 29.
-LIMIT = 1.25
-
-# How often at most a case whose true ratio is at the limit exceeds it by chance.
-FALSE_ALARMS = 1e-3
-
-# A loss against the cross-entropy of the same program's logits, which leaves out what happened before them: float32
-# rounds the sum at 1e-7. Rounded to bfloat16 once more, each logit is off by up to 4e-3.
-LOSS_LIMIT = 1e-6
+from parity.engine import dataflow
+from parity.engine.adapter import lacking
+from parity.engine.evidence import Errors
+from parity.engine.precision import at_least, ratio_in_words, relative_error, rms
+from parity.engine.results import Result, Skipped
+from parity.gpt2 import limits
+from parity.gpt2.adapters.protocol import DTYPES, GRADIENTS, PROGRAM, STEP_PROGRAM, Adapter, Arrays
+from parity.gpt2.cases import Case, random_weights
+from parity.gpt2.checks import variants
+from parity.gpt2.checks.gradients import uneven_batch
+from parity.gpt2.naming import in_words
 
 # Ways of executing a model, whose traced programs differ.
 EXECUTIONS: dict[str, dict[str, bool]] = {
@@ -56,98 +43,100 @@ _SUMS = dataflow.LAYOUT | {"add", "add_any"}
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What a side gives for one sequence: gradients by canonical name, "logits", and the loss."""
+    """What an adapter gives for one sequence: gradients by canonical name, "logits", and the loss."""
 
     arrays: Arrays
     loss: float
 
 
-def check(subject: Subject) -> Iterator[Result | Skipped]:
-    yield from programs(subject)
-    yield from _bfloat16_program(_with_every_option(subject), "unrolled")
-    yield from _exchanges(subject)
-    yield _residual_stream(subject)
-    weights = [subject.weights]
-    if subject.weights.source.startswith("random"):
-        weights += [random_weights(subject.weights.config, seed) for seed in subject.at((), (1, 2))]
-    batches = _sequences(subject, subject.at(8, 8, 16))
-    truths = _by_torch(weights, batches, "float64")
+def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
+    if skipped := lacking("precision", "dtypes of the traced program", (candidate, PROGRAM)):
+        yield skipped
+    else:
+        yield from programs(case, candidate)
+        yield from _bfloat16_program(_with_every_option(case), candidate, "unrolled")
+    if skipped := lacking("precision", "dtypes of what is exchanged", (candidate, STEP_PROGRAM)):
+        yield skipped
+    else:
+        yield from _exchanges(case, candidate)
+    if skipped := lacking("precision", "dtypes of the residual stream", (candidate, DTYPES), (reference, DTYPES)):
+        yield skipped
+    else:
+        yield _residual_stream(case, candidate, reference)
+    if skipped := lacking("precision", "errors of gradients", (candidate, GRADIENTS), (reference, GRADIENTS)):
+        yield skipped
+        return
+    names = candidate.name, reference.name
+    weights = [case.weights]
+    if case.weights.source.startswith("random"):
+        weights += [random_weights(case.weights.config, seed) for seed in case.at((), (1, 2))]
+    batches = sequences(case, case.at(8, 8, 16))
+    truths = drawn(reference, weights, batches, "float64")
     for dtype in ("float32", "bfloat16"):
-        ours, theirs = _by_jax(weights, batches, dtype), _by_torch(weights, batches, dtype)
+        ours, theirs = drawn(candidate, weights, batches, dtype), drawn(reference, weights, batches, dtype)
         tf32 = None
         if dtype == "float32" and jax.default_backend() != "cpu":
             # What JAX's default, products of float32 in TF32, costs on this accelerator.
             with jax.default_matmul_precision("default"):
-                tf32 = _by_jax(weights, batches, dtype)
-        yield from compare(subject, dtype, ours, theirs, truths, tf32)
-        yield _loss(dtype, batches * len(weights), ours, theirs, truths)
+                tf32 = drawn(candidate, weights, batches, dtype)
+        yield from compare(case, names, dtype, ours, theirs, truths, tf32)
+        yield compare_losses(names, dtype, batches * len(weights), ours, theirs, truths)
 
 
 def compare(
-    subject: Subject,
+    case: Case,
+    names: tuple[str, str],
     dtype: str,
     ours: Sequence[Drawn],
     theirs: Sequence[Drawn],
     truths: Sequence[Drawn],
     tf32: Sequence[Drawn] | None = None,
 ) -> Iterator[Result]:
-    """A case for the logits and one for each kind of gradient, over the sequences drawn: `at_least` of their ratios."""
+    """A case for the logits and one for each kind of gradient, over the sequences drawn: `at_least` of their ratios.
+    `names` are those of the candidate and the reference."""
     kinds: dict[str, list[str]] = {"logits": ["logits"]}
     for name in list(truths[0].arrays)[1:]:
         kinds.setdefault(_kind(name), []).append(name)
-    for kind, names in kinds.items():
-        a, b = (np.array([[_error(d, t, n) for d, t in _pairs(s, truths)] for n in names]) for s in (ours, theirs))
+    for kind, tensors in kinds.items():
+        a, b = (np.array([[_error(d, t, n) for d, t in _pairs(s, truths)] for n in tensors]) for s in (ours, theirs))
         logs = np.log(a / b)
-        where = f"{_place(names, logs)}: {_in_words(logs.mean(axis=0))}, errors {_rms(a):.1e} and {_rms(b):.1e}"
+        where = f"{_first(tensors, logs)}: {ratio_in_words(logs.mean(axis=0))}, errors {rms(a):.1e} and {rms(b):.1e}"
         if kind == "logits":
-            where += f"; {_agreement(ours, theirs, truths)}"
+            where += f"; {_agreement(names, ours, theirs, truths)}"
         if tf32 is not None:
-            found = np.array([[_error(d, t, n) for d, t in _pairs(tf32, truths)] for n in names])
-            where += f"; with TF32 JAX's would be {_rms(found):.1e}"
-        subject.evidence[f"precision {dtype} {kind}"] = list(zip(_rms(a, axis=1), _rms(b, axis=1), strict=True))
-        case = f"{dtype} {kind}: JAX's error over PyTorch's is at least, by {logs.shape[1]} sequences"
-        yield Result("precision", case, at_least(logs.mean(axis=0)), LIMIT, where)
+            found = np.array([[_error(d, t, n) for d, t in _pairs(tf32, truths)] for n in tensors])
+            where += f"; with TF32 {names[0]}'s would be {rms(found):.1e}"
+        case.evidence[f"precision {dtype} {kind}"] = Errors(list(zip(rms(a, axis=1), rms(b, axis=1), strict=True)))
+        title = f"{dtype} {kind}: {names[0]}'s error over {names[1]}'s is at least, by {logs.shape[1]} sequences"
+        yield Result("precision", title, at_least(logs.mean(axis=0)), limits.ERROR_RATIO, where)
 
 
-def at_least(logs: np.ndarray) -> float:
-    """The ratio that the mean of these logarithms of ratios proves: the lower end of its t interval (Student 1908),
-    which lies above the true one in FALSE_ALARMS of all cases."""
-    spread = np.std(logs, ddof=1) / math.sqrt(len(logs))
-    return float(np.exp(np.mean(logs) - stats.t.ppf(1 - FALSE_ALARMS, len(logs) - 1) * spread))
-
-
-def relative_error(value: np.ndarray, truth: np.ndarray) -> float:
-    """Root mean square error over the truth's root mean square."""
-    truth = truth.astype(np.float64)
-    return float(np.sqrt(np.mean((value.astype(np.float64) - truth) ** 2) / np.mean(truth**2)))
-
-
-def programs(subject: Subject) -> Iterator[Result]:
-    """What JAX's traced training programs compute in which dtype, whatever the sizes."""
+def programs(case: Case, candidate: Adapter) -> Iterator[Result]:
+    """What the candidate's traced training programs compute in which dtype, whatever the sizes."""
     with jax.enable_x64(False):
-        program = _program(subject, "float32")
+        program = candidate.make(case.weights, "float32").program(uneven_batch(case))
         other = [v for v in program.values() if v.is_float and v.dtype != np.float32]
         yield _none("float32 program: values in another dtype", other)
         full = (jax.lax.Precision.HIGHEST,) * 2
         products = [o for o in program.operations if o.primitive == "dot_general" and o.params["precision"] != full]
         yield _none("float32 program: products that may be done in TF32", products)
 
-    for name in subject.at(list(EXECUTIONS)[:2], EXECUTIONS):
-        yield from _bfloat16_program(subject, name)
+    for name in case.at(list(EXECUTIONS)[:2], EXECUTIONS):
+        yield from _bfloat16_program(case, candidate, name)
 
 
-def _with_every_option(subject: Subject) -> Subject:
-    """A small model with the architectural options that the subject may not have."""
+def _with_every_option(case: Case) -> Case:
+    """A small model with the architectural options that the case's may not have."""
     config = ModelConfig(
         n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257, **variants.OPTIONS["all at once"]
     )
-    return dataclasses.replace(subject, weights=random_weights(config), tokens=subject.tokens % config.vocab_size)
+    return dataclasses.replace(case, weights=random_weights(config), tokens=case.tokens % config.vocab_size)
 
 
-def _bfloat16_program(subject: Subject, execution: str) -> Iterator[Result]:
-    config = subject.weights.config
+def _bfloat16_program(case: Case, candidate: Adapter, execution: str) -> Iterator[Result]:
+    config = case.weights.config
     with jax.enable_x64(False):
-        program = _program(subject, "bfloat16", **EXECUTIONS[execution])
+        program = candidate.make(case.weights, "bfloat16").program(uneven_batch(case), **EXECUTIONS[execution])
     options = "" if config.norm == "layernorm" else f", {config.norm} and {config.mlp}"
     name = f"bfloat16 program, {execution}{options}"
     yield _residual_additions(name, program, 1 if "scan" in execution else config.n_layer)
@@ -171,48 +160,29 @@ def _bfloat16_program(subject: Subject, execution: str) -> Iterator[Result]:
     yield _none(f"{name}: gradients of parameters, from the sum that makes them on, in bfloat16", found)
 
 
-def _exchanges(subject: Subject) -> Iterator[Result | Skipped]:
+def _exchanges(case: Case, candidate: Adapter) -> Iterator[Result | Skipped]:
     """What devices exchange in a step of bfloat16, in the dtype that was asked for: scalars are float32 always."""
-    sizes = {"data": 2, "fsdp": 2, "tensor": 1}
-    if len(jax.devices()) < 4:
-        yield Skipped("precision", f"dtypes of what is exchanged: needs 4 devices and there are {len(jax.devices())}")
+    mesh, there = "data=2,fsdp=2", candidate.devices()
+    if there < 4:
+        yield Skipped("precision", f"dtypes of what is exchanged: needs 4 devices and there are {there}")
         return
-    mesh, model = make_mesh(sizes), subject.weights.config
-    definition = define(model, Execution("bfloat16"))
     for asked in ("float32", "bfloat16"):
         config = TrainConfig(
-            model=model,
+            model=case.weights.config,
             batch_size=4,
             precision="bfloat16",
-            mesh=format_mesh(sizes),
+            mesh=mesh,
             attention="xla",
             gradient_exchange=asked,
         )
         with jax.enable_x64(False):
-            state = abstract_state(definition, make_optimizer(config.optimizer, model), mesh)
-            tokens = jax.ShapeDtypeStruct((1, 4, model.block_size), np.int32)
-            rate = jax.ShapeDtypeStruct((), np.float32)
-            with jax.set_mesh(mesh):
-                program = dataflow.trace(make_train_step(definition, config, mesh), state, tokens, tokens, rate)
+            program = candidate.step_program(config)
         sent = [v for o in program.operations if o.primitive in _EXCHANGES for v in o.operands if v.shape]
         other = [v for v in sent if np.dtype(v.dtype).name != asked]
-        case = f"gradients exchanged in another dtype than {asked}, of {len(sent)} arrays"
+        title = f"gradients exchanged in another dtype than {asked}, of {len(sent)} arrays"
         # Nothing exchanged at all would be as wrong.
-        yield Result("precision", case, float(len(other) if sent else 1), 0.0, f"first {other[0]}" if other else "")
-
-
-def _program(subject: Subject, dtype: str, **execution: bool) -> dataflow.Graph:
-    """Of logits, loss and gradients, in this order; in two parts, whose gradients are added up."""
-    side = JaxSide(subject.weights, dtype)
-    definition = define(side.config, dataclasses.replace(side.definition.execution, **execution))
-    inputs, targets = (jnp.asarray(x).reshape(2, -1, x.shape[-1]) for x in uneven_batch(subject))
-
-    def compute(params, inputs, targets):
-        loss, grads = loss_and_grads(definition, params, inputs, targets)
-        return (definition.merge(params)(inputs[0]), loss), grads
-
-    with jax.default_matmul_precision(matmul_precision(dtype)):
-        return dataflow.trace(compute, side.params, inputs, targets)
+        count = float(len(other) if sent else 1)
+        yield Result("precision", title, count, limits.NONE, f"first {other[0]}" if other else "")
 
 
 def _residual_additions(name: str, program: dataflow.Graph, blocks: int) -> Result:
@@ -225,9 +195,9 @@ def _residual_additions(name: str, program: dataflow.Graph, blocks: int) -> Resu
     additions = {id(o) for v in found for o in v.makers if o.primitive == "add"}
     # Two a block of the program, in the logits' forward pass and in the loss's.
     missing = max(0, 4 * blocks - len(additions))
-    case = f"{name}: values of the residual stream in bfloat16, or lost"
+    title = f"{name}: values of the residual stream in bfloat16, or lost"
     where = f"first {narrow[0]}" if narrow else f"{len(additions)} additions, all in float32"
-    return Result("precision", case, float(len(narrow) + missing), 0.0, where)
+    return Result("precision", title, float(len(narrow) + missing), limits.NONE, where)
 
 
 def _is_narrow_product(value: dataflow.Value) -> bool:
@@ -239,66 +209,63 @@ def _narrow(values: Collection[dataflow.Value], through: Collection[str]) -> lis
     return [v for value in values for v in dataflow.before(value, through) if v.is_narrow]
 
 
-def _none(case: str, found: Sequence[dataflow.Value | dataflow.Operation]) -> Result:
-    return Result("precision", case, float(len(found)), 0.0, f"first {found[0]}" if found else "")
+def _none(title: str, found: Sequence[dataflow.Value | dataflow.Operation]) -> Result:
+    return Result("precision", title, float(len(found)), limits.NONE, f"first {found[0]}" if found else "")
 
 
-def _residual_stream(subject: Subject) -> Result:
-    """Looked at where it is tapped, on both sides."""
-    tokens_BT = subject.tokens[: subject.weights.config.block_size][None]
-    seen: dict[str, set[str]] = {"JAX": set(), "PyTorch": set()}
+def _residual_stream(case: Case, candidate: Adapter, reference: Adapter) -> Result:
+    """Looked at where it is captured, in both."""
+    tokens_BT = case.tokens[: case.weights.config.block_size][None]
+    seen: list[set[str]] = [set(), set()]
     for dtype in ("float32", "bfloat16"):
-        with jax.enable_x64(False):
-            ours = JaxSide(subject.weights, dtype).dtypes(tokens_BT)
-        for side, dtypes in (("JAX", ours), ("PyTorch", TorchSide(subject.weights, dtype).dtypes(tokens_BT))):
-            seen[side] |= {found for name, found in dtypes.items() if name == "embeddings" or ".residual_" in name}
-    where = ", ".join(f"{side} {' and '.join(sorted(found))}" for side, found in seen.items())
-    others = set.union(*seen.values()) - {"float32"}
-    return Result(
-        "precision", "dtypes of the residual stream besides float32, in both dtypes", float(len(others)), 0.0, where
-    )
+        for dtypes, adapter in zip(seen, (candidate, reference), strict=True):
+            with jax.enable_x64(False):
+                found = adapter.make(case.weights, dtype).dtypes(tokens_BT)
+            dtypes |= {d for name, d in found.items() if name == "embeddings" or ".residual_" in name}
+    names = candidate.name, reference.name
+    where = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in zip(names, seen, strict=True))
+    others = set.union(*seen) - {"float32"}
+    title = "dtypes of the residual stream besides float32, in both dtypes"
+    return Result("precision", title, float(len(others)), limits.NONE, where)
 
 
-def _sequences(subject: Subject, number: int) -> list[Batch]:
+def sequences(case: Case, number: int) -> list[Batch]:
     """Sequences from all over the text."""
-    T = subject.weights.config.block_size
-    starts = np.linspace(0, len(subject.tokens) - T - 1, number).astype(int)
-    windows = [subject.tokens[start : start + T + 1][None] for start in starts]
+    T = case.weights.config.block_size
+    starts = np.linspace(0, len(case.tokens) - T - 1, number).astype(int)
+    windows = [case.tokens[start : start + T + 1][None] for start in starts]
     return [Batch(np.ascontiguousarray(w[:, :-1]), np.ascontiguousarray(w[:, 1:])) for w in windows]
 
 
-def _by_torch(weights: Sequence[Weights], batches: Sequence[Batch], dtype: str) -> list[Drawn]:
-    return [_drawn(side, batch) for side in (TorchSide(w, dtype) for w in weights) for batch in batches]
+def drawn(adapter: Adapter, weights: Sequence[Weights], batches: Sequence[Batch], dtype: str) -> list[Drawn]:
+    """What the implementation gives for each of the weights, all of one architecture, and each batch."""
+    with jax.enable_x64(dtype == "float64"):
+        found, of_weights = [], adapter
+        for w in weights:
+            of_weights = of_weights.make(w, dtype)  # made of the last, so that what is compiled is shared
+            for batch in batches:
+                loss, grads = of_weights.loss_and_grads(batch, 1)
+                found.append(Drawn({"logits": of_weights.logits(batch.inputs)} | grads, loss))
+        return found
 
 
-def _by_jax(weights: Sequence[Weights], batches: Sequence[Batch], dtype: str) -> list[Drawn]:
-    with jax.enable_x64(False):
-        sides = [JaxSide(w, dtype) for w in weights]
-        compiled = sides[0]
-        drawn = []
-        for side in sides:
-            compiled.params = side.params
-            drawn += [_drawn(compiled, batch) for batch in batches]
-        return drawn
-
-
-def _drawn(side: JaxSide | TorchSide, batch: Batch) -> Drawn:
-    loss, grads = side.loss_and_grads(batch, 1)
-    return Drawn({"logits": side.logits(batch.inputs)} | grads, loss)
-
-
-def _loss(
-    dtype: str, batches: Sequence[Batch], ours: Sequence[Drawn], theirs: Sequence[Drawn], truths: Sequence[Drawn]
+def compare_losses(
+    names: tuple[str, str],
+    dtype: str,
+    batches: Sequence[Batch],
+    ours: Sequence[Drawn],
+    theirs: Sequence[Drawn],
+    truths: Sequence[Drawn],
 ) -> Result:
-    """Each side's loss against the cross-entropy of its own logits, in float64."""
+    """Each one's loss against the cross-entropy of its own logits, in float64."""
     found, words = [], []
-    for name, side in (("JAX", ours), ("PyTorch", theirs)):
-        own = [_cross_entropy(d.arrays["logits"], b.targets) for d, b in zip(side, batches, strict=True)]
-        found.append(max(abs(d.loss - e) / e for d, e in zip(side, own, strict=True)))
-        away = _rms(np.array([d.loss / t.loss - 1 for d, t in _pairs(side, truths)]))
+    for name, of_adapter in zip(names, (ours, theirs), strict=True):
+        own = [_cross_entropy(d.arrays["logits"], b.targets) for d, b in zip(of_adapter, batches, strict=True)]
+        found.append(max(abs(d.loss - e) / e for d, e in zip(of_adapter, own, strict=True)))
+        away = rms(np.array([d.loss / t.loss - 1 for d, t in _pairs(of_adapter, truths)]))
         words.append(f"{name} {found[-1]:.0e}, and {away:.0e} from the truth")
-    case = f"{dtype} loss: relative distance from the cross-entropy of its own logits"
-    return Result("precision", case, max(found), LOSS_LIMIT, "; ".join(words))
+    title = f"{dtype} loss: relative distance from the cross-entropy of its own logits"
+    return Result("precision", title, max(found), limits.LOSS_OF_LOGITS, "; ".join(words))
 
 
 def _cross_entropy(logits_BTV: np.ndarray, targets_BT: np.ndarray) -> float:
@@ -314,8 +281,8 @@ def _kind(name: str) -> str:
     return "gradients of biases" if name.endswith(".bias") else "gradients of matrices"
 
 
-def _pairs(side: Sequence[Drawn], truths: Sequence[Drawn]) -> Iterator[tuple[Drawn, Drawn]]:
-    return zip(side, truths, strict=True)
+def _pairs(found: Sequence[Drawn], truths: Sequence[Drawn]) -> Iterator[tuple[Drawn, Drawn]]:
+    return zip(found, truths, strict=True)
 
 
 def _error(found: Drawn, truth: Drawn, name: str) -> float:
@@ -323,35 +290,26 @@ def _error(found: Drawn, truth: Drawn, name: str) -> float:
     return relative_error(found.arrays[name], truth.arrays[name]) + np.finfo(np.float64).eps
 
 
-def _rms(values: np.ndarray, axis: int | None = None) -> np.ndarray:
-    return np.sqrt(np.mean(np.square(values), axis=axis))
-
-
-def _place(names: Sequence[str], logs: np.ndarray) -> str:
+def _first(names: Sequence[str], logs: np.ndarray) -> str:
     """The first tensor on the way back that is beyond the limit by itself, or the one that is the furthest."""
     alone = {name: at_least(of_name) for name, of_name in zip(names, logs, strict=True)}
-    beyond = [name for name in reversed(names) if alone[name] > LIMIT]
+    beyond = [name for name in reversed(names) if alone[name] > limits.ERROR_RATIO]
     name = beyond[0] if beyond else max(alone, key=alone.get)
     how = "first beyond it" if beyond else "the most"
-    return f"{how} at {places.in_words(name)}, {_in_words(logs[names.index(name)])}"
+    return f"{how} at {in_words(name)}, {ratio_in_words(logs[names.index(name)])}"
 
 
-def _in_words(logs: np.ndarray) -> str:
-    ratio, spread = math.exp(np.mean(logs)), np.std(logs, ddof=1) / math.sqrt(len(logs))
-    return f"{ratio:.2f} +- {ratio * spread:.2f}"
-
-
-def _agreement(ours: Sequence[Drawn], theirs: Sequence[Drawn], truths: Sequence[Drawn]) -> str:
-    """Next tokens: how often each side's likeliest is the true one, and how far its distribution is from the truth."""
+def _agreement(names: tuple[str, str], ours: Sequence[Drawn], theirs: Sequence[Drawn], truths: Sequence[Drawn]) -> str:
+    """Next tokens: how often each one's likeliest is the true one, and how far its distribution is from the truth."""
     words = []
-    for name, side in (("JAX", ours), ("PyTorch", theirs)):
-        agree, divergence = [], []
-        for found, truth in _pairs(side, truths):
+    for name, of_adapter in zip(names, (ours, theirs), strict=True):
+        agree, divergences = [], []
+        for found, truth in _pairs(of_adapter, truths):
             a, t = found.arrays["logits"].astype(np.float64), truth.arrays["logits"]
             agree.append((a.argmax(-1) == t.argmax(-1)).mean())
             log_t, log_a = _log_softmax(t), _log_softmax(a)
-            divergence.append((np.exp(log_t) * (log_t - log_a)).sum(-1).mean())
-        words.append(f"{name} argmax {np.mean(agree):.2%}, KL {np.mean(divergence):.0e}")
+            divergences.append((np.exp(log_t) * (log_t - log_a)).sum(-1).mean())
+        words.append(f"{name} argmax {np.mean(agree):.2%}, KL {np.mean(divergences):.0e}")
     return "; ".join(words)
 
 

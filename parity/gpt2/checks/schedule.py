@@ -17,17 +17,14 @@ import optax
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-import gpt2_jax.train
-import gpt2_torch.train
 from gpt2_core.batches import Batch
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
-from parity.sides import JaxSide, TorchSide
-from parity.subjects import random_weights
-from parity.suite import Result, Subject
+from parity.engine.adapter import lacking
+from parity.engine.results import Result, Skipped
+from parity.gpt2 import limits
+from parity.gpt2.adapters.protocol import RATES, TRAINING, Adapter
+from parity.gpt2.cases import Case, random_weights
 
-# Of the peak: a float64 ratio of two weights is known to 2e-16, and the peak here is 0.5. PyTorch's cosine is computed
-# from step to step; measured 4e-15 after 1,000 of them.
-LIMIT = 1e-14
 _PEAK = 0.5
 _MODEL = ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=4, vocab_size=9, tie_embeddings=False)
 _UNUSED = 8
@@ -38,29 +35,34 @@ _APPLIED = ((3, 10, 0.1), (0, 6, 0.0), (5, 5, 0.1), (1, 8, 1.0))
 _SCHEDULES = (*_APPLIED, (0, 1, 0.1), (1, 1, 0.0), (7, 5, 0.3), (2, 3, 0.0), (100, 1000, 0.1))
 
 
-def check(subject: Subject) -> Iterator[Result]:
-    for name, learning_rate in (
-        ("JAX", gpt2_jax.train.learning_rate),
-        ("PyTorch", gpt2_torch.train.learning_rate),
-    ):
+def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
+    for adapter in (candidate, reference):
+        if skipped := lacking("schedule", "rates asked for", (adapter, RATES)):
+            yield skipped
+            continue
         found = []
         for warmup, steps, final in _SCHEDULES:
             optimizer = _optimizer(warmup, final)
-            rates = np.array([learning_rate(step, steps, optimizer) for step in range(steps)])
+            rates = np.array([adapter.learning_rate(step, steps, optimizer) for step in range(steps)])
             measured, where = _compare(rates, warmup, steps, final)
             found.append((measured, f"{_in_words(warmup, steps, final)}: {where}"))
         # The first that fails, a NaN too, or else the largest.
-        measured, where = next((f for f in found if not f[0] <= LIMIT), max(found))
-        yield Result("schedule", f"{name}'s trainer: {len(found)} schedules", measured, LIMIT, where)
+        measured, where = next((f for f in found if not f[0] <= limits.SCHEDULE), max(found))
+        title = f"{adapter.name}'s trainer: {len(found)} schedules"
+        yield Result("schedule", title, measured, limits.SCHEDULE, where)
     weights = random_weights(_MODEL)
-    sides = {"JAX": JaxSide(weights), "PyTorch": TorchSide(weights)}
-    for warmup, steps, final in subject.at(_APPLIED[:1], _APPLIED):
+    adapters = [candidate.make(weights), reference.make(weights)]
+    for warmup, steps, final in case.at(_APPLIED[:1], _APPLIED):
         optimizer = _optimizer(warmup, final)
         config = TrainConfig(model=_MODEL, optimizer=optimizer, steps=steps, batch_size=2, precision="float64", mesh=1)
-        for name, side in sides.items():
-            applied = _applied(side, config, weights.arrays["wte.weight"][_UNUSED])
+        for adapter in adapters:
+            title = f"{adapter.name}'s step: {_in_words(warmup, steps, final)}"
+            if skipped := lacking("schedule", title, (adapter, TRAINING)):
+                yield skipped
+                continue
+            applied = _applied(adapter, config, weights.arrays["wte.weight"][_UNUSED])
             measured, where = _compare(applied, warmup, steps, final)
-            yield Result("schedule", f"{name}'s step: {_in_words(warmup, steps, final)}", measured, LIMIT, where)
+            yield Result("schedule", title, measured, limits.SCHEDULE, where)
 
 
 def closed_form(step: int, warmup: int, steps: int, final: float) -> float:
@@ -117,7 +119,7 @@ def _compare(rates: np.ndarray, warmup: int, steps: int, final: float) -> tuple[
     """The largest difference from all three schedules, as a share of the peak, and the first step beyond the limit."""
     due = _due(warmup, steps, final)
     differences = np.abs(rates - due).T / _PEAK
-    wrong = np.argwhere(~(differences <= LIMIT))
+    wrong = np.argwhere(~(differences <= limits.SCHEDULE))
     step, which = wrong[0] if len(wrong) else np.unravel_index(np.argmax(differences), differences.shape)
     where = (
         f"{'first' if len(wrong) else 'largest'} at step {step}: {rates[step]:.6f} where {due[which, step]:.6f} is due"
@@ -136,8 +138,8 @@ def _optimizer(warmup: int, final: float) -> OptimizerConfig:
     )
 
 
-def _applied(side: JaxSide | TorchSide, config: TrainConfig, before: np.ndarray) -> np.ndarray:
-    rows = side.train(config, [_batch(step) for step in range(config.steps)]).watched
+def _applied(adapter: Adapter, config: TrainConfig, before: np.ndarray) -> np.ndarray:
+    rows = adapter.train(config, [_batch(step) for step in range(config.steps)]).watched
     values = [before.astype(np.float64), *(table[_UNUSED] for table in rows)]
     return np.array([np.mean(1.0 - after / value) for value, after in itertools.pairwise(values)])
 

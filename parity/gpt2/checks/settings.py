@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
-from parity.combinations import divergence, explained, uneven_batch
-from parity.sides import JaxSide, TorchSide
-from parity.subjects import random_weights
-from parity.suite import Result, Subject
+from parity.engine.adapter import lacking
+from parity.engine.results import Result, Skipped
+from parity.gpt2 import limits
+from parity.gpt2.adapters.protocol import DROPOUT, GIVEN_MASKS, TRAINING, Adapter
+from parity.gpt2.cases import Case, random_weights
+from parity.gpt2.checks.combinations import explained, first_difference, uneven_batch
 
-LIMIT = 1e-10  # as in `optimizer`
-LIMIT_P = 6.0  # -log10 p, as in `initialization`
 STEPS = 4
 
 # An odd number of heads, widths that are no powers of two, a vocabulary that is no multiple of 128; between them the
@@ -62,9 +62,14 @@ CASES = {
 }
 
 
-def check(subject: Subject) -> Iterator[Result]:
-    for name in CASES:
-        yield from _case(subject, name)
+def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
+    for name, (model, _) in CASES.items():
+        asked = [(candidate, TRAINING), (reference, TRAINING)]
+        asked += [(candidate, DROPOUT), (reference, GIVEN_MASKS)] if model.dropout > 0 else []
+        if skipped := lacking("settings", name, *asked):
+            yield skipped
+        else:
+            yield from _case(case, candidate, reference, name)
 
 
 def config_of(model: ModelConfig, optimizer: OptimizerConfig) -> TrainConfig:
@@ -77,23 +82,26 @@ def off_default(config: ModelConfig | OptimizerConfig) -> dict[str, float]:
     return {n: v for n, (v, default) in values.items() if v != default and type(v) in (int, float)}
 
 
-def _case(subject: Subject, name: str) -> Iterator[Result]:
+def _case(case: Case, candidate: Adapter, reference: Adapter, name: str) -> Iterator[Result]:
     model, optimizer = CASES[name]
     config = config_of(model, optimizer)
-    weights = random_weights(dataclasses.replace(model, dropout=0.0), seed=subject.seed, dtype=np.float64)
-    batches = [uneven_batch(subject, model, step) for step in range(STEPS)]
-    ours, theirs = JaxSide(weights), TorchSide(weights)
-    masks = ours.dropout_masks(config, batches) if model.dropout > 0 else None
-    measured, where = divergence(ours.train(config, batches), theirs.train(config, batches, masks), LIMIT)
-    if not measured <= LIMIT:
-        where += explained(subject, weights)
+    weights = random_weights(dataclasses.replace(model, dropout=0.0), seed=case.seed, dtype=np.float64)
+    batches = [uneven_batch(case, model, step) for step in range(STEPS)]
+    ours, theirs = candidate.make(weights), reference.make(weights)
+    masks = ours.dropout_masks(config, batches).steps if model.dropout > 0 else None
+    a = ours.train(config, batches)
+    b = theirs.train(config, batches) if masks is None else theirs.train_with_masks(config, batches, masks)
+    measured, where = first_difference(a, b, limits.STEP)
+    if not measured <= limits.STEP:
+        where += explained(case, ours, theirs)
     said = ", ".join(f"{n} {v}" for part in (model, optimizer) for n, v in off_default(part).items())
-    yield Result("settings", f"{name}: {STEPS} steps with {said}", measured, LIMIT, where)
+    yield Result("settings", f"{name}: {STEPS} steps with {said}", measured, limits.STEP, where)
     if masks is not None:
-        # Both sides have JAX's masks: whether they drop what they should is counted.
+        # Both have the candidate's masks: whether they drop what they should is counted.
         drawn = [mask for step in masks for part in step for site in part for mask in site]
         due, total, kept = 1 - model.dropout, sum(m.size for m in drawn), sum(int(m.sum()) for m in drawn)
         z = (kept - total * due) / math.sqrt(total * due * (1 - due))
         p = max(math.erfc(abs(z) / math.sqrt(2)), 1e-300)
         where = f"{kept / total:.5f} where {due} is due"
-        yield Result("settings", f"{name}: share kept at dropout {model.dropout}", -math.log10(p), LIMIT_P, where)
+        title = f"{name}: share kept at dropout {model.dropout}"
+        yield Result("settings", title, -math.log10(p), limits.SURPRISE, where)

@@ -6,28 +6,31 @@ that can be called by themselves are held against PyTorch's own function of the 
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
-from unittest import mock
 
-import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import gpt2_jax.attention
-import gpt2_jax.generate
-import gpt2_jax.loss
-import gpt2_torch.generate
 from gpt2_core.batches import IGNORED, Batch
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.weights import Weights
-from gpt2_jax.capture import tapping
-from gpt2_jax.model import padded_vocab_size
-from parity.combinations import divergence, explained, uneven_batch
-from parity.sides import JaxSide, TorchSide
-from parity.subjects import random_weights
-from parity.suite import Result, Subject, relative_norm
+from parity.engine.adapter import Capability, lacking
+from parity.engine.results import Result, Skipped, relative_norm
+from parity.gpt2 import limits
+from parity.gpt2.adapters.protocol import (
+    ATTENTION,
+    FEW_SLOTS,
+    GENERATION,
+    LOSS,
+    STOPPING,
+    TRAINING,
+    Adapter,
+)
+from parity.gpt2.cases import Case, random_weights
+from parity.gpt2.checks.combinations import explained, first_difference, uneven_batch
 
 # Every size at which code of gpt2_jax decides something, and the part of this check that lies on both sides of it.
 CONSTANTS = {
@@ -40,24 +43,32 @@ CONSTANTS = {
     "norm_kernels.BACKWARD_PROGRAMS": "none here: the kernel is for GPUs; tests/gpt2_jax/test_norm_kernels.py has it",
 }
 
-LIMIT = 1e-12  # of one function and its gradient: sums over some tens of terms
-LIMIT_TRAINED = 1e-10  # as in `optimizer`
-LIMIT_TOKENS = 0.0
-
 Compared = dict[str, tuple[np.ndarray, np.ndarray]]
-"""JAX's and PyTorch's value of each result, by name, the first computed first."""
+"""The candidate's and PyTorch's value of each result, by name, the first computed first."""
 
 
-def check(subject: Subject) -> Iterator[Result]:
-    for part in (_attention, _loss, _sampling, _generation, _training):
-        yield from part(subject)
+def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
+    adapters = candidate, reference
+    asked: dict[str, list[tuple[Adapter, Capability]]] = {
+        "attention": [(candidate, ATTENTION)],
+        "loss": [(candidate, LOSS)],
+        "sampling": [(adapter, GENERATION) for adapter in adapters],
+        "generation": [(adapter, GENERATION) for adapter in adapters],
+        "training": [(adapter, TRAINING) for adapter in adapters],
+    }
+    parts = (_attention, _loss, _sampling, _generation, _training)
+    for (name, needed), part in zip(asked.items(), parts, strict=True):
+        if skipped := lacking("sizes", name, *needed):
+            yield skipped
+        else:
+            yield from part(case, candidate, reference)
 
 
 # --- attention: blocks of queries, head sizes, lengths
 
 
-def _attention(subject: Subject) -> Iterator[Result]:
-    short, blocks = gpt2_jax.attention.SHORTEST_IN_BLOCKS, gpt2_jax.attention.BLOCKS
+def _attention(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result]:
+    short, blocks = candidate.attention_blocks()
     lengths = {
         "one query": 1,
         "one short of blocks": short - 1,
@@ -65,45 +76,22 @@ def _attention(subject: Subject) -> Iterator[Result]:
         "blocks, with a remainder": short + blocks // 2,
         f"{blocks} longer blocks": short + 3 * blocks,
     }
-    for what in subject.at([f"{blocks} blocks", "blocks, with a remainder"], lengths):
-        for kernel, rate in subject.at([("recompute", 0.3)], [("xla", 0.0), ("recompute", 0.3)]):
+    for what in case.at([f"{blocks} blocks", "blocks, with a remainder"], lengths):
+        for kernel, rate in case.at([("recompute", 0.3)], [("xla", 0.0), ("recompute", 0.3)]):
             T = lengths[what]
             K = 5 if T % 2 else 6
-            case = f"attention {kernel}, dropout {rate}: {what} ({T}), heads of {K}"
-            yield _compared(case, _attended(kernel, rate, (2, 3, T, K)))
+            title = f"attention {kernel}, dropout {rate}: {what} ({T}), heads of {K}"
+            yield _compared(title, _attended(candidate, kernel, rate, (2, 3, T, K)))
 
 
-def _attended(kernel: str, rate: float, shape: tuple[int, ...]) -> Compared:
+def _attended(candidate: Adapter, kernel: str, rate: float, shape: tuple[int, ...]) -> Compared:
     generator = np.random.default_rng(0)
     q, k, v, dout = (generator.standard_normal(shape) for _ in range(4))
-    keys_B = jax.random.split(jax.random.key(0), shape[0]) if rate > 0 else None
-
-    @jax.jit
-    def run(q, k, v):
-        masks: list[jax.Array] = []
-
-        def keep(name, value):
-            masks.append(value)
-            return value
-
-        def attend(q, k, v):
-            return gpt2_jax.attention.causal_attention(q, k, v, kernel=kernel, rate=rate, key=keys_B)
-
-        with tapping(keep):
-            attend(q, k, v)
-        out, pull = jax.vjp(attend, q, k, v)
-        return (out, *pull(dout)), masks
-
-    ours, masks = run(q, k, v)
-    # Each block of queries has a mask over the keys up to its end.
-    kept, row = np.ones((*shape[:2], shape[2], shape[2])), 0
-    for mask in masks:
-        kept[:, :, row : row + mask.shape[2], : mask.shape[3]] = mask
-        row += mask.shape[2]
+    ours, kept = candidate.attended(q, k, v, dout, kernel=kernel, rate=rate)
     tensors = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
     scores = tensors[0] @ tensors[1].mT / shape[-1] ** 0.5
     weights = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf).softmax(dim=-1)
-    out = (weights * torch.from_numpy(kept) / (1 - rate)) @ tensors[2]
+    out = (weights * torch.from_numpy(kept.astype(np.float64)) / (1 - rate)) @ tensors[2]
     grads = torch.autograd.grad(out, tensors, torch.from_numpy(dout))
     return _paired(("output", "gradient of q", "gradient of k", "gradient of v"), ours, (out, *grads))
 
@@ -111,7 +99,7 @@ def _attended(kernel: str, rate: float, shape: tuple[int, ...]) -> Compared:
 # --- the loss: chunks of tokens, rows that pad the vocabulary
 
 
-def _loss(subject: Subject) -> Iterator[Result]:
+def _loss(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result]:
     # Sequences, tokens of each, vocabulary, tokens of a chunk.
     cases = {
         "chunks with a remainder": (2, 13, 257, 5),
@@ -120,27 +108,23 @@ def _loss(subject: Subject) -> Iterator[Result]:
         "a token a chunk": (1, 7, 129, 1),
         "one token": (1, 1, 128, 1),
     }
-    for what in subject.at(list(cases)[:1], cases):
+    for what in case.at(list(cases)[:1], cases):
         B, T, V, C = cases[what]
-        rows = padded_vocab_size(V)
-        with mock.patch.object(gpt2_jax.loss, "CHUNK_BYTES", C * B * rows * np.dtype(np.float64).itemsize):
-            found = _cross_entropy(B, T, V, rows)
+        rows = candidate.vocabulary_rows(V)
+        with candidate.loss_chunks(C * B * rows * np.dtype(np.float64).itemsize):
+            found = _cross_entropy(candidate, B, T, V, rows)
         yield _compared(f"loss in {what}: {B} x {T} tokens, {C} a chunk, vocabulary {V} in {rows} rows", found)
 
 
-def _cross_entropy(B: int, T: int, V: int, rows: int) -> Compared:
+def _cross_entropy(candidate: Adapter, B: int, T: int, V: int, rows: int) -> Compared:
     generator = np.random.default_rng(0)
     D = 6
     x_BTD, head_VD = generator.standard_normal((B, T, D)), generator.standard_normal((rows, D))
     targets_BT = generator.integers(0, V, (B, T))
     targets_BT[:, 1 :: B + 1] = IGNORED
 
-    def loss(x_BTD, head_VD):
-        # As in training, the loss is divided by something after it is summed.
-        return gpt2_jax.loss.summed_cross_entropy(x_BTD, head_VD, targets_BT, V) / 7
-
-    evaluated = jax.jit(loss)(x_BTD, head_VD)
-    trained, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x_BTD, head_VD)
+    # As in training, the loss is divided by something after it is summed.
+    evaluated, trained, *grads = candidate.cross_entropy(x_BTD, head_VD, targets_BT, V, divisor=7)
     x, head = (torch.from_numpy(a).requires_grad_() for a in (x_BTD, head_VD))
     logits = F.linear(x, head[:V]).flatten(0, 1)
     expected = (
@@ -154,7 +138,7 @@ def _cross_entropy(B: int, T: int, V: int, rows: int) -> Compared:
 # --- the sampler: ties, edges of the filters, the ends of the uniform numbers
 
 
-def _sampling(subject: Subject) -> Iterator[Result]:
+def _sampling(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result]:
     """Logits that are equal are taken by token id, wherever a filter cuts through them."""
     settings = {
         "greedy": Sampling(greedy=True),
@@ -177,63 +161,79 @@ def _sampling(subject: Subject) -> Iterator[Result]:
     ):
         rows += [(np.array(logits), u) for u in (0.0, 0.1, 0.3, 0.55, 0.8, below_one)]
     logits_BV, uniforms_B = (np.stack(column) for column in zip(*rows, strict=True))
-    for name in subject.at(list(settings)[:3], settings):
-        ours = np.asarray(jax.jit(gpt2_jax.generate.sample, static_argnums=2)(logits_BV, uniforms_B, settings[name]))
-        theirs = gpt2_torch.generate.sample(torch.from_numpy(logits_BV), torch.from_numpy(uniforms_B), settings[name])
-        differing = np.flatnonzero(ours != theirs.numpy())
+    for name in case.at(list(settings)[:3], settings):
+        ours, theirs = (a.sample(logits_BV, uniforms_B, settings[name]) for a in (candidate, reference))
+        differing = np.flatnonzero(ours != theirs)
         where = ""
         if len(differing):
             n = differing[0]
             where = f"first for logits {logits_BV[n].tolist()}, uniform {uniforms_B[n]}: {ours[n]} and {theirs[n]}"
-        case = f"sampling among equal logits, {name}: {len(rows)} rows"
-        yield Result("sizes", case, float(len(differing)), LIMIT_TOKENS, where)
+        title = f"sampling among equal logits, {name}: {len(rows)} rows"
+        yield Result("sizes", title, float(len(differing)), limits.TOKENS, where)
 
 
 # --- generation: slots of the cache, sizes of a chunk, the end of the block
 
 
-def _generation(subject: Subject) -> Iterator[Result]:
+def _generation(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result]:
     few = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=12, vocab_size=7)
     sampled = Sampling(temperature=1.3, top_p=0.95)
-    with mock.patch.object(gpt2_jax.generate, "MIN_SLOTS", 4):
-        yield _generated("a cache that grows from 4 slots to a block of 12, and slides", few, (3, 1), 20, sampled)
-    if subject.level == "quick":
+    run = functools.partial(_generated, candidate, reference)
+    if skipped := lacking("sizes", "a cache that grows", (candidate, FEW_SLOTS)):
+        yield skipped
+    else:
+        with candidate.few_slots(4):
+            yield run("a cache that grows from 4 slots to a block of 12, and slides", few, (3, 1), 20, sampled)
+    if case.level == "quick":
         return
-    slots = gpt2_jax.generate.MIN_SLOTS
-    long = dataclasses.replace(few, block_size=2 * slots + 44, vocab_size=130)
-    case = f"a cache that grows from {slots} slots to a block of {long.block_size}, and slides"
-    yield _generated(case, long, (slots - 8, 5), slots + 72, sampled)
-    yield _generated("prompts longer than a block of 12", few, (1, 12, 13, 40), 30, sampled)
-    for lengths in subject.at(None, ((3, 1),), ((3, 1), (2,))):
-        yield _until_end_of_text(few, lengths, 30)
+    if FEW_SLOTS.of(candidate):
+        slots = candidate.min_slots()
+        long = dataclasses.replace(few, block_size=2 * slots + 44, vocab_size=130)
+        title = f"a cache that grows from {slots} slots to a block of {long.block_size}, and slides"
+        yield run(title, long, (slots - 8, 5), slots + 72, sampled)
+    yield run("prompts longer than a block of 12", few, (1, 12, 13, 40), 30, sampled)
+    for lengths in case.at(None, ((3, 1),), ((3, 1), (2,))):
+        if skipped := lacking("sizes", "generation until the end of text", (candidate, STOPPING)):
+            yield skipped
+        else:
+            yield _until_end_of_text(candidate, reference, few, lengths, 30)
     one = dataclasses.replace(few, block_size=1)
-    yield _generated("a block of one token", one, (1, 3), 6, sampled)
+    yield run("a block of one token", one, (1, 3), 6, sampled)
     # Rows that pad the vocabulary are zero: where all logits are negative they would be the largest.
     padded = dataclasses.replace(few, vocab_size=130)
-    yield _generated("negative logits, a vocabulary of 130 in 256 rows", padded, (3, 1), 4, Sampling(greedy=True), -9.0)
+    yield run("negative logits, a vocabulary of 130 in 256 rows", padded, (3, 1), 4, Sampling(greedy=True), -9.0)
 
 
 def _generated(
-    case: str, model: ModelConfig, lengths: tuple[int, ...], count: int, sampling: Sampling, shift: float = 0.0
+    candidate: Adapter,
+    reference: Adapter,
+    title: str,
+    model: ModelConfig,
+    lengths: tuple[int, ...],
+    count: int,
+    sampling: Sampling,
+    shift: float = 0.0,
 ) -> Result:
     weights = _with_logits_shifted(random_weights(model, dtype=np.float64), shift)
     prompts, numbers = _prompts(model, lengths), np.stack([uniforms(0, row, count) for row in range(len(lengths))])
-    a, b = (side(weights).generate(prompts, numbers, sampling) for side in (JaxSide, TorchSide))
+    a, b = (x.make(weights).generate(prompts, numbers, sampling) for x in (candidate, reference))
     differing = np.argwhere(a != b) if a.shape == b.shape else np.zeros((a.size, 2), int)
     where = ""
     if len(differing):
         row, token = differing[np.argmin(differing[:, 1])]
         where = f"first at prompt {row}, token {token}, the context then {lengths[row] + token} long"
-    case = f"{case}: {len(prompts)} prompts x {count} tokens"
-    return Result("sizes", case, float(len(differing)), LIMIT_TOKENS, where)
+    title = f"{title}: {len(prompts)} prompts x {count} tokens"
+    return Result("sizes", title, float(len(differing)), limits.TOKENS, where)
 
 
-def _until_end_of_text(model: ModelConfig, lengths: tuple[int, ...], count: int) -> Result:
-    """JAX stops when every prompt has had its end of text, wherever in a chunk, and not before."""
+def _until_end_of_text(
+    candidate: Adapter, reference: Adapter, model: ModelConfig, lengths: tuple[int, ...], count: int
+) -> Result:
+    """The candidate stops when every prompt has had its end of text, wherever in a chunk, and not before."""
     weights = random_weights(model, dtype=np.float64)
     prompts, numbers = _prompts(model, lengths), np.stack([uniforms(1, row, count) for row in range(len(lengths))])
     sampling = Sampling(temperature=1.5)
-    expected = TorchSide(weights).generate(prompts, numbers, sampling)
+    expected = reference.make(weights).generate(prompts, numbers, sampling)
     # The token whose last first appearance is latest, but before the end, and not in every prompt's text at once.
     firsts = {token: [int((row == token).argmax()) for row in expected] for token in set(expected[0].tolist())}
     firsts = {
@@ -243,9 +243,7 @@ def _until_end_of_text(model: ModelConfig, lengths: tuple[int, ...], count: int)
         and (len(found) == 1 or not (expected[:, max(found)] == token).all())
     }
     end = max(firsts, key=lambda token: max(firsts[token]))
-    side = JaxSide(weights)
-    generator = gpt2_jax.generate.Generator(side.definition)
-    found = np.array(list(generator(side.params, prompts, numbers, sampling, end_of_text=end))).T
+    found = candidate.make(weights).generate_until(prompts, numbers, sampling, end)
     due = 1 + max(firsts[end])
     differing = [
         (row, n)
@@ -255,8 +253,8 @@ def _until_end_of_text(model: ModelConfig, lengths: tuple[int, ...], count: int)
     ]
     wrong = len(differing) + abs(found.shape[1] - due)
     where = f"stops after {found.shape[1]} tokens where {due} are due" + (f"; {differing[0]}" if differing else "")
-    case = f"generation until the end of text: {len(prompts)} prompts, at tokens {sorted(map(int, firsts[end]))}"
-    return Result("sizes", case, float(wrong), LIMIT_TOKENS, where if wrong else "")
+    title = f"generation until the end of text: {len(prompts)} prompts, at tokens {sorted(map(int, firsts[end]))}"
+    return Result("sizes", title, float(wrong), limits.TOKENS, where if wrong else "")
 
 
 def _prompts(model: ModelConfig, lengths: tuple[int, ...]) -> list[list[int]]:
@@ -276,7 +274,7 @@ def _with_logits_shifted(weights: Weights, shift: float) -> Weights:
 # --- training: many layers, and the smallest of everything
 
 
-def _training(subject: Subject) -> Iterator[Result]:
+def _training(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result]:
     # Sorted as text, h.10 comes before h.2.
     deep = ModelConfig(n_layer=11, n_head=2, n_embd=8, block_size=6, vocab_size=128, bias=False, mlp_width=8)
     odd = ModelConfig(n_layer=1, n_head=3, n_embd=15, block_size=9, vocab_size=129)
@@ -288,7 +286,7 @@ def _training(subject: Subject) -> Iterator[Result]:
         "one token, one sequence, a vocabulary of 2": (small, unrolled, 1),
         "11 layers": (deep, unrolled, 8),
     }
-    for name in subject.at(list(cases)[:1], list(cases)[:3], cases):
+    for name in case.at(list(cases)[:1], list(cases)[:3], cases):
         model, settings, batch_size = cases[name]
         config = TrainConfig(
             model=model,
@@ -299,26 +297,25 @@ def _training(subject: Subject) -> Iterator[Result]:
             precision="float64",
             **settings,
         )
-        weights = random_weights(model, seed=subject.seed, dtype=np.float64)
-        batches = [
-            Batch(*(x[-batch_size:] for x in uneven_batch(subject, model, step))) for step in range(config.steps)
-        ]
-        a, b = (side(weights).train(config, batches) for side in (JaxSide, TorchSide))
-        measured, where = divergence(a, b, LIMIT_TRAINED)
-        if not measured <= LIMIT_TRAINED:
-            where += explained(subject, weights)
-        yield Result("sizes", f"{name}: {config.steps} training steps", measured, LIMIT_TRAINED, where)
+        weights = random_weights(model, seed=case.seed, dtype=np.float64)
+        batches = [Batch(*(x[-batch_size:] for x in uneven_batch(case, model, step))) for step in range(config.steps)]
+        ours, theirs = candidate.make(weights), reference.make(weights)
+        a, b = ours.train(config, batches), theirs.train(config, batches)
+        measured, where = first_difference(a, b, limits.STEP)
+        if not measured <= limits.STEP:
+            where += explained(case, ours, theirs)
+        yield Result("sizes", f"{name}: {config.steps} training steps", measured, limits.STEP, where)
 
 
 # --- comparing
 
 
-def _paired(names: Sequence[str], ours: Sequence[jax.Array], theirs: Sequence[torch.Tensor]) -> Compared:
-    return {n: (np.asarray(a), b.detach().numpy()) for n, a, b in zip(names, ours, theirs, strict=True)}
+def _paired(names: Sequence[str], ours: Sequence[np.ndarray], theirs: Sequence[torch.Tensor]) -> Compared:
+    return {n: (a, b.detach().numpy()) for n, a, b in zip(names, ours, theirs, strict=True)}
 
 
-def _compared(case: str, found: Compared) -> Result:
+def _compared(title: str, found: Compared) -> Result:
     differences = {name: relative_norm(a, b) if a.shape == b.shape else np.nan for name, (a, b) in found.items()}
-    first = next((name for name, difference in differences.items() if not difference <= LIMIT), None)
+    first = next((name for name, difference in differences.items() if not difference <= limits.FUNCTION), None)
     where = "" if first is None else f"{first}: relative difference {differences[first]:.1e}"
-    return Result("sizes", case, float(np.max(list(differences.values()))), LIMIT, where)
+    return Result("sizes", title, float(np.max(list(differences.values()))), limits.FUNCTION, where)

@@ -12,61 +12,35 @@ import gc
 import io
 import itertools
 import math
-import os
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import jax
 import numpy as np
-import torch
-from safetensors.torch import load_file
 
 import gpt2_core.runlog
-import gpt2_jax.train
 import gpt2_torch.train
-from gpt2_core.config import NEWEST, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_yaml
+from gpt2_core.config import NEWEST, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.run_folder import RunFolder, read_metadata, read_metrics
 from gpt2_core.weights import Weights
-from gpt2_jax import checkpoints as jax_checkpoints
-from gpt2_jax.optimizer import make_optimizer as make_jax_optimizer
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train_step import abstract_state
-from gpt2_jax.weights import canonical_arrays as jax_arrays
 from gpt2_torch.model import GPT2
-from gpt2_torch.optimizer import make_optimizer as make_torch_optimizer
 from gpt2_torch.weights import build
-from parity import loss_curve, optimizer, plain_loop, sides
+from parity.engine.adapter import lacking
+from parity.engine.results import Result, Skipped, relative_norm
 from parity.formats import read_initial_weights, write_weights
-from parity.plain_loop import Outcome, State, Text
-from parity.subjects import random_weights
-from parity.suite import Level, Result, Skipped, Subject, relative_norm
-
-FIGURES, STATE = loss_curve.LIMIT, optimizer.LIMIT
-# Of a loss, by a program that computes other batches at once: a sum in float32 is rounded at 1e-7. In bfloat16 a loss
-# of this model is off by some 1e-4.
-BFLOAT16 = 2e-6
+from parity.gpt2 import limits, plain_loop
+from parity.gpt2.adapters.protocol import GRADIENTS, MESH, PROCESSES, TRAINER, Adapter, Arrays, Trainer, TrainerState
+from parity.gpt2.cases import Case, Level, random_weights
+from parity.gpt2.plain_loop import Outcome, Text
 
 _MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257)
 # Past a checkpoint, and no step that is evaluated: a resumed run takes back what was logged since.
 _INTERRUPTED_AT = 6
 # In the order of dependence: the rate follows from the step alone, the loss from all rates before.
 _WORDS = {"lr": "learning rate", "loss": "loss", "grad_norm": "gradient norm"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Trainer:
-    """One of the two, by its command's `train`, and how its checkpoints are read."""
-
-    name: str
-    train: Callable[..., RunFolder]
-    state: Callable[[Path, TrainConfig], State]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,30 +57,39 @@ class Setting:
         return plain_loop.run(config, self.weights, self.text)
 
 
-def check(subject: Subject) -> Iterator[Result | Skipped]:
+def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
     with tempfile.TemporaryDirectory() as folder:
-        setting = _setting(subject, Path(folder))
+        setting = _setting(case, Path(folder), reference.device)
         seen, wrong = plain_loop.wrong_batches(setting.text, setting.config)
         where = "; ".join(wrong) or "every window once an epoch, targets the inputs that follow"
-        yield Result("trainer", f"batches: {seen} sequences", float(len(wrong)), 0.0, where)
-        due = setting.due(setting.config)
-        # PyTorch first, which has nothing to compile: what is wrong there, or in both, shows after a second.
-        for trainer in (PYTORCH, JAX):
+        yield Result("trainer", f"batches: {seen} sequences", float(len(wrong)), limits.NONE, where)
+        due, trained = setting.due(setting.config), []
+        # The reference first, which has nothing to compile: what is wrong there, or in both, shows after a second.
+        for adapter in (reference, candidate):
+            if skipped := lacking("trainer", "runs from end to end", (adapter, TRAINER)):
+                yield skipped
+                continue
+            trained.append(adapter)
+            trainer = adapter.trainer()
             run = (trainer, setting.config)
             yield from _interrupted(f"{trainer.name}, interrupted and resumed", setting, due, run, run)
-            if trainer is PYTORCH or subject.level == "full":
+            if adapter is reference or case.level == "full":
                 yield from _dropout(trainer, setting)
-            if subject.level == "full" or (trainer is PYTORCH and subject.level == "default"):
+            if case.level == "full" or (adapter is reference and case.level == "default"):
                 yield from _continued_elsewhere(trainer, setting, due)
-        if subject.level != "quick":
-            yield from _in_bfloat16(setting)
-            yield from _without_validation(setting)
-            yield from _on_other_devices(setting, subject.level)
+        if case.level != "quick":
+            for adapter in trained:
+                if skipped := lacking("trainer", "the first losses in bfloat16", (adapter, GRADIENTS)):
+                    yield skipped
+                else:
+                    yield from _in_bfloat16(adapter, setting)
+            yield from _without_validation([adapter.trainer() for adapter in reversed(trained)], setting)
+            yield from _on_other_devices(candidate, reference, setting, case.level)
 
 
-def _setting(subject: Subject, folder: Path) -> Setting:
+def _setting(case: Case, folder: Path, device: str) -> Setting:
     block_size = _MODEL.block_size
-    ids = subject.tokens % _MODEL.vocab_size
+    ids = case.tokens % _MODEL.vocab_size
     first, second, third = np.split(ids, np.cumsum([11 * block_size + 6, 7 * block_size + 1]))
     # Validation text of another alphabet: training makes its loss worse, so the best checkpoint isn't the newest.
     val = (third[: 11 * block_size + 1] + _MODEL.vocab_size // 2) % _MODEL.vocab_size
@@ -115,7 +98,7 @@ def _setting(subject: Subject, folder: Path) -> Setting:
     tokens.mkdir()
     for name, shard in (("train-0", first), ("train-1", second), ("val", val)):
         shard.astype("<u2").tofile(tokens / f"{name}.bin")
-    weights = random_weights(_MODEL, subject.seed)
+    weights = random_weights(_MODEL, case.seed)
     write_weights(weights, folder / "weights.safetensors", "safetensors")
     config = TrainConfig(
         model=_MODEL,
@@ -135,9 +118,9 @@ def _setting(subject: Subject, folder: Path) -> Setting:
         batch_size=4,
         accumulation=2,
         precision="float64",
-        seed=subject.seed + 7,  # none of the numbers that a mistake would put in its place: 0, 1, 1337
+        seed=case.seed + 7,  # none of the numbers that a mistake would put in its place: 0, 1, 1337
         mesh=1,
-        device=sides.DEVICE.type,
+        device=device,
         compile=False,
         init_from=str(folder / "weights.safetensors"),
         log_interval=2,
@@ -152,31 +135,33 @@ def _setting(subject: Subject, folder: Path) -> Setting:
 
 
 def _interrupted(
-    case: str, setting: Setting, due: Outcome, begun: tuple[Trainer, TrainConfig], ended: tuple[Trainer, TrainConfig]
+    title: str, setting: Setting, due: Outcome, begun: tuple[Trainer, TrainConfig], ended: tuple[Trainer, TrainConfig]
 ) -> Iterator[Result]:
     """Trained until Ctrl-C between two checkpoints, and from the newest of them to the end."""
     trainer, config = begun
-    config = _named(setting, config, case)
+    config = _named(setting, config, title)
     stopped = _run(trainer, config, interrupt_at=_INTERRUPTED_AT)
-    yield Result("trainer", f"{case}: Ctrl-C ends the run", float(not stopped), 0.0, f"at step {_INTERRUPTED_AT}")
+    yield Result(
+        "trainer", f"{title}: Ctrl-C ends the run", float(not stopped), limits.NONE, f"at step {_INTERRUPTED_AT}"
+    )
     trainer, resumed = ended
     resumed = dataclasses.replace(resumed, run_dir=config.run_dir, resume=NEWEST)
     _run(trainer, resumed)
-    yield from _compare(case, trainer, resumed, due)
+    yield from _compare(title, trainer, resumed, due)
 
 
 def _uninterrupted(
-    case: str, setting: Setting, due: Outcome, trainer: Trainer, config: TrainConfig
+    title: str, setting: Setting, due: Outcome, trainer: Trainer, config: TrainConfig
 ) -> Iterator[Result]:
-    config = _named(setting, config, case)
+    config = _named(setting, config, title)
     _run(trainer, config)
-    yield from _compare(case, trainer, config, due)
+    yield from _compare(title, trainer, config, due)
 
 
 def _continued_elsewhere(trainer: Trainer, setting: Setting, due: Outcome) -> Iterator[Result]:
     """From a checkpoint of a run that was interrupted, named by its path, to the end in a folder of its own."""
-    case = f"{trainer.name}, continued in another folder"
-    begun = _named(setting, setting.config, f"{case}: begun")
+    title = f"{trainer.name}, continued in another folder"
+    begun = _named(setting, setting.config, f"{title}: begun")
     _run(trainer, begun, interrupt_at=_INTERRUPTED_AT)
     folder = RunFolder(Path(begun.run_dir))
     start = folder.steps()[-1]
@@ -185,66 +170,71 @@ def _continued_elsewhere(trainer: Trainer, setting: Setting, due: Outcome) -> It
     kept, best = plain_loop.kept_and_best(rows, [updates for updates in due.states if updates > start], setting.config)
     due = dataclasses.replace(due, rows=rows, samples=samples, kept=kept, best=best)
     resumed = dataclasses.replace(setting.config, resume=str(folder.checkpoints / str(start)))
-    yield from _uninterrupted(case, setting, due, trainer, resumed)
+    yield from _uninterrupted(title, setting, due, trainer, resumed)
 
 
-def _in_bfloat16(setting: Setting) -> Iterator[Result]:
-    """What a run of bfloat16 logs before its first update, against the losses of the same side in bfloat16: training
+def _in_bfloat16(adapter: Adapter, setting: Setting) -> Iterator[Result]:
+    """What a run of bfloat16 logs before its first update, against the losses of the same adapter in bfloat16: training
     and evaluation both compute in the precision that was asked for, and not in float32."""
     config = dataclasses.replace(setting.config, precision="bfloat16", steps=1, accumulation=1, sample_interval=0)
     batch = plain_loop.training_batches(setting.text, config, config.seed)[0]
     validation = plain_loop.validation_batch(config, setting.text)
     with jax.enable_x64(False):
-        for trainer, side in ((PYTORCH, sides.TorchSide), (JAX, sides.JaxSide)):
-            named = _named(setting, config, f"{trainer.name}, in bfloat16")
-            _run(trainer, named)
-            rows = read_metrics(Path(named.run_dir) / "metrics.jsonl")
-            for what, split, of in (("training", "train", batch), ("evaluation", "val", validation)):
-                logged = next(row["loss"] for row in rows if row["split"] == split)
-                due, other = (
-                    side(setting.weights, dtype).loss_and_grads(of, 1)[0] for dtype in ("bfloat16", "float32")
-                )
-                case = f"{trainer.name}, in bfloat16: the first loss of {what}"
-                where = f"{logged:.8f} where {due:.8f} is due; in float32 it would be {other:.8f}"
-                yield Result("trainer", case, abs(logged - due) / due, BFLOAT16, where)
+        named = _named(setting, config, f"{adapter.name}, in bfloat16")
+        _run(adapter.trainer(), named)
+        rows = read_metrics(Path(named.run_dir) / "metrics.jsonl")
+        for what, split, of in (("training", "train", batch), ("evaluation", "val", validation)):
+            logged = next(row["loss"] for row in rows if row["split"] == split)
+            due, other = (
+                adapter.make(setting.weights, dtype).loss_and_grads(of, 1)[0] for dtype in ("bfloat16", "float32")
+            )
+            title = f"{adapter.name}, in bfloat16: the first loss of {what}"
+            where = f"{logged:.8f} where {due:.8f} is due; in float32 it would be {other:.8f}"
+            yield Result("trainer", title, abs(logged - due) / due, limits.BFLOAT16_LOSS, where)
 
 
-def _without_validation(setting: Setting) -> Iterator[Result]:
+def _without_validation(trainers: list[Trainer], setting: Setting) -> Iterator[Result]:
     """The training losses choose the best checkpoint; so many epochs are rounded up to a whole step."""
     data = dataclasses.replace(setting.config.data, validation_fraction=0.0)
     config = dataclasses.replace(setting.config, data=data, epochs=1.2, checkpoint_interval=2, log_interval=1)
     due = setting.due(config)
-    for trainer in (JAX, PYTORCH):
+    for trainer in trainers:
         yield from _uninterrupted(f"{trainer.name}, without validation", setting, due, trainer, config)
 
 
-def _on_other_devices(setting: Setting, level: Level) -> Iterator[Result | Skipped]:
+def _on_other_devices(
+    candidate: Adapter, reference: Adapter, setting: Setting, level: Level
+) -> Iterator[Result | Skipped]:
     """Runs of so many epochs that end at a target loss, begun on some devices and resumed on others."""
     config = dataclasses.replace(setting.config, epochs=4, accumulation=1, device_batch_size=2, log_interval=1)
     losses = [row["loss"] for row in setting.due(config).rows if row["split"] == "train"]
     # Reached between the tenth and the last step.
     target = sum(np.mean(losses[end - 10 : end]) for end in (12, 13)) / 2
     config = dataclasses.replace(config, target_loss=float(target))
-    due = setting.due(config)
-    if len(jax.devices()) < 2:
-        yield Skipped("trainer", "JAX on data=2: needs 2 devices and there is 1")
+    due, name = setting.due(config), candidate.name
+    if skipped := lacking("trainer", f"{name} on data=2", (candidate, TRAINER), (candidate, MESH)):
+        yield skipped
+    elif candidate.devices() < 2:
+        yield Skipped("trainer", f"{name} on data=2: needs 2 devices and there is 1")
     else:
-        on_two = (JAX, dataclasses.replace(config, mesh="data=2"))
-        yield from _interrupted("JAX on data=2, resumed on one device", setting, due, on_two, (JAX, config))
+        trainer = candidate.trainer()
+        on_two = (trainer, dataclasses.replace(config, mesh="data=2"))
+        yield from _interrupted(f"{name} on data=2, resumed on one device", setting, due, on_two, (trainer, config))
         if level == "full":
             parts = dataclasses.replace(config, mesh="fsdp=2", device_batch_size=1, scan_layers=True, remat=True)
-            yield from _uninterrupted("JAX on fsdp=2, scanned, rematerialised", setting, due, JAX, parts)
+            yield from _uninterrupted(f"{name} on fsdp=2, scanned, rematerialised", setting, due, trainer, parts)
     # One sequence at once: each of the two accumulates as well.
-    config = dataclasses.replace(config, device_batch_size=1)
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        yield Skipped("trainer", "PyTorch by two processes: this PyTorch has no gloo")
-    elif sides.DEVICE.type != "cpu":
-        yield Skipped("trainer", "PyTorch by two processes: each needs a GPU of its own; compared on CPU")
+    config, name = dataclasses.replace(config, device_batch_size=1), reference.name
+    if skipped := lacking("trainer", f"{name} by two processes", (reference, TRAINER), (reference, PROCESSES)):
+        yield skipped
+    elif isinstance(by_two := reference.trainer_of_processes(), str):
+        yield Skipped("trainer", f"{name} by two processes: {by_two}")
     else:
-        by_two = (BY_TWO_PROCESSES, config)
-        yield from _interrupted("PyTorch, resumed by two processes", setting, due, (PYTORCH, config), by_two)
+        of_two = (by_two, config)
+        begun = (reference.trainer(), config)
+        yield from _interrupted(f"{name}, resumed by two processes", setting, due, begun, of_two)
         if level == "full":
-            yield from _uninterrupted("PyTorch by two processes", setting, due, *by_two)
+            yield from _uninterrupted(f"{name} by two processes", setting, due, *of_two)
 
 
 def _dropout(trainer: Trainer, setting: Setting) -> Iterator[Result]:
@@ -260,12 +250,12 @@ def _dropout(trainer: Trainer, setting: Setting) -> Iterator[Result]:
     _run(trainer, dataclasses.replace(often, resume=NEWEST))
     watched, unwatched = (read_metrics(Path(c.run_dir) / "metrics.jsonl") for c in (often, rare))
 
-    case = f"{trainer.name}, dropout"
+    title = f"{trainer.name}, dropout"
     training = [[row for row in rows if row["split"] == "train"] for rows in (watched, unwatched)]
     measured, _, where = _differing_steps(*training)
     if not measured:
         measured, where = _first_difference(*training)
-    yield Result("trainer", f"{case}: watched, interrupted and resumed, or neither", measured, FIGURES, where)
+    yield Result("trainer", f"{title}: watched, interrupted and resumed, or neither", measured, limits.CURVE, where)
 
     folder = RunFolder(Path(often.run_dir))
     params = {0: setting.weights.arrays} | {
@@ -281,7 +271,7 @@ def _dropout(trainer: Trainer, setting: Setting) -> Iterator[Result]:
     ]
     evaluated = [row for row in watched if row["split"] == "val" and row["step"] in params]
     measured, where = _first_difference(evaluated, due)
-    yield Result("trainer", f"{case}: evaluations leave it out", measured, FIGURES, where)
+    yield Result("trainer", f"{title}: evaluations leave it out", measured, limits.CURVE, where)
 
     # Without updates, and on a text whose windows are all the same, nothing but the masks tells steps apart.
     tokens = setting.folder / "one-window"
@@ -298,19 +288,19 @@ def _dropout(trainer: Trainer, setting: Setting) -> Iterator[Result]:
     losses = [row["loss"] for row in read_metrics(Path(still.run_dir) / "metrics.jsonl")]
     equal = config.steps - len(set(losses))
     where = f"losses {', '.join(f'{loss:.6f}' for loss in losses)} of one batch and the same weights"
-    yield Result("trainer", f"{case}: every step has masks of its own", float(equal), 0.0, where)
+    yield Result("trainer", f"{title}: every step has masks of its own", float(equal), limits.NONE, where)
 
 
-def _model(setting: Setting, arrays: plain_loop.Arrays) -> GPT2:
+def _model(setting: Setting, arrays: Arrays) -> GPT2:
     weights = dataclasses.replace(setting.weights, arrays={n: a.astype(np.float64) for n, a in arrays.items()})
-    return build(weights).to(sides.DEVICE)
+    return build(weights).to(setting.config.device)
 
 
 # --- running
 
 
-def _named(setting: Setting, config: TrainConfig, case: str) -> TrainConfig:
-    return dataclasses.replace(config, run_dir=str(setting.folder / case.replace(", ", "-").replace(" ", "-")))
+def _named(setting: Setting, config: TrainConfig, title: str) -> TrainConfig:
+    return dataclasses.replace(config, run_dir=str(setting.folder / title.replace(", ", "-").replace(" ", "-")))
 
 
 def _run(trainer: Trainer, config: TrainConfig, interrupt_at: int | None = None) -> bool:
@@ -341,100 +331,34 @@ def _run(trainer: Trainer, config: TrainConfig, interrupt_at: int | None = None)
     return pressed
 
 
-def _by_two_processes(config: TrainConfig, initial: Callable) -> RunFolder:
-    """As torchrun starts them, on this machine; raises RuntimeError with what they said if one of them fails."""
-    recipe = Path(config.run_dir).with_suffix(".yaml")
-    recipe.write_text(to_yaml(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile("w+") as said:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", _PROCESS, str(recipe)],
-                env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.DEVNULL,
-                stderr=said,
-            )
-            for rank in range(2)
-        ]
-        try:
-            # One that fails leaves the other waiting for it.
-            while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
-                time.sleep(0.05)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        if any(process.returncode for process in processes):
-            said.seek(0)
-            raise RuntimeError(f"the PyTorch trainer by two processes ended with an error: {said.read()[-2000:]}")
-    return RunFolder(Path(config.run_dir))
-
-
-_PROCESS = """
-import sys
-from pathlib import Path
-from gpt2_core.config import from_yaml
-from gpt2_torch.train import train
-from parity.formats import read_initial_weights
-train(from_yaml(Path(sys.argv[1])), read_initial_weights)
-"""
-
-
-def _jax_state(checkpoint: Path, config: TrainConfig) -> State:
-    config = gpt2_jax.train.resolve(config)
-    mesh = make_mesh(gpt2_jax.train.parse_mesh(config.mesh))
-    adamw = make_jax_optimizer(config.optimizer, config.model)
-    state = jax_checkpoints.restore(checkpoint, abstract_state(gpt2_jax.train.define_model(config), adamw, mesh))
-    trees = (state.params, state.opt_state[0].mu, state.opt_state[0].nu)
-    return State(int(state.step), *(jax_arrays(tree, config.model) for tree in trees))
-
-
-def _torch_state(checkpoint: Path, config: TrainConfig) -> State:
-    model = GPT2(config.model).double()
-    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    adamw = make_torch_optimizer(model, config.optimizer)
-    adamw.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
-    (updates,) = {int(of_parameter["step"]) for of_parameter in adamw.state.values()}
-    return plain_loop.state_of(model, adamw, updates)
-
-
-# `train` is looked up when it is called: a planted mistake may have taken its place.
-JAX = Trainer("JAX", lambda *arguments: gpt2_jax.train.train(*arguments), _jax_state)
-PYTORCH = Trainer("PyTorch", lambda *arguments: gpt2_torch.train.train(*arguments), _torch_state)
-BY_TWO_PROCESSES = Trainer("PyTorch by two processes", _by_two_processes, _torch_state)
-
-
 # --- comparing
 
 
-def _compare(case: str, trainer: Trainer, config: TrainConfig, due: Outcome) -> Iterator[Result]:
+def _compare(title: str, trainer: Trainer, config: TrainConfig, due: Outcome) -> Iterator[Result]:
     """What the run of `config` left, against what is due."""
     folder = RunFolder(Path(config.run_dir))
     rows = read_metrics(folder.metrics)
-    yield Result("trainer", f"{case}: logged steps", *_differing_steps(rows, due.rows))
+    yield Result("trainer", f"{title}: logged steps", *_differing_steps(rows, due.rows))
     measured, where = _first_difference(rows, due.rows)
-    yield Result("trainer", f"{case}: figures", measured, FIGURES, where)
-    yield Result("trainer", f"{case}: tokens a step", *_wrong_tokens(rows, config))
+    yield Result("trainer", f"{title}: figures", measured, limits.CURVE, where)
+    yield Result("trainer", f"{title}: tokens a step", *_wrong_tokens(rows, config))
 
     # By what their metadata says, which a name must agree with.
     kept = [read_metadata(folder.checkpoints / str(step))["step"] for step in folder.steps()]
     best = folder.best_step()
     differ = (kept, best) != (due.kept, due.best)
     where = f"kept {kept}, best {best}" + (f", where {due.kept} and {due.best} are due" if differ else "")
-    yield Result("trainer", f"{case}: checkpoints", float(differ), 0.0, where)
+    yield Result("trainer", f"{title}: checkpoints", float(differ), limits.NONE, where)
     states = {step: trainer.state(folder.checkpoints / str(step), config) for step in folder.steps()}
     measured, where = _first_difference_of_states(states, due.states)
-    yield Result("trainer", f"{case}: states", measured, STATE, where)
+    yield Result("trainer", f"{title}: states", measured, limits.STEP, where)
 
     samples = {int(path.stem): path.read_bytes() for path in folder.samples.glob("*.txt")}
     wrong = [step for step in sorted({*samples, *due.samples}) if samples.get(step) != due.samples.get(step)]
     where = f"{len(due.samples)} of them"
     if wrong:
         where = f"after {wrong[0]} updates: {samples.get(wrong[0])} where {due.samples.get(wrong[0])} is due"
-    yield Result("trainer", f"{case}: samples", float(len(wrong)), 0.0, where)
+    yield Result("trainer", f"{title}: samples", float(len(wrong)), limits.NONE, where)
 
 
 def _differing_steps(rows: list[dict], due: list[dict]) -> tuple[float, float, str]:
@@ -451,23 +375,23 @@ def _first_difference(rows: list[dict], due: list[dict]) -> tuple[float, str]:
     """The largest relative difference of the figures of two logs, and where the first is that is more than rounding."""
     found = {(row["split"], row["step"]): row for row in rows}
     both = [(found[key], row) for row in due if (key := (row["split"], row["step"])) in found]
-    places = [
+    compared = [
         (f"{_in_words(row)}, {word}: {ours[name]:.12g} where {row[name]:.12g} is due", ours[name], row[name])
         for ours, row in both
         for name, word in _WORDS.items()
         if name in row
     ]
-    return _first_beyond([(where, abs(a - b) / abs(b)) for where, a, b in places], FIGURES)
+    return _first_beyond([(where, abs(a - b) / abs(b)) for where, a, b in compared], limits.CURVE)
 
 
-def _first_difference_of_states(found: dict[int, State], due: dict[int, State]) -> tuple[float, str]:
+def _first_difference_of_states(found: dict[int, TrainerState], due: dict[int, TrainerState]) -> tuple[float, str]:
     """The same for the states of checkpoints: relative norms, the second moments first, which gradients make."""
-    places = []
+    compared = []
     for step in sorted(found.keys() & due):
         ours, theirs = found[step], due[step]
         counts = f"checkpoint {step}, {ours.updates} updates where {theirs.updates} are due"
-        places.append((counts, float(abs(ours.updates - theirs.updates))))
-        places += [
+        compared.append((counts, float(abs(ours.updates - theirs.updates))))
+        compared += [
             (
                 f"checkpoint {step}, {kind.replace('_', ' ')[:-1]} {name}",
                 relative_norm(getattr(ours, kind)[name], array),
@@ -475,19 +399,19 @@ def _first_difference_of_states(found: dict[int, State], due: dict[int, State]) 
             for kind in ("second_moments", "first_moments", "params")
             for name, array in getattr(theirs, kind).items()
         ]
-    return _first_beyond(places, STATE)
+    return _first_beyond(compared, limits.STEP)
 
 
-def _first_beyond(places: list[tuple[str, float]], limit: float) -> tuple[float, str]:
+def _first_beyond(compared: list[tuple[str, float]], limit: float) -> tuple[float, str]:
     """The largest difference, and where the first is beyond the limit, or else the largest."""
-    if not places:
+    if not compared:
         return math.inf, "nothing to compare"
-    wrong = [number for number, (_, difference) in enumerate(places) if not difference <= limit]
-    differences = np.array([difference for _, difference in places])
+    wrong = [number for number, (_, difference) in enumerate(compared) if not difference <= limit]
+    differences = np.array([difference for _, difference in compared])
     if not wrong:
-        return float(differences.max()), f"largest at {places[differences.argmax()][0]}"
+        return float(differences.max()), f"largest at {compared[differences.argmax()][0]}"
     before = f"; everything before agrees to {differences[: wrong[0]].max():.0e}" if wrong[0] else ""
-    return float(differences.max()), places[wrong[0]][0] + before
+    return float(differences.max()), compared[wrong[0]][0] + before
 
 
 def _wrong_tokens(rows: list[dict], config: TrainConfig) -> tuple[float, float, str]:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterator
 
 from gpt2_core.config import ModelConfig
-from parity import forward, gradients
-from parity.sides import JaxSide, TorchSide
-from parity.subjects import random_weights
-from parity.suite import Result, Subject, guarded, load
+from parity.engine.adapter import lacking
+from parity.engine.results import Result, Skipped
+from parity.gpt2.adapters.protocol import GRADIENTS, LOGITS, TRAINING, Adapter
+from parity.gpt2.cases import Case, random_weights
+from parity.gpt2.checks import forward, gradients
+from parity.gpt2.suite import guarded, load
 
 _BASE = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=257)
 OPTIONS: dict[str, dict] = {
@@ -33,34 +35,41 @@ OPTIONS: dict[str, dict] = {
 }
 
 
-def check(subject: Subject) -> Iterator[Result]:
-    for name in subject.at(["all at once"], OPTIONS):
+def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
+    for name in case.at(["all at once"], OPTIONS):
         weights = random_weights(dataclasses.replace(_BASE, **OPTIONS[name]))
         variant = dataclasses.replace(
-            subject,
+            case,
             weights=weights,
-            tokens=subject.tokens % _BASE.vocab_size,
-            steps=subject.at(10, 50),
+            tokens=case.tokens % _BASE.vocab_size,
+            steps=case.at(10, 50),
             evidence={},
             level="quick",  # of each check: the breadth is in the options
         )
-        if name == "all at once" or subject.level == "full":
+        adapters = candidate.make(weights), reference.make(weights)
+        if name == "all at once" or case.level == "full":
             parts = {part: load(part) for part in ("forward", "gradients", "loss_curve")}
         else:
             # `combinations` trains them.
             parts = {"forward": guarded("forward", _one_pass), "gradients": guarded("gradients", _one_gradient)}
         for part, run in parts.items():
+            if skipped := lacking("variants", f"{name}: {part}", *((a, _NEEDED[part]) for a in adapters)):
+                yield skipped
+                continue
+            results = [result for result in run(variant, *adapters) if isinstance(result, Result)]
             # The first that failed (a NaN is larger than nothing), or the one nearest to its limit.
-            worst = max(run(variant), key=lambda r: r.measured / (r.limit or 1.0) if r.passed else math.inf)
+            worst = max(results, key=lambda r: r.measured / (r.limit or 1.0) if r.passed else math.inf)
             yield Result("variants", f"{name}: {part}, {worst.case}", worst.measured, worst.limit, worst.where)
 
 
-def _one_pass(subject: Subject) -> Iterator[Result]:
-    T = subject.weights.config.block_size
-    tokens_BT = subject.tokens[: 2 * T].reshape(2, T)
-    yield forward.compare(JaxSide(subject.weights), TorchSide(subject.weights), tokens_BT, f"2 x {T} tokens")
+_NEEDED = {"forward": LOGITS, "gradients": GRADIENTS, "loss_curve": TRAINING}
 
 
-def _one_gradient(subject: Subject) -> Iterator[Result]:
-    sides = JaxSide(subject.weights), TorchSide(subject.weights)
-    yield from gradients.compare(*sides, gradients.uneven_batch(subject), 4, None)
+def _one_pass(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result]:
+    T = case.weights.config.block_size
+    tokens_BT = case.tokens[: 2 * T].reshape(2, T)
+    yield forward.compare(candidate, reference, tokens_BT, f"2 x {T} tokens")
+
+
+def _one_gradient(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result]:
+    yield from gradients.compare(candidate, reference, gradients.uneven_batch(case), 4, None)

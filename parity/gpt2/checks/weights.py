@@ -15,22 +15,21 @@ import numpy as np
 from gpt2_core.config import ModelConfig, differences
 from gpt2_core.errors import UserError
 from gpt2_core.weights import DTYPES, Weights
-from gpt2_jax.weights import from_canonical
-from gpt2_jax.weights import to_canonical as from_jax
-from gpt2_torch.weights import build
-from gpt2_torch.weights import to_canonical as from_torch
-from parity import raw_files, variants
+from parity.engine.adapter import lacking
+from parity.engine.results import Result, Skipped
 from parity.formats import FORMATS, open_weights, write_weights
-from parity.subjects import random_weights
-from parity.suite import Result, Skipped, Subject
+from parity.gpt2 import limits, raw_files
+from parity.gpt2.adapters.protocol import ROUND_TRIP, Adapter
+from parity.gpt2.cases import Case, random_weights
+from parity.gpt2.checks import variants
 
-LIMIT = 0.0  # bytes: a conversion moves numbers, it never computes
+RoundTrips = dict[str, Callable[[Weights], Weights]]
 
 # Of sizes at which names sorted as text go wrong (h.10 before h.2) and the vocabulary is padded.
 _DEEP = ModelConfig(n_layer=11, n_head=2, n_embd=8, block_size=6, vocab_size=130)
 _EVERY = frozenset(FORMATS)
 _OURS = frozenset({"jax", "torch", "safetensors"})
-# Models that the subject is not: architecture, dtype, and the formats that hold it; the others refuse it.
+# Models that the case is not: architecture, dtype, and the formats that hold it; the others refuse it.
 MODELS: dict[str, tuple[ModelConfig, str, frozenset[str]]] = {
     "11 layers in float64": (_DEEP, "float64", _EVERY - {"llmc"}),
     "11 layers in bfloat16": (_DEEP, "bfloat16", _EVERY),
@@ -80,9 +79,14 @@ MODELS: dict[str, tuple[ModelConfig, str, frozenset[str]]] = {
 }
 
 
-def check(subject: Subject) -> Iterator[Result | Skipped]:
-    weights = subject.weights
-    for name, round_trip in IN_MEMORY.items():
+def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
+    weights, in_memory = case.weights, {}
+    for adapter in (candidate, reference):
+        if skipped := lacking("weights", "there and back", (adapter, ROUND_TRIP)):
+            yield skipped
+        else:
+            in_memory[f"{adapter.name} {adapter.container}"] = adapter.round_trip
+    for name, round_trip in in_memory.items():
         yield _compare(name, weights, round_trip(weights))
     with tempfile.TemporaryDirectory() as folder:
         able = []
@@ -95,10 +99,10 @@ def check(subject: Subject) -> Iterator[Result | Skipped]:
         for form in able:
             yield _compare(f"{form} file", weights, _open(folder, form))
         # Through any two: each format writes what every other has read.
-        for first in able if subject.level != "quick" else ():
+        for first in able if case.level != "quick" else ():
             yield _through(folder, first, able, weights)
-    for name in subject.at(list(MODELS)[:5], MODELS):
-        yield _model(name, *MODELS[name])
+    for name in case.at(list(MODELS)[:5], MODELS):
+        yield _model(in_memory, name, *MODELS[name])
     yield _one_by_one()
     yield _raw("11 layers in bfloat16")
     yield _activations()
@@ -119,8 +123,8 @@ def _one_by_one() -> Result:
                 found = _compare(form, weights, _open(folder, form))
                 lost += [] if found.passed else [f"{form}: {name}: {found.where}"]
                 pairs += 1
-    case = f"{len(changes)} settings, one at a time, in each format: {pairs} kept, the others refused"
-    return Result("weights", case, float(len(lost)), LIMIT, lost[0] if lost else "")
+    title = f"{len(changes)} settings, one at a time, in each format: {pairs} kept, the others refused"
+    return Result("weights", title, float(len(lost)), limits.BYTES, lost[0] if lost else "")
 
 
 def _activations() -> Result:
@@ -136,8 +140,8 @@ def _activations() -> Result:
             (path / "config.json").write_text(json.dumps(settings | {"activation_function": name}), encoding="utf-8")
             found = open_weights(path).config.mlp
             wrong += [] if found == mlp else [f"{name} is read as {found}, and is {mlp}"]
-    case = f"hf: {', '.join(raw_files.ACTIVATIONS)}"
-    return Result("weights", case, float(len(wrong)), LIMIT, wrong[0] if wrong else "")
+    title = f"hf: {', '.join(raw_files.ACTIVATIONS)}"
+    return Result("weights", title, float(len(wrong)), limits.BYTES, wrong[0] if wrong else "")
 
 
 def _raw(name: str) -> Result:
@@ -149,14 +153,14 @@ def _raw(name: str) -> Result:
             _write(weights, folder, form)
             found, due = read(_path(folder, form)), raw_files.expected(weights, form)
         differing += [f"{form}: {n}" for n in found | due if found.get(n) != due.get(n)]
-    case = f"{name}: the files of {', '.join(raw_files.READERS)}, read by other means"
-    return Result("weights", case, float(len(differing)), LIMIT, differing[0] if differing else "")
+    title = f"{name}: the files of {', '.join(raw_files.READERS)}, read by other means"
+    return Result("weights", title, float(len(differing)), limits.BYTES, differing[0] if differing else "")
 
 
-def _model(name: str, config: ModelConfig, dtype: str, formats: frozenset[str]) -> Result:
+def _model(in_memory: RoundTrips, name: str, config: ModelConfig, dtype: str, formats: frozenset[str]) -> Result:
     """A model through everything that holds it; whatever else takes it has lost something."""
     weights = _awkward(config, dtype)
-    ways = [_compare(way, weights, round_trip(weights)) for way, round_trip in IN_MEMORY.items()]
+    ways = [_compare(way, weights, round_trip(weights)) for way, round_trip in in_memory.items()]
     refused = []
     for form in FORMATS:
         with tempfile.TemporaryDirectory() as folder:
@@ -165,15 +169,17 @@ def _model(name: str, config: ModelConfig, dtype: str, formats: frozenset[str]) 
                 found = _compare(form, weights, _open(folder, form))
             except UserError as error:
                 refused.append(form)
-                found = Result("weights", form, float(weights.nbytes) if form in formats else 0.0, LIMIT, str(error))
+                found = Result(
+                    "weights", form, float(weights.nbytes) if form in formats else 0.0, limits.BYTES, str(error)
+                )
             else:
                 if form not in formats:
-                    found = Result("weights", form, float(weights.nbytes), LIMIT, "is taken, and can't be held")
+                    found = Result("weights", form, float(weights.nbytes), limits.BYTES, "is taken, and can't be held")
         ways.append(found)
     where = next((f"{way.case}: {way.where}" for way in ways if not way.passed), "")
     by = f", refused by {', '.join(refused)}" if refused else ""
-    case = f"{name}: through {len(ways) - len(refused)} ways{by}"
-    return Result("weights", case, sum(way.measured for way in ways), LIMIT, where)
+    title = f"{name}: through {len(ways) - len(refused)} ways{by}"
+    return Result("weights", title, sum(way.measured for way in ways), limits.BYTES, where)
 
 
 def _awkward(config: ModelConfig, dtype: str) -> Weights:
@@ -195,7 +201,7 @@ def _through(folder: str, first: str, formats: list[str], weights: Weights) -> R
             found = _compare(second, weights, _open(again, second))
         differing += found.measured
         where = where or (f"{second}: {found.where}" if found.measured else "")
-    return Result("weights", f"{first} file, then each of {', '.join(formats)}", differing, LIMIT, where)
+    return Result("weights", f"{first} file, then each of {', '.join(formats)}", differing, limits.BYTES, where)
 
 
 def _path(folder: str, form: str) -> Path:
@@ -220,22 +226,10 @@ def _compare(name: str, weights: Weights, back: Weights) -> Result:
     for setting, ours, theirs in differences(weights.config, back.config, frozenset({"dropout"})):
         differing[setting] = weights.nbytes
         first = f"{setting} {ours} becomes {theirs}"
-    return Result("weights", name, float(sum(differing.values())), LIMIT, first)
+    return Result("weights", name, float(sum(differing.values())), limits.BYTES, first)
 
 
 def _differing_bytes(a: np.ndarray, b: np.ndarray) -> int:
     if a.dtype != b.dtype or a.shape != b.shape:
         return max(a.nbytes, b.nbytes)
     return int((np.frombuffer(a.tobytes(), np.uint8) != np.frombuffer(b.tobytes(), np.uint8)).sum())
-
-
-def _jax(weights: Weights) -> Weights:
-    dtype = weights.arrays["wte.weight"].dtype
-    return from_jax(from_canonical(weights, dtype), weights.config, "jax", weights.tokenizer)
-
-
-def _torch(weights: Weights) -> Weights:
-    return from_torch(build(weights).state_dict(), weights.config, "torch", weights.tokenizer)
-
-
-IN_MEMORY: dict[str, Callable[[Weights], Weights]] = {"JAX parameters": _jax, "PyTorch state dict": _torch}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from parity.independence import aligned, displaced, first_surprise, surprise, two_sided
+from parity.engine.independence import aligned, displaced, first_surprise, surprise, two_sided
 
 LIMIT = 6.0
 

@@ -4,12 +4,12 @@ import dataclasses
 import operator
 
 import pytest
+from parity.suite import Subject
 
 from gpt2_core.config import ModelConfig
 from parity import processes
-from parity.faults import MODEL
-from parity.subjects import random_weights
-from parity.suite import Subject
+from parity.gpt2.cases import random_weights
+from parity.gpt2.faults import MODEL
 
 TASKS = {"the level": operator.attrgetter("level"), "the seed": operator.attrgetter("seed")}
 

@@ -17,7 +17,7 @@ from gpt2_core.errors import UserError
 from gpt2_core.weights import StoredArrays, Weights
 from gpt2_torch.weights import to_state_dict
 from parity.formats import FORMATS, open_weights, read_initial_weights, read_weights, write_weights
-from parity.subjects import random_weights
+from parity.gpt2.cases import random_weights
 
 CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=300)
 

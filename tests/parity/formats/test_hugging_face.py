@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from parity.sides import JaxSide
 from safetensors.torch import save_file
 
 from gpt2_core.config import PRESETS, ModelConfig
@@ -16,8 +17,7 @@ from gpt2_core.errors import UserError
 from gpt2_core.weights import layouts
 from gpt2_torch.weights import build
 from parity.formats import open_weights, write_weights
-from parity.sides import JaxSide
-from parity.subjects import random_weights
+from parity.gpt2.cases import random_weights
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,7 +8,7 @@ import torch
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
 from parity.formats import nanogpt, open_weights, write_weights
-from parity.subjects import random_weights
+from parity.gpt2.cases import random_weights
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=20, mlp="gelu_exact")
 ARGUMENTS = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 8, "bias": True, "vocab_size": 20, "dropout": 0.2}

@@ -5,15 +5,15 @@ import importlib
 
 import numpy as np
 import pytest
+from parity.places import Place
+from parity.sides import JaxSide, TorchSide
+from parity.suite import CHECKS, Result
 
 from gpt2_core.config import ModelConfig
 from parity import places, variants
-from parity.faults import subject_of
-from parity.forward import check as forward
-from parity.places import Place
-from parity.sides import JaxSide, TorchSide
-from parity.subjects import random_weights
-from parity.suite import CHECKS, Result
+from parity.gpt2.cases import random_weights
+from parity.gpt2.checks.forward import check as forward
+from parity.gpt2.faults import subject_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -4,15 +4,15 @@ import dataclasses
 
 import numpy as np
 import pytest
+from parity.sides import Trained
 
 from gpt2_core.batches import IGNORED
 from gpt2_core.config import MESH_AXES, ModelConfig, TrainConfig, parse_mesh
 from gpt2_jax.model import Execution
 from parity import combinations, faults
-from parity.combinations import EXECUTION, MODEL, TABLE, config_of, divergence
-from parity.covering import all_pairs, covering_rows, pairs_of
-from parity.faults import subject_of
-from parity.sides import Trained
+from parity.engine.covering import all_pairs, covering_rows, pairs_of
+from parity.gpt2.checks.combinations import EXECUTION, MODEL, TABLE, config_of, divergence
+from parity.gpt2.faults import subject_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -10,6 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity.places import Place
+from parity.sides import JaxSide, State, Step, TorchSide
+from parity.steps import first_divergence, in_step, side_by_side
+from parity.suite import CHECKS, RESTS_ON, Result, explanation, guarded, relative_norm, relative_to_largest
 
 import gpt2_jax.model
 import gpt2_jax.train_step
@@ -17,12 +21,8 @@ from gpt2_core.batches import Batch
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.errors import RunError, UserError
 from parity import diagnosis, generation, places, report, suite
-from parity.faults import subject_of
-from parity.places import Place
-from parity.sides import JaxSide, State, Step, TorchSide
-from parity.steps import first_divergence, in_step, side_by_side
-from parity.subjects import random_weights
-from parity.suite import CHECKS, RESTS_ON, Result, explanation, guarded, relative_norm, relative_to_largest
+from parity.gpt2.cases import random_weights
+from parity.gpt2.faults import subject_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from parity.suite import Result
 
 from parity import dropout, faults
-from parity.suite import Result
 
 pytestmark = pytest.mark.usefixtures("x64")
 

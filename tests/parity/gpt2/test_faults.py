@@ -2,8 +2,8 @@
 
 import pytest
 
-from parity.faults import FAULTS, judge
-from parity.suite import CHECKS
+from parity.gpt2.faults import FAULTS, judge
+from parity.gpt2.suite import CHECKS
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-
-from parity.faults import MODEL, subject_of
-from parity.initialization import LIMIT, MORE_TENSORS, SIZE, _distributions, _prescribed, check
 from parity.suite import Result
+
+from parity.gpt2.checks.initialization import LIMIT, MORE_TENSORS, SIZE, _distributions, _prescribed, check
+from parity.gpt2.faults import MODEL, subject_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 

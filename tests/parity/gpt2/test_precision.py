@@ -6,6 +6,8 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from parity.sides import TorchSide
+from parity.suite import Subject
 
 import gpt2_jax.layers
 import gpt2_jax.loss
@@ -14,10 +16,8 @@ from gpt2_core.batches import TrainingBatches
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.weights import Weights
 from parity import precision
-from parity.faults import MODEL, subject_of
-from parity.sides import TorchSide
-from parity.subjects import random_weights, real_text
-from parity.suite import Subject
+from parity.gpt2.cases import random_weights, real_text
+from parity.gpt2.faults import MODEL, subject_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 

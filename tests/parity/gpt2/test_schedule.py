@@ -9,7 +9,7 @@ import pytest
 import gpt2_torch.train
 from gpt2_core.schedule import learning_rate
 from parity import schedule
-from parity.faults import subject_of
+from parity.gpt2.faults import subject_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 

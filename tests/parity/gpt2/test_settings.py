@@ -6,13 +6,13 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
+from parity.sides import TorchSide, Trained
 
 from gpt2_core.config import ModelConfig, OptimizerConfig
-from parity.combinations import divergence, uneven_batch
-from parity.faults import subject_of
-from parity.settings import CASES, LIMIT, STEPS, config_of, off_default
-from parity.sides import TorchSide, Trained
-from parity.subjects import random_weights
+from parity.gpt2.cases import random_weights
+from parity.gpt2.checks.combinations import divergence, uneven_batch
+from parity.gpt2.checks.settings import CASES, LIMIT, STEPS, config_of, off_default
+from parity.gpt2.faults import subject_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -14,7 +14,7 @@ import gpt2_jax.attention
 import gpt2_jax.generate
 import gpt2_jax.loss
 from parity import sizes
-from parity.faults import subject_of
+from parity.gpt2.faults import subject_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -8,14 +8,14 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from parity.plain_loop import State
+from parity.suite import Skipped
 
 import gpt2_core.batches
 import gpt2_torch.train
 from gpt2_core.run_folder import RunFolder
 from parity import plain_loop, trainer
-from parity.faults import subject_of
-from parity.plain_loop import State
-from parity.suite import Skipped
+from parity.gpt2.faults import subject_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -9,10 +9,10 @@ import pytest
 from gpt2_core.config import ModelConfig
 from gpt2_core.weights import DTYPES
 from parity import weights
-from parity.faults import subject_of
 from parity.formats import FORMATS
-from parity.subjects import random_weights
-from parity.weights import MODELS
+from parity.gpt2.cases import random_weights
+from parity.gpt2.checks.weights import MODELS
+from parity.gpt2.faults import subject_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 

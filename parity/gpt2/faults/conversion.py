@@ -1,0 +1,119 @@
+"""Mistakes of conversions: tensors, and the files of formats."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+import gpt2_core.weights.llmc
+import gpt2_torch.weights
+import parity.formats.hugging_face
+import parity.gpt2.adapters.jax_adapter
+from parity.gpt2.faults.fault import MODEL, fault
+
+
+def _heads_as_columns(name: str, array: np.ndarray) -> np.ndarray:
+    if ".c_attn." not in name:
+        return array
+    heads = array.reshape(*array.shape[:-1], MODEL.head_size, MODEL.n_head)
+    return heads.swapaxes(-1, -2).reshape(array.shape)
+
+
+def _changed(convert: Callable, change: Callable[[str, np.ndarray], np.ndarray]) -> Callable:
+    """The conversion to JAX, which gets a tensor wrong."""
+
+    def wrong(weights, dtype):
+        return {name: change(name, array) for name, array in convert(weights, dtype).items()}
+
+    return wrong
+
+
+@fault(
+    "heads interleaved wrongly",
+    check="forward",
+    place="block 0, attn q",
+    seam=(parity.gpt2.adapters.jax_adapter, "from_canonical"),
+)
+def heads_interleaved_wrongly(convert):
+    """the projection reshaped to (head size, heads) in the place of (heads, head size)"""
+
+    return _changed(convert, _heads_as_columns)
+
+
+@fault(
+    "missing projection bias",
+    check="forward",
+    place="block 0, attn c_proj",
+    seam=(parity.gpt2.adapters.jax_adapter, "from_canonical"),
+)
+def missing_projection_bias(convert):
+    """use_bias=False taken over from another model"""
+
+    return _changed(convert, lambda name, a: 0 * a if name.endswith("attn.c_proj.bias") else a)
+
+
+@fault(
+    "transposed square matrix",
+    check="forward",
+    place="block 0, attn c_proj",
+    seam=(parity.gpt2.adapters.jax_adapter, "from_canonical"),
+)
+def transposed_square_matrix(convert):
+    """Conv1D stores (in, out), nn.Linear (out, in); on a square matrix no shape complains (nanoGPT's
+    from_pretrained transposes four by name for that reason)"""
+
+    return _changed(convert, lambda name, a: a.T if name.endswith("attn.c_proj.weight") else a)
+
+
+@fault(
+    "a tensor left out by the conversion",
+    check="forward",
+    place="exceptions",
+    seam=(parity.gpt2.adapters.jax_adapter, "from_canonical"),
+)
+def a_tensor_left_out_by_the_conversion(convert):
+    """a list of names that is one short, and a loader that isn't strict: an exception is a failed case"""
+
+    return lambda weights, dtype: {n: a for n, a in convert(weights, dtype).items() if n != "h.0.mlp.c_fc.bias"}
+
+
+@fault(
+    "float64 weights through float32",
+    check="weights",
+    place="11 layers in float64",
+    seam=(gpt2_torch.weights, "to_tensor"),
+)
+def float64_weights_through_float32(convert):
+    """a conversion with a dtype of its own on the way: the dtype is right, the digits are gone"""
+
+    return lambda array: convert(array.astype(np.float32).astype(array.dtype))
+
+
+@fault(
+    "a file's layers in the order of their names",
+    check="weights",
+    place="llmc: the tensors",
+    seam=(gpt2_core.weights.llmc, "_order"),
+)
+def a_file_layers_in_the_order_of_their_names(order):
+    """reader and writer sort alike: the round trip is bitwise, and llm.c reads other weights"""
+
+    def wrong(config):
+        layers = sorted(range(config.n_layer), key=str)
+        yield from ("wte.weight", "wpe.weight")
+        for name in gpt2_core.weights.llmc.BLOCK_ORDER:
+            yield from (f"h.{layer}.{name}" for layer in layers)
+        yield from ("ln_f.weight", "ln_f.bias")
+
+    return wrong
+
+
+@fault(
+    "layer norm's epsilon not read from config.json",
+    check="weights",
+    place="layer_norm_epsilon 0.03 becomes 1e-05",
+    seam=(parity.formats.hugging_face, "_SETTINGS"),
+)
+def layer_norm_epsilon_not_read_from_config_json(settings):
+    """a setting that a format says and its reader leaves at the default"""
+
+    return {n: v for n, v in settings.items() if n != "layer_norm_epsilon"}

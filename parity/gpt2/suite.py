@@ -1,0 +1,89 @@
+"""The checks, the order in which they run, what each rests on, and how one is run.
+
+The two implementations share the configuration, the canonical names and arrays of the weights, and the batches of token
+ids. Everything else, from the embedding to the sampler, each computes with code of its own.
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterator
+
+from parity.engine import results
+from parity.engine.results import Check, Result, Skipped
+
+# Every check, in the order they run; each is the module of parity.gpt2.checks that bears its name.
+CHECKS = (
+    "weights",
+    "initialization",
+    "forward",
+    "gradients",
+    "optimizer",
+    "schedule",
+    "loss_curve",
+    "dropout",
+    "mesh",
+    "precision",
+    "generation",
+    "trainer",
+    "variants",
+    "settings",
+    "sizes",
+    "combinations",
+)
+
+
+# These compare the programs that training compiles. In the others LLVM's optimisations are off: they take half of the
+# time, and what is computed there is the same formulas in other combinations.
+COMPILED_AS_TRAINED = ("forward", "gradients", "loss_curve", "precision")
+
+# What each check computes with that another check compares by itself. If both fail, the other one explains this one.
+RESTS_ON: dict[str, tuple[str, ...]] = {
+    "weights": (),
+    "initialization": (),
+    "forward": ("weights",),
+    "gradients": ("forward",),
+    "optimizer": ("gradients",),
+    "schedule": ("optimizer",),
+    "loss_curve": ("optimizer", "schedule"),
+    "dropout": ("loss_curve",),
+    "mesh": ("loss_curve",),
+    "precision": ("gradients",),
+    "generation": ("forward",),
+    "trainer": ("loss_curve", "generation"),
+    "variants": ("loss_curve",),
+    "settings": ("optimizer", "dropout"),
+    "sizes": ("weights", "gradients", "generation"),
+    "combinations": ("dropout", "mesh", "generation", "variants"),
+}
+
+
+# What no check looks at, or none has the power to see; the page of --prove says it beside what was caught.
+CANNOT_SEE = (
+    "a mistake that both sides make alike in what they share: the configuration, the canonical names and the tokenizer",
+    "kernels for GPUs (cuDNN's attention, the Triton layer norm) on a CPU; with --device gpu `precision` compares them",
+    "a dropout rate that is wrong by less than 0.3 percentage points at one site",
+    "by the numbers alone, a residual stream in bfloat16, and a softmax in bfloat16 on small random weights: only the "
+    "traced program shows them",
+    "training on several hosts",
+)
+
+PACKAGES = ("gpt2_core", "gpt2_jax", "gpt2_torch", "parity")
+"""Whose lines are named where an exception comes from."""
+
+guarded = functools.partial(results.guarded, packages=PACKAGES)
+in_words = functools.partial(results.in_words, packages=PACKAGES)
+
+
+def load(name: str) -> Check:
+    """The check called `name`, guarded: (case, candidate, reference) -> results. Loaded late: a wrong name is refused
+    before two frameworks are imported."""
+
+    def check(case, candidate, reference) -> Iterator[Result | Skipped]:
+        module = importlib.import_module(f"parity.gpt2.checks.{name}")
+        from parity.engine.compiling import compiled_quickly
+
+        with contextlib.nullcontext() if name in COMPILED_AS_TRAINED else compiled_quickly():
+            yield from module.check(case, candidate, reference)
+
+    return guarded(name, check)
