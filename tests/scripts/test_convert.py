@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from parity.gpt2.cases import random_weights
 
 import gpt2_core.cli
 from gpt2_core.config import ModelConfig
 from gpt2_core.weights import DTYPES, Weights, write_safetensors
 from parity.formats import FORMATS, open_weights
+from parity.gpt2.cases import random_weights
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=300)
 ROOT = Path(__file__).parents[2]

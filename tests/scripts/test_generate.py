@@ -1,8 +1,8 @@
 import pytest
-from parity.gpt2.cases import random_weights
 
 from gpt2_core.config import ModelConfig
 from gpt2_core.weights import write_safetensors
+from parity.gpt2.cases import random_weights
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=300)
 

@@ -5,15 +5,19 @@ import importlib
 
 import numpy as np
 import pytest
-from parity.places import Place
-from parity.sides import JaxSide, TorchSide
-from parity.suite import CHECKS, Result
 
 from gpt2_core.config import ModelConfig
-from parity import places, variants
+from parity.engine.divergence import Divergence
+from parity.engine.results import Result
+from parity.gpt2 import naming
+from parity.gpt2.adapters import both
+from parity.gpt2.adapters.jax_adapter import JaxAdapter
+from parity.gpt2.adapters.torch_adapter import TorchAdapter
 from parity.gpt2.cases import random_weights
+from parity.gpt2.checks import variants
 from parity.gpt2.checks.forward import check as forward
-from parity.gpt2.faults import subject_of
+from parity.gpt2.faults import case_of
+from parity.gpt2.suite import CHECKS
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -37,32 +41,32 @@ def test_every_option_of_the_model_has_its_variant():
 # `forward` says so of each option alone as well.
 @pytest.mark.parametrize("options", [{}, variants.OPTIONS["all at once"]], ids=["GPT-2", "all options at once"])
 def test_capturing_changes_no_bit_of_the_logits(options):
-    weights = random_weights(dataclasses.replace(subject_of().weights.config, **options))
-    side, tokens_BT = JaxSide(weights), subject_of().tokens[:32].reshape(2, 16)
-    assert (side.intermediates(tokens_BT)["logits"] == side.plain_logits(tokens_BT)).all()
+    weights = random_weights(dataclasses.replace(case_of().weights.config, **options))
+    adapter, tokens_BT = JaxAdapter(weights), case_of().tokens[:32].reshape(2, 16)
+    assert (adapter.intermediates(tokens_BT)["logits"] == adapter.plain_logits(tokens_BT)).all()
 
 
 def test_both_sides_capture_the_same_values_in_the_order_of_computation():
-    weights = random_weights(dataclasses.replace(subject_of().weights.config, **variants.OPTIONS["all at once"]))
+    weights = random_weights(dataclasses.replace(case_of().weights.config, **variants.OPTIONS["all at once"]))
     tokens_BT = np.arange(16)[None]
-    ours, theirs = JaxSide(weights).intermediates(tokens_BT), TorchSide(weights).intermediates(tokens_BT)
+    ours, theirs = JaxAdapter(weights).intermediates(tokens_BT), TorchAdapter(weights).intermediates(tokens_BT)
     assert set(ours) == set(theirs)
     order = ["embeddings", "h.0.ln_1", "h.0.attn.q", "h.0.attn.out", "h.0.residual_1", "h.0.ln_2", "h.0.mlp.c_gate"]
     order += ["h.0.mlp.activation", "h.0.mlp.c_proj", "h.0.residual_2", "ln_f", "logits"]
     assert [name for name in ours if name in order] == order
 
 
-def test_the_first_place_beyond_rounding_is_named_with_what_came_before():
+def test_the_first_value_beyond_rounding_is_named_with_what_came_before():
     found = [
-        Place("embeddings", 0.0),
-        Place("h.2.ln_1", 2e-16),
-        Place("h.2.mlp.activation", 3.1e-4),
-        Place("ln_f", 1.0),
+        Divergence("embeddings", 0.0),
+        Divergence("h.2.ln_1", 2e-16),
+        Divergence("h.2.mlp.activation", 3.1e-4),
+        Divergence("ln_f", 1.0),
     ]
     words = "block 2, mlp activation: relative difference 3.1e-04; everything before agrees to 2e-16"
-    assert places.first_beyond(found, 1e-12) == words
-    assert places.first_beyond(found[:2], 1e-12) == "largest at block 2, ln_1"
-    assert places.first_beyond([Place("embeddings", float("nan"))], 1e-12).startswith(
+    assert naming.first_beyond(found, 1e-12) == words
+    assert naming.first_beyond(found[:2], 1e-12) == "largest at block 2, ln_1"
+    assert naming.first_beyond([Divergence("embeddings", float("nan"))], 1e-12).startswith(
         "embeddings: relative difference nan"
     )
 
@@ -72,9 +76,10 @@ def test_a_nan_fails():
 
 
 def test_two_runs_give_the_same_figures():
-    subject = subject_of()
-    assert [r.measured for r in forward(subject)] == [r.measured for r in forward(subject)]
+    case = case_of()
+    first, second = ([r.measured for r in forward(case, *both(case.weights))] for _ in range(2))
+    assert first == second
 
 
 def test_every_check_has_a_module():
-    assert all(callable(importlib.import_module(f"parity.{name}").check) for name in CHECKS)
+    assert all(callable(importlib.import_module(f"parity.gpt2.checks.{name}").check) for name in CHECKS)

@@ -4,15 +4,18 @@ import dataclasses
 
 import numpy as np
 import pytest
-from parity.sides import Trained
 
+import gpt2_jax.generate
 from gpt2_core.batches import IGNORED
 from gpt2_core.config import MESH_AXES, ModelConfig, TrainConfig, parse_mesh
 from gpt2_jax.model import Execution
-from parity import combinations, faults
 from parity.engine.covering import all_pairs, covering_rows, pairs_of
-from parity.gpt2.checks.combinations import EXECUTION, MODEL, TABLE, config_of, divergence
-from parity.gpt2.faults import subject_of
+from parity.gpt2.adapters import both
+from parity.gpt2.adapters.protocol import Trained
+from parity.gpt2.checks import combinations
+from parity.gpt2.checks.combinations import EXECUTION, MODEL, TABLE, config_of, first_difference
+from parity.gpt2.faults import case_of
+from parity.gpt2.faults.fault import replacing
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -22,7 +25,7 @@ def settings(options: dict[str, dict[str, dict]]) -> set[str]:
 
 
 def test_full_brings_every_pair_of_options_together():
-    full = dataclasses.replace(subject_of(), level="full")
+    full = dataclasses.replace(case_of(), level="full")
     assert pairs_of(combinations.rows_of(full)) == set(all_pairs(TABLE))
 
 
@@ -59,7 +62,7 @@ def test_every_row_is_a_training_that_can_be_run():
 
 
 def test_targets_count_unevenly_over_shards_and_parts():
-    _, targets = combinations.uneven_batch(subject_of(), ModelConfig(block_size=11, vocab_size=257), 0)
+    _, targets = combinations.uneven_batch(case_of(), ModelConfig(block_size=11, vocab_size=257), 0)
     counts = (targets != IGNORED).sum(axis=1)
     assert counts[0] == 0 and counts[-1] == 11
     for parts in (2, 4):
@@ -70,10 +73,10 @@ def test_the_first_divergence_of_two_trainings_is_named():
     trees = [{"wte.weight": np.ones(3), "ln_f.bias": np.ones(2)} for _ in range(3)]
     a = Trained(np.array([3.0, 2.0]), np.array([1.0, 1.0]), *trees, [])
     later = a._replace(losses=np.array([3.0, 2.1]), grad_norms=np.array([1.0, 1.5]))
-    assert divergence(a, a, 1e-10) == (0.0, "")
-    assert divergence(later, a, 1e-10)[1].startswith("step 1, loss: relative difference 5.0e-02")
+    assert first_difference(a, a, 1e-10) == (0.0, "")
+    assert first_difference(later, a, 1e-10)[1].startswith("step 1, loss: relative difference 5.0e-02")
     moved = a._replace(params={"wte.weight": np.ones(3), "ln_f.bias": np.array([1.0, np.nan])})
-    measured, where = divergence(moved, a, 1e-10)
+    measured, where = first_difference(moved, a, 1e-10)
     assert np.isnan(measured) and where.startswith("after the last step, parameter ln_f.bias")
 
 
@@ -85,13 +88,15 @@ def test_weights_narrowed_more_than_they_may_be_give_other_tokens():
 
         return wrong
 
-    subject = subject_of()
-    with faults.replacing(faults.gpt2_jax.generate, "define", narrow_everything)():
-        assert not combinations.bfloat16_tokens(subject, "tied").passed
-    assert combinations.bfloat16_tokens(subject, "tied").passed
+    case = case_of()
+    candidate, _ = both(case.weights)
+    with replacing(gpt2_jax.generate, "define", narrow_everything)():
+        assert not combinations.bfloat16_tokens(case, candidate, "tied").passed
+    assert combinations.bfloat16_tokens(case, candidate, "tied").passed
 
 
 @pytest.mark.slow
 def test_every_pair_of_options_agrees():
-    results = list(combinations.check(dataclasses.replace(subject_of(), level="full")))
+    case = dataclasses.replace(case_of(), level="full")
+    results = list(combinations.check(case, *both(case.weights)))
     assert [r for r in results if not r.passed] == []

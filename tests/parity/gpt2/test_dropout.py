@@ -4,9 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from parity.suite import Result
 
-from parity import dropout, faults
+from parity.engine.results import Result
+from parity.gpt2 import faults
+from parity.gpt2.adapters import both
+from parity.gpt2.checks import dropout
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -105,5 +107,6 @@ def test_a_loss_and_a_gradient_norm_are_named_by_their_step():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_right_programs_are_not_suspected(seed):
-    results = list(dropout.check(dataclasses.replace(faults.subject_of(), seed=seed, level="default")))
+    case = dataclasses.replace(faults.case_of(), seed=seed, level="default")
+    results = list(dropout.check(case, *both(case.weights)))
     assert [r for r in results if isinstance(r, Result) and not r.passed] == []

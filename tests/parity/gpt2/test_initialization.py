@@ -4,10 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from parity.suite import Result
 
-from parity.gpt2.checks.initialization import LIMIT, MORE_TENSORS, SIZE, _distributions, _prescribed, check
-from parity.gpt2.faults import MODEL, subject_of
+from parity.engine.results import Result
+from parity.gpt2 import limits
+from parity.gpt2.adapters import both
+from parity.gpt2.checks.initialization import MORE_TENSORS, SIZE, _distributions, _prescribed, check
+from parity.gpt2.faults import MODEL, case_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -53,5 +55,6 @@ def test_every_tensor_that_is_drawn_is_large_enough_to_be_judged():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_right_initialisers_are_not_suspected(seed):
-    results = list(check(dataclasses.replace(subject_of(), seed=seed, level="default")))
-    assert [r for r in results if isinstance(r, Result) and not r.passed] == [] and LIMIT == 6.0
+    case = dataclasses.replace(case_of(), seed=seed, level="default")
+    results = list(check(case, *both(case.weights)))
+    assert [r for r in results if isinstance(r, Result) and not r.passed] == [] and limits.SURPRISE == 6.0

@@ -6,18 +6,20 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from parity.sides import TorchSide
-from parity.suite import Subject
 
 import gpt2_jax.layers
 import gpt2_jax.loss
 import gpt2_jax.model
+import parity.engine.precision
 from gpt2_core.batches import TrainingBatches
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.weights import Weights
-from parity import precision
-from parity.gpt2.cases import random_weights, real_text
-from parity.gpt2.faults import MODEL, subject_of
+from parity.gpt2.adapters import both
+from parity.gpt2.adapters.jax_adapter import JaxAdapter
+from parity.gpt2.adapters.torch_adapter import TorchAdapter
+from parity.gpt2.cases import Case, random_weights, real_text
+from parity.gpt2.checks import precision
+from parity.gpt2.faults import MODEL, case_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -37,25 +39,28 @@ def trained(weights: Weights, steps: int) -> Weights:
     )
     tokens = real_text(weights, 40_000)
     stream = TrainingBatches(tokens, block_size=weights.config.block_size, batch_size=8, seed=steps)
-    params = TorchSide(weights, "float32").train(config, [stream[step] for step in range(steps)]).params
+    params = TorchAdapter(weights, "float32").train(config, [stream[step] for step in range(steps)]).params
     return dataclasses.replace(weights, arrays={name: array.astype(np.float32) for name, array in params.items()})
 
 
-def measured(subject: Subject, weights: list[Weights], number: int = 8) -> list[list]:
+def measured(case: Case, weights: list[Weights], number: int = 8) -> list[list]:
     """The results of each of the weights, all of one architecture: JAX compiles once."""
-    batches = precision._sequences(subject, number)
-    truths = precision._by_torch(weights, batches, "float64")
+    candidate, reference = both(case.weights)
+    names = candidate.name, reference.name
+    batches = precision.sequences(case, number)
+    truths = precision.drawn(reference, weights, batches, "float64")
     found = [[] for _ in weights]
     for dtype in ("float32", "bfloat16"):
-        ours, theirs = precision._by_jax(weights, batches, dtype), precision._by_torch(weights, batches, dtype)
+        ours, theirs = (precision.drawn(adapter, weights, batches, dtype) for adapter in (candidate, reference))
         for w in range(len(weights)):
             drawn = [side[w * number : (w + 1) * number] for side in (ours, theirs, truths)]
-            found[w] += [*precision.compare(subject, dtype, *drawn), precision._loss(dtype, batches, *drawn)]
+            found[w] += precision.compare(case, names, dtype, *drawn)
+            found[w].append(precision.compare_losses(names, dtype, batches, *drawn))
     return found
 
 
 def test_by_chance_alone_the_limit_is_exceeded_as_rarely_as_stated(monkeypatch):
-    monkeypatch.setattr(precision, "FALSE_ALARMS", 0.05)
+    monkeypatch.setattr(parity.engine.precision, "FALSE_ALARMS", 0.05)
     generator = np.random.default_rng(0)
     runs = 4000
     alarms = sum(precision.at_least(0.3 + 0.2 * generator.standard_normal(8)) > np.exp(0.3) for _ in range(runs))
@@ -64,7 +69,7 @@ def test_by_chance_alone_the_limit_is_exceeded_as_rarely_as_stated(monkeypatch):
 
 def test_right_programs_raise_no_alarm_on_random_and_on_trained_weights():
     weights = random_weights(MODEL, 5)
-    found = measured(subject_of(), [weights, trained(weights, 150)])
+    found = measured(case_of(), [weights, trained(weights, 150)])
     assert [r for results in found for r in results if not r.passed] == []
     assert all(any(r.case.startswith(what) for r in found[0]) for what in STATED)
 
@@ -78,19 +83,19 @@ def test_fifty_right_programs_raise_no_alarm(width):
     for seed in range(5):
         weights.append(random_weights(model, seed))
         weights += [trained(weights[-1], steps) for steps in (25, 100, 200, 400)]
-    subject = Subject(weights[0], real_text(weights[0], 40_000), "quick")
-    assert [r for results in measured(subject, weights) for r in results if not r.passed] == []
+    case = Case(weights[0], real_text(weights[0], 40_000), "quick")
+    assert [r for results in measured(case, weights) for r in results if not r.passed] == []
 
 
 @pytest.mark.parametrize("model", [MODEL, EVERY_OPTION], ids=["gpt2", "every option"])
 def test_the_programs_are_as_precise_as_they_are_said_to_be(model):
     weights = random_weights(model)
-    results = list(precision.programs(Subject(weights, real_text(weights, 2_000))))
+    results = list(precision.programs(Case(weights, real_text(weights, 2_000)), JaxAdapter(weights)))
     assert len(results) == 2 + 7 * len(precision.EXECUTIONS) and [r for r in results if not r.passed] == []
 
 
-def failed(subject: Subject) -> list[str]:
-    return [r.case for r in precision.programs(subject) if not r.passed]
+def failed(case: Case) -> list[str]:
+    return [r.case for r in precision.programs(case, JaxAdapter(case.weights)) if not r.passed]
 
 
 def test_float64_in_the_float32_program_is_seen():
@@ -101,7 +106,7 @@ def test_float64_in_the_float32_program_is_seen():
             return tuple(part.astype(x.dtype) for part in normalize(x.astype("float64"), epsilon))
 
     with mock.patch.object(gpt2_jax.layers, "_normalize", wide):
-        assert "float32 program: values in another dtype" in failed(subject_of())
+        assert "float32 program: values in another dtype" in failed(case_of())
 
 
 def test_a_count_of_targets_rounded_to_bfloat16_is_seen():
@@ -112,7 +117,7 @@ def test_a_count_of_targets_rounded_to_bfloat16_is_seen():
     loss = jax.custom_vjp(gpt2_jax.loss.summed_cross_entropy.fun, nondiff_argnums=(3,))
     loss.defvjp(gpt2_jax.loss._forward, rounded)
     with mock.patch.object(gpt2_jax.model, "summed_cross_entropy", loss):
-        assert "bfloat16 program, unrolled: numbers that scale whole arrays, in bfloat16" in failed(subject_of())
+        assert "bfloat16 program, unrolled: numbers that scale whole arrays, in bfloat16" in failed(case_of())
 
 
 def test_a_residual_stream_that_is_lost_from_sight_fails():
@@ -123,7 +128,7 @@ def test_a_residual_stream_that_is_lost_from_sight_fails():
         return add_norm(norm, x if branch is None else x - (-branch), None)
 
     with mock.patch.object(gpt2_jax.model, "add_norm", subtracted):
-        assert "bfloat16 program, unrolled: values of the residual stream in bfloat16, or lost" in failed(subject_of())
+        assert "bfloat16 program, unrolled: values of the residual stream in bfloat16, or lost" in failed(case_of())
 
 
 def test_a_residual_stream_kept_in_bfloat16_is_seen_where_it_is_tapped():
@@ -133,15 +138,16 @@ def test_a_residual_stream_kept_in_bfloat16_is_seen_where_it_is_tapped():
         return embed(self, *inputs).astype(self.execution.dtype)
 
     with mock.patch.object(gpt2_jax.model.GPT2, "_embed", narrow):
-        result = precision._residual_stream(subject_of())
+        result = precision._residual_stream(case_of(), *both(case_of().weights))
     assert not result.passed and "JAX bfloat16 and float32" in result.where
 
 
 def test_a_loss_made_of_bfloat16_logits_is_not_the_cross_entropy_of_the_logits():
-    subject = subject_of()
-    batches, weights = precision._sequences(subject, 1), [subject.weights]
+    case = case_of()
+    candidate, reference = both(case.weights)
+    batches, weights = precision.sequences(case, 1), [case.weights]
     with mock.patch.object(gpt2_jax.loss, "_wide", lambda x: x.dtype):
-        ours = precision._by_jax(weights, batches, "bfloat16")
-    theirs, truths = (precision._by_torch(weights, batches, dtype) for dtype in ("bfloat16", "float64"))
-    result = precision._loss("bfloat16", batches, ours, theirs, truths)
+        ours = precision.drawn(candidate, weights, batches, "bfloat16")
+    theirs, truths = (precision.drawn(reference, weights, batches, dtype) for dtype in ("bfloat16", "float64"))
+    result = precision.compare_losses(("JAX", "PyTorch"), "bfloat16", batches, ours, theirs, truths)
     assert result.measured > 100 * result.limit and result.where.startswith("JAX")

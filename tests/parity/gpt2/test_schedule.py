@@ -8,8 +8,10 @@ import pytest
 
 import gpt2_torch.train
 from gpt2_core.schedule import learning_rate
-from parity import schedule
-from parity.gpt2.faults import subject_of
+from parity.gpt2 import limits
+from parity.gpt2.adapters import both
+from parity.gpt2.checks import schedule
+from parity.gpt2.faults import case_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -18,11 +20,12 @@ def test_the_three_schedules_agree():
     for shape in schedule._SCHEDULES:
         closed, *others = (rates_of(*shape) for rates_of in schedule._EXPECTATIONS.values())
         for other in others:
-            assert np.max(np.abs(closed - other)) <= schedule.LIMIT * schedule._PEAK, shape
+            assert np.max(np.abs(closed - other)) <= limits.SCHEDULE * schedule._PEAK, shape
 
 
 def first_failure():
-    return next(result for result in schedule.check(subject_of()) if not result.passed)
+    case = case_of()
+    return next(result for result in schedule.check(case, *both(case.weights)) if not result.passed)
 
 
 # What is wrong, and the first step of the first schedule at which it shows.

@@ -6,13 +6,15 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
-from parity.sides import TorchSide, Trained
 
 from gpt2_core.config import ModelConfig, OptimizerConfig
+from parity.gpt2 import limits
+from parity.gpt2.adapters.protocol import Trained
+from parity.gpt2.adapters.torch_adapter import TorchAdapter
 from parity.gpt2.cases import random_weights
-from parity.gpt2.checks.combinations import divergence, uneven_batch
-from parity.gpt2.checks.settings import CASES, LIMIT, STEPS, config_of, off_default
-from parity.gpt2.faults import subject_of
+from parity.gpt2.checks.combinations import first_difference, uneven_batch
+from parity.gpt2.checks.settings import CASES, STEPS, config_of, off_default
+from parity.gpt2.faults import case_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -40,14 +42,14 @@ def ignorable() -> list[tuple[str, str]]:
     ]
 
 
-subject = functools.cache(subject_of)
+tiny = functools.cache(case_of)
 
 
 @functools.cache
 def trained(model: ModelConfig, optimizer: OptimizerConfig) -> Trained:
     model = dataclasses.replace(model, dropout=0.0)
-    batches = [uneven_batch(subject(), model, step) for step in range(STEPS)]
-    return TorchSide(random_weights(model, dtype=np.float64)).train(config_of(model, optimizer), batches)
+    batches = [uneven_batch(tiny(), model, step) for step in range(STEPS)]
+    return TorchAdapter(random_weights(model, dtype=np.float64)).train(config_of(model, optimizer), batches)
 
 
 @pytest.mark.parametrize("case, name", ignorable())
@@ -56,4 +58,4 @@ def test_a_program_that_ignored_the_setting_would_differ(case, name):
         dataclasses.replace(config, **{f.name: f.default for f in dataclasses.fields(config) if f.name == name})
         for config in CASES[case]
     ]
-    assert divergence(trained(*CASES[case]), trained(*ignoring), LIMIT)[0] > 1e4 * LIMIT
+    assert first_difference(trained(*CASES[case]), trained(*ignoring), limits.STEP)[0] > 1e4 * limits.STEP

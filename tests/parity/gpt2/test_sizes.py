@@ -13,8 +13,9 @@ import gpt2_jax
 import gpt2_jax.attention
 import gpt2_jax.generate
 import gpt2_jax.loss
-from parity import sizes
-from parity.gpt2.faults import subject_of
+from parity.gpt2.adapters import both
+from parity.gpt2.checks import sizes
+from parity.gpt2.faults import case_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -30,11 +31,11 @@ def test_every_constant_that_is_a_size_has_its_case():
     assert found == set(sizes.CONSTANTS)
 
 
-subject = functools.cache(subject_of)
+tiny = functools.cache(case_of)
 
 
 def results(part, level: str) -> list:
-    return list(part(dataclasses.replace(subject(), level=level)))
+    return list(part(dataclasses.replace(tiny(), level=level), *both(tiny().weights)))
 
 
 NOTHING = {"nothing": (np.zeros(1), np.zeros(1))}
@@ -43,7 +44,7 @@ NOTHING = {"nothing": (np.zeros(1), np.zeros(1))}
 def test_queries_are_computed_in_one_block_and_in_several_and_a_remainder_is_met():
     with mock.patch.object(sizes, "_attended", return_value=NOTHING) as attended:
         results(sizes._attention, "default")
-    lengths = {call.args[2][2] for call in attended.call_args_list}
+    lengths = {call.args[3][2] for call in attended.call_args_list}
     assert {len(gpt2_jax.attention._blocks(T)) for T in lengths} == {1, gpt2_jax.attention.BLOCKS}
     assert any(T > gpt2_jax.attention.SHORTEST_IN_BLOCKS and T % gpt2_jax.attention.BLOCKS for T in lengths)
 
@@ -51,7 +52,7 @@ def test_queries_are_computed_in_one_block_and_in_several_and_a_remainder_is_met
 def test_the_loss_has_one_chunk_and_several_and_a_remainder():
     seen = set()
 
-    def chunks(B, T, V, rows):
+    def chunks(candidate, B, T, V, rows):
         C = gpt2_jax.loss._chunk_length(B, T, rows * 8)
         seen.add((C < T, T % C > 0))
         return NOTHING
@@ -70,5 +71,5 @@ def test_the_cache_grows_even_in_the_quick_form():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_the_whole_check_gives_no_alarm(seed):
-    full = dataclasses.replace(subject(), level="full", seed=seed)
-    assert [r for r in sizes.check(full) if not r.passed] == []
+    full = dataclasses.replace(tiny(), level="full", seed=seed)
+    assert [r for r in sizes.check(full, *both(full.weights)) if not r.passed] == []

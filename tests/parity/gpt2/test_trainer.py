@@ -8,32 +8,35 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from parity.plain_loop import State
-from parity.suite import Skipped
 
 import gpt2_core.batches
 import gpt2_torch.train
 from gpt2_core.run_folder import RunFolder
-from parity import plain_loop, trainer
-from parity.gpt2.faults import subject_of
+from parity.engine.results import Skipped
+from parity.gpt2 import plain_loop
+from parity.gpt2.adapters import both
+from parity.gpt2.adapters.protocol import TrainerState
+from parity.gpt2.adapters.torch_adapter import TorchAdapter
+from parity.gpt2.checks import trainer
+from parity.gpt2.faults import case_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.fixture(scope="module")
-def subject():
-    return subject_of()
+def case():
+    return case_of()
 
 
 @pytest.fixture
-def setting(subject, tmp_path):
-    return trainer._setting(subject, tmp_path)
+def setting(case, tmp_path):
+    return trainer._setting(case, tmp_path, "cpu")
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_setting_shows_what_it_is_for(subject, tmp_path, seed):
-    subject = dataclasses.replace(subject, seed=seed, tokens=np.roll(subject.tokens, -1500 * seed))
-    setting = trainer._setting(subject, tmp_path)
+def test_the_setting_shows_what_it_is_for(case, tmp_path, seed):
+    case = dataclasses.replace(case, seed=seed, tokens=np.roll(case.tokens, -1500 * seed))
+    setting = trainer._setting(case, tmp_path, "cpu")
     config, due = setting.config, setting.due(setting.config)
     norms = [row["grad_norm"] for row in due.rows if row["split"] == "train"]
     assert min(norms) > config.optimizer.clip_norm  # every step is clipped
@@ -141,10 +144,10 @@ def test_rows_that_are_missing_repeated_or_out_of_order_are_named():
 
 def test_the_first_differing_tensor_of_a_checkpoint_is_named():
     def state(updates=5, **changed):
-        trees = {kind: {"a": np.ones(3), "b": np.ones(2)} for kind in State._fields[1:]}
+        trees = {kind: {"a": np.ones(3), "b": np.ones(2)} for kind in TrainerState._fields[1:]}
         for kind, name in changed.items():
             trees[kind][name] = np.full_like(trees[kind][name], 1.1)
-        return State(updates, **trees)
+        return TrainerState(updates, **trees)
 
     def where(*states):
         return trainer._first_difference_of_states(*({5: s} for s in states))[1]
@@ -161,30 +164,32 @@ def test_tokens_are_counted_to_the_rounding_of_the_log(setting):
     assert trainer._wrong_tokens([row | {"step_seconds": 0.0031}], setting.config)[0] > 1
 
 
-def test_a_run_is_interrupted_resumed_and_silent(setting, capfd):
+def test_a_run_is_interrupted_resumed_and_silent(case, setting, capfd):
+    pytorch = TorchAdapter(case.weights).trainer()
     config = trainer._named(setting, setting.config, "a run")
-    assert trainer._run(trainer.PYTORCH, config, interrupt_at=6)
+    assert trainer._run(pytorch, config, interrupt_at=6)
     assert RunFolder(Path(config.run_dir)).steps() == [5]
-    assert not trainer._run(trainer.PYTORCH, dataclasses.replace(config, resume="newest"))
+    assert not trainer._run(pytorch, dataclasses.replace(config, resume="newest"))
     assert RunFolder(Path(config.run_dir)).steps() == [5, 12]
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_both_trainers_pass_on_other_devices_and_weights(subject, seed):
-    found = list(trainer.check(dataclasses.replace(subject, level="full", seed=seed)))
+def test_both_trainers_pass_on_other_devices_and_weights(case, seed):
+    found = list(trainer.check(dataclasses.replace(case, level="full", seed=seed), *both(case.weights)))
     assert not any(isinstance(result, Skipped) for result in found)
     assert all(result.passed for result in found), [r for r in found if not r.passed]
 
 
 @pytest.mark.slow
-def test_an_evaluation_in_float32_of_a_run_in_bfloat16_is_seen(setting):
+def test_an_evaluation_in_float32_of_a_run_in_bfloat16_is_seen(case, setting):
     evaluate = gpt2_torch.train.evaluate
 
     def wide(model, batches, device, autocast):
         return evaluate(model, batches, device, contextlib.nullcontext())
 
     with mock.patch.object(gpt2_torch.train, "evaluate", wide):
-        failed = [result.case for result in trainer._in_bfloat16(setting) if not result.passed]
+        results = trainer._in_bfloat16(TorchAdapter(case.weights), setting)
+        failed = [result.case for result in results if not result.passed]
     assert failed == ["PyTorch, in bfloat16: the first loss of evaluation"]

@@ -8,11 +8,11 @@ import pytest
 
 from gpt2_core.config import ModelConfig
 from gpt2_core.weights import DTYPES
-from parity import weights
 from parity.formats import FORMATS
 from parity.gpt2.cases import random_weights
+from parity.gpt2.checks import weights
 from parity.gpt2.checks.weights import MODELS
-from parity.gpt2.faults import subject_of
+from parity.gpt2.faults import case_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -30,18 +30,18 @@ def test_every_dtype_and_every_setting_of_the_architecture_goes_through_the_form
 
 
 def test_weights_in_float64_have_digits_that_float32_has_not():
-    arrays = random_weights(subject_of().weights.config, dtype=np.float64).arrays
+    arrays = random_weights(case_of().weights.config, dtype=np.float64).arrays
     assert all((array != array.astype(np.float32)).any() for array in arrays.values())
 
 
 def test_a_format_that_takes_what_it_cannot_hold_is_seen():
     with mock.patch.dict(FORMATS, {"llmc": dataclasses.replace(FORMATS["torch"], layout=FORMATS["torch"].layout)}):
-        result = weights._model("every option", *MODELS["every option in float64"])
+        result = weights._model({}, "every option", *MODELS["every option in float64"])
     assert not result.passed and result.where == "llmc: is taken, and can't be held"
 
 
 def test_a_format_that_refuses_what_it_can_hold_is_seen():
     layout = dataclasses.replace(FORMATS["hf"].layout, dtypes=("float32",))
     with mock.patch("parity.formats.hugging_face.HUGGING_FACE", layout):
-        result = weights._model("bfloat16", *MODELS["11 layers in bfloat16"])
+        result = weights._model({}, "bfloat16", *MODELS["11 layers in bfloat16"])
     assert not result.passed and result.where.startswith("hf: --to hf: can't hold")
