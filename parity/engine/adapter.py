@@ -6,12 +6,11 @@ methods.
 """
 
 import dataclasses
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self
 
 from parity.engine.results import Skipped
 
 
-@runtime_checkable
 class Adapter(Protocol):
     """One implementation of a model, holding one set of weights."""
 

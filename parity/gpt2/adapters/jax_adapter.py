@@ -206,7 +206,7 @@ class JaxAdapter:
             yield Step(float(metrics.loss), float(metrics.grad_norm), canonical, embedding)
 
     def _train_step(self, config: TrainConfig):
-        """The definition, the optimizer and the step that `config` asks for, compiled once for this side."""
+        """The definition, the optimizer and the step that `config` asks for, compiled once for this adapter."""
         if config not in self._steps:
             kernel = choose_kernel(
                 config.attention,
@@ -253,7 +253,8 @@ class JaxAdapter:
 
     def sample(self, logits_BV: np.ndarray, uniforms_B: np.ndarray, sampling: Sampling) -> np.ndarray:
         """Next tokens (B,)."""
-        return np.asarray(gpt2_jax.generate.sample(jnp.asarray(logits_BV), jnp.asarray(uniforms_B), sampling))
+        sample = jax.jit(gpt2_jax.generate.sample, static_argnums=2)
+        return np.asarray(sample(logits_BV, uniforms_B, sampling))
 
     def decoded_logits(self, tokens_BT: np.ndarray, pieces: Sequence[int]) -> np.ndarray:
         """Logits (B, T, V) with the tokens given to the cache in pieces of these lengths."""

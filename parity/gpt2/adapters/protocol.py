@@ -16,6 +16,7 @@ import numpy as np
 from gpt2_core.config import ModelConfig, TrainConfig
 from gpt2_core.run_folder import RunFolder
 from gpt2_core.weights import Weights
+from parity.engine import adapter
 from parity.engine.adapter import Capability
 
 NAMES = ("JAX", "PyTorch")
@@ -27,19 +28,16 @@ Arrays = dict[str, np.ndarray]
 Sites = list[list[np.ndarray]]
 
 
-class Adapter(Protocol):
-    """One implementation of GPT-2 that holds one set of weights."""
+class Adapter(adapter.Adapter, Protocol):
+    """One implementation of GPT-2 that holds one set of weights, and computes in float64, float32 or bfloat16 (of which
+    the parameters stay float32)."""
 
-    name: str
-    """As it is called in results."""
     weights: Weights
     config: ModelConfig
     device: str
     """Where it computes: "cpu" or "cuda"."""
 
-    def make(self, weights: Weights, dtype: str = "float64") -> Self:
-        """The same implementation, on the same device, with other weights, computing in float64, float32 or bfloat16
-        (of which the parameters stay float32)."""
+    def make(self, weights: Weights, dtype: str = "float64") -> Self: ...
 
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         """Logits (B, T, V), in float32 at least."""

@@ -50,15 +50,15 @@ class TorchAdapter:
     """What holds its weights in memory."""
 
     def __init__(self, weights: Weights, dtype: str = "float64", device: str = "cpu") -> None:
-        self.weights = weights.astype(np.float64 if dtype == "float64" else np.float32)
-        self.config, self.dtype, self.device = weights.config, dtype, device
+        self.weights, self.config, self.dtype, self.device = weights, weights.config, dtype, device
 
     def make(self, weights: Weights, dtype: str = "float64") -> "TorchAdapter":
         return TorchAdapter(weights, dtype, self.device)
 
     @functools.cached_property
     def model(self) -> torch.nn.Module:
-        return build(self.weights).to(self.device)
+        weights = self.weights.astype(np.float64 if self.dtype == "float64" else np.float32)
+        return build(weights).to(self.device)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")

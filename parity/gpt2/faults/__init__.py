@@ -8,7 +8,6 @@ import dataclasses
 import importlib
 import math
 import pkgutil
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -174,9 +173,3 @@ def _orders(result: Result) -> float:
         return math.inf
     # Counts have a limit of zero: one too many is as plain as it can be.
     return math.log10(result.measured / result.limit) if result.limit > 0 else math.inf
-
-
-def prove() -> Iterator[Verdict]:
-    """Judge every fault, one after the other."""
-    for fault in FAULTS:
-        yield judge(fault)

@@ -9,8 +9,9 @@
         return wrong
 
 The function gets what is right, an attribute of a module or class of the models, and returns what is planted instead;
-its docstring is the story of the mistake. A mistake of several attributes has no `seam`: its function plants it by
-itself, as a context manager's generator.
+its docstring is the story of the mistake. A seam is of this project, and never of a framework: what it stands for has a
+name there. A mistake of several attributes has no `seam`: its function plants it by itself, as a context manager's
+generator.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from unittest import mock
 import numpy as np
 
 from gpt2_core.config import ModelConfig
+from parity.gpt2.suite import PACKAGES
 
 # The smallest model on which most of them show: one layer, two heads.
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257)
@@ -82,17 +84,26 @@ def fault(
     model: ModelConfig = MODEL,
     prepare: Callable[[str, np.ndarray], np.ndarray] = lambda name, array: array,
 ) -> Callable[[Callable], Callable]:
-    """Register the decorated function as a fault; raises ValueError for a name that is taken or a missing story."""
+    """Register the decorated function as a fault; raises ValueError for a name that is taken, a missing story, or a
+    seam that isn't of this project."""
 
     def register(plant: Callable) -> Callable:
         if name in REGISTERED or not plant.__doc__:
             raise ValueError(f"fault {name!r}: needs a name of its own and a docstring")
+        if seam is not None and (package := _package(seam[0])) not in PACKAGES:
+            raise ValueError(
+                f"fault {name!r}: replaces {seam[1]} of {package}; expected a seam of {', '.join(PACKAGES)}"
+            )
         patch = contextlib.contextmanager(plant) if seam is None else replacing(*seam, plant)
         story = " ".join(inspect.cleandoc(plant.__doc__).split())
         REGISTERED[name] = Fault(name, story, check, place, patch, model, prepare)
         return plant
 
     return register
+
+
+def _package(target: Any) -> str:
+    return (target.__name__ if inspect.ismodule(target) else target.__module__).partition(".")[0]
 
 
 def replacing(target: Any, name: str, make: Callable[[Any], Any]) -> Patch:

@@ -1,7 +1,12 @@
 """Each mistake of the catalogue is caught, by its check and at its place."""
 
-import pytest
+import math
 
+import jax
+import pytest
+import torch
+
+from parity.gpt2 import faults
 from parity.gpt2.faults import FAULTS, judge
 from parity.gpt2.suite import CHECKS
 
@@ -19,6 +24,30 @@ def test_the_catalogue_has_mistakes_for_every_check():
     assert len(FAULTS) >= 100 and len({fault.name for fault in FAULTS}) == len(FAULTS)
     # `variants` is other checks with options.
     assert {fault.check for fault in FAULTS} == set(CHECKS) - {"variants"}
+
+
+def test_reports_list_the_first_faults_in_the_order_in_which_they_were_added():
+    assert tuple(fault.name for fault in FAULTS[: len(faults._FIRST)]) == faults._FIRST
+
+
+@pytest.mark.parametrize("seam", [(math, "sqrt"), (jax.nn, "gelu"), (torch.nn.Linear, "forward")])
+def test_a_fault_replaces_nothing_of_a_framework(seam):
+    with pytest.raises(ValueError, match="a new one.*: replaces"):
+
+        @faults.fault.fault("a new one", check="forward", place="", seam=seam)
+        def planted(right):
+            """a story"""
+
+    assert "a new one" not in faults.fault.REGISTERED
+
+
+@pytest.mark.parametrize(("name", "story"), [("erf GELU", "a story"), ("a new one", None)])
+def test_a_fault_has_a_name_of_its_own_and_a_story(name, story):
+    def planted(right): ...
+
+    planted.__doc__ = story
+    with pytest.raises(ValueError, match="needs a name of its own and a docstring"):
+        faults.fault.fault(name, check="forward", place="")(planted)
 
 
 @pytest.mark.parametrize("fault", _parameters())
