@@ -80,7 +80,7 @@ class Parser(ArgumentParser):
             return f"{option}: no such option{self._suggestion(option)}; see --help"
         if missing := re.search(r"arguments are required: (.+)", message):
             required = (f"{self._typed(n)} is required ({self._expected(n)})" for n in missing[1].split(", "))
-            return f"{'; '.join(required)}; see --help"
+            return f"{'; '.join(required)}; add what is missing, or see --help"
         if bare := re.match(r"argument --(\S+): expected one argument", message):
             return f"--{bare[1]}: expected a value after it ({self._expected('--' + bare[1])}); see --help"
         wrong = re.search(r'Parser key "([^"]+)":\s*(?:.*?)Expected an? (.+?)\. Got value: (.*)', message, re.S)
