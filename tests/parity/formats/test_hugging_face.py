@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from parity.sides import JaxSide
+from parity.gpt2.adapters.jax_adapter import JaxAdapter
 from safetensors.torch import save_file
 
 from gpt2_core.config import PRESETS, ModelConfig
@@ -64,7 +64,7 @@ def test_gpt2_lm_head_model_loads_what_we_write_and_gives_our_logits(tmp_path, c
     assert apart(ours_of(weights, tokens_BT), theirs) < 1e-12
     if not changes:
         with jax.enable_x64(True):
-            assert apart(JaxSide(weights).logits(tokens_BT), theirs) < 1e-12
+            assert apart(JaxAdapter(weights).logits(tokens_BT), theirs) < 1e-12
     back = open_weights(tmp_path / "m")
     assert (back.config, back.tokenizer) == (weights.config, "bytes")
 
@@ -95,7 +95,7 @@ def test_gpt2_at_its_full_size_gives_transformers_logits(tmp_path):
     theirs = theirs_of(model, tokens_BT)
     del model
     with jax.enable_x64(True):
-        assert apart(JaxSide(weights.in_memory()).logits(tokens_BT), theirs) < 1e-12
+        assert apart(JaxAdapter(weights.in_memory()).logits(tokens_BT), theirs) < 1e-12
     write_weights(weights, tmp_path / "again", "hf")
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "again")
     assert apart(theirs_of(again, tokens_BT), theirs) == 0.0
