@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from parity.gpt2.adapters.jax_adapter import JaxAdapter
 from safetensors.torch import save_file
 
 from gpt2_core.config import PRESETS, ModelConfig
@@ -17,6 +16,7 @@ from gpt2_core.errors import UserError
 from gpt2_core.weights import layouts
 from gpt2_torch.weights import build
 from parity.formats import open_weights, write_weights
+from parity.gpt2.adapters.jax_adapter import JaxAdapter
 from parity.gpt2.cases import random_weights
 
 transformers = pytest.importorskip("transformers")
