@@ -19,6 +19,7 @@ import optax
 import torch
 from flax import nnx
 
+import gpt2_convert.hugging_face
 import gpt2_core.batches
 import gpt2_core.run_folder
 import gpt2_core.weights.llmc
@@ -35,7 +36,6 @@ import gpt2_torch.checkpoints
 import gpt2_torch.model
 import gpt2_torch.train
 import gpt2_torch.weights
-import parity.formats.hugging_face
 import parity.sides
 from gpt2_core.batches import IGNORED
 from gpt2_core.config import ModelConfig, OptimizerConfig
@@ -1462,7 +1462,7 @@ FAULTS = (
         "weights",
         "layer_norm_epsilon 0.03 becomes 1e-05",
         replacing(
-            parity.formats.hugging_face,
+            gpt2_convert.hugging_face,
             "_SETTINGS",
             lambda settings: {n: v for n, v in settings.items() if n != "layer_norm_epsilon"},
         ),

@@ -12,6 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from gpt2_convert import FORMATS, open_weights, write_weights
 from gpt2_core.config import ModelConfig, differences
 from gpt2_core.errors import UserError
 from gpt2_core.weights import DTYPES, Weights
@@ -20,7 +21,6 @@ from gpt2_jax.weights import to_canonical as from_jax
 from gpt2_torch.weights import build
 from gpt2_torch.weights import to_canonical as from_torch
 from parity import raw_files, variants
-from parity.formats import FORMATS, open_weights, write_weights
 from parity.subjects import random_weights
 from parity.suite import Result, Skipped, Subject
 

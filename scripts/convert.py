@@ -11,10 +11,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from gpt2_convert import FORMATS, open_weights, write_weights
 from gpt2_core.cli import Parser, run
 from gpt2_core.errors import RunError, UserError
 from gpt2_core.weights import DTYPES, Stored, StoredArrays, Weights
-from parity.formats import FORMATS, open_weights, write_weights
 
 
 def main(arguments: list[str]) -> None:

@@ -6,11 +6,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from gpt2_convert import FORMATS
 from gpt2_core.config import ModelConfig
 from gpt2_core.weights import DTYPES
 from parity import weights
 from parity.faults import subject_of
-from parity.formats import FORMATS
 from parity.subjects import random_weights
 from parity.weights import MODELS
 
@@ -42,6 +42,6 @@ def test_a_format_that_takes_what_it_cannot_hold_is_seen():
 
 def test_a_format_that_refuses_what_it_can_hold_is_seen():
     layout = dataclasses.replace(FORMATS["hf"].layout, dtypes=("float32",))
-    with mock.patch("parity.formats.hugging_face.HUGGING_FACE", layout):
+    with mock.patch("gpt2_convert.hugging_face.HUGGING_FACE", layout):
         result = weights._model("bfloat16", *MODELS["11 layers in bfloat16"])
     assert not result.passed and result.where.startswith("hf: --to hf: can't hold")

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from gpt2_convert import nanogpt, open_weights, write_weights
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
-from parity.formats import nanogpt, open_weights, write_weights
 from parity.subjects import random_weights
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=20, mlp="gelu_exact")

@@ -12,11 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gpt2_convert import FORMATS, open_weights, read_initial_weights, read_weights, write_weights
 from gpt2_core.config import DataConfig, ModelConfig, TrainConfig, to_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.weights import StoredArrays, Weights
 from gpt2_torch.weights import to_state_dict
-from parity.formats import FORMATS, open_weights, read_initial_weights, read_weights, write_weights
 from parity.subjects import random_weights
 
 CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=300)

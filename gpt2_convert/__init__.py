@@ -7,13 +7,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from gpt2_convert import hub, hugging_face, nanogpt, runs
+from gpt2_convert.detection import detect
 from gpt2_core.config import TrainConfig, differences
 from gpt2_core.errors import UserError
 from gpt2_core.weights import Weights, layouts, read_safetensors, write_safetensors
 from gpt2_core.weights.layouts import Layout
 from gpt2_core.weights.llmc import read_llmc, write_llmc
-from parity.formats import hub, hugging_face, nanogpt, runs
-from parity.formats.detection import detect
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,11 +3,11 @@
 import struct
 from pathlib import Path
 
+from gpt2_convert import hugging_face, nanogpt
 from gpt2_core.errors import UserError
 from gpt2_core.run_folder import metadata_path, read_metadata
 from gpt2_core.weights.llmc import MAGIC
 from gpt2_core.weights.safetensors import FORMAT, open_tensors
-from parity.formats import hugging_face, nanogpt
 
 EXPECTED = (
     "expected a run folder or checkpoint of this project, a Hugging Face GPT-2 folder (config.json), a checkpoint of "
@@ -39,7 +39,7 @@ def _of_file(path: Path) -> str | None:
         if metadata.get("format") == FORMAT:
             return "safetensors"
         return _by_its_folder(path)
-    from gpt2_torch.files import is_torch_file
+    from gpt2_convert.torch_files import is_torch_file
 
     if is_torch_file(path):
         return "nanogpt" if nanogpt.is_one(path) else _by_its_folder(path)

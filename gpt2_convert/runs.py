@@ -69,7 +69,7 @@ def _check_framework(path: Path, framework: str) -> None:
 
 
 def _read_state_dict(path: Path) -> Weights:
-    from gpt2_torch.files import is_torch_file, open_torch_file
+    from gpt2_convert.torch_files import is_torch_file, open_torch_file
 
     found = open_torch_file(path) if is_torch_file(path) else open_tensors(path)[0]
     recipe = path.parent / "config.yaml"

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from gpt2_convert import hub, open_weights, write_weights
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
-from parity.formats import hub, open_weights, write_weights
 from parity.subjects import random_weights
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=20)
 COMMIT = "0" * 39 + "1"
 

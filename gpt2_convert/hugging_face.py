@@ -119,7 +119,7 @@ def _source(folder: Path) -> Path:
 def _open(path: Path) -> dict[str, Stored]:
     if path.suffix == ".safetensors":
         return open_tensors(path)[0]
-    from gpt2_torch.files import open_torch_file
+    from gpt2_convert.torch_files import open_torch_file
 
     contents = open_torch_file(path)
     if not isinstance(contents, dict) or not all(isinstance(value, Stored) for value in contents.values()):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from gpt2_convert import open_weights, write_weights
 from gpt2_core.config import PRESETS, ModelConfig
 from gpt2_core.errors import UserError
 from gpt2_core.weights import layouts
 from gpt2_torch.weights import build
-from parity.formats import open_weights, write_weights
 from parity.sides import JaxSide
 from parity.subjects import random_weights
 

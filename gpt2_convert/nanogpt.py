@@ -85,7 +85,7 @@ def write(weights: Weights, path: Path) -> None:
 
 
 def _open(path: Path) -> Any:
-    from gpt2_torch.files import open_torch_file
+    from gpt2_convert.torch_files import open_torch_file
 
     return open_torch_file(path, allowed=[(GPTConfig, "__main__.GPTConfig")])
 
