@@ -20,9 +20,9 @@ import torch
 from flax import nnx
 
 import gpt2_convert.hugging_face
+import gpt2_convert.llmc
 import gpt2_core.batches
 import gpt2_core.run_folder
-import gpt2_core.weights.llmc
 import gpt2_jax.attention
 import gpt2_jax.dropout
 import gpt2_jax.generate
@@ -657,7 +657,7 @@ def _layers_of_a_file_by_name(order):
     def wrong(config):
         layers = sorted(range(config.n_layer), key=str)
         yield from ("wte.weight", "wpe.weight")
-        for name in gpt2_core.weights.llmc.BLOCK_ORDER:
+        for name in gpt2_convert.llmc.BLOCK_ORDER:
             yield from (f"h.{layer}.{name}" for layer in layers)
         yield from ("ln_f.weight", "ln_f.bias")
 
@@ -1454,7 +1454,7 @@ FAULTS = (
         "reader and writer sort alike: the round trip is bitwise, and llm.c reads other weights",
         "weights",
         "llmc: the tensors",
-        replacing(gpt2_core.weights.llmc, "_order", _layers_of_a_file_by_name),
+        replacing(gpt2_convert.llmc, "_order", _layers_of_a_file_by_name),
     ),
     Fault(
         "layer norm's epsilon not read from config.json",

@@ -1,7 +1,7 @@
 import pytest
 
+from gpt2_convert.canonical import write as write_safetensors
 from gpt2_core.config import ModelConfig
-from gpt2_core.weights import write_safetensors
 from parity.subjects import random_weights
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=300)

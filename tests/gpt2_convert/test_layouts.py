@@ -1,13 +1,14 @@
-"""The table of layouts against what is known of each format from elsewhere."""
+"""The layout of each format against what is known of each format from elsewhere."""
 
 import numpy as np
 import pytest
 
+from gpt2_convert import FORMATS
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
-from gpt2_core.weights import Stored, Weights, layouts
-from gpt2_core.weights.layouts import HUGGING_FACE, JAX, LLMC, NANOGPT, TORCH
+from gpt2_core.weights import Stored, Weights
 
+JAX, TORCH, HUGGING_FACE, NANOGPT, LLMC = (FORMATS[n].layout for n in ("jax", "torch", "hf", "nanogpt", "llmc"))
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=4, vocab_size=11)
 
 
@@ -94,7 +95,7 @@ def test_missing_surplus_and_misshapen_tensors_are_named_as_the_file_names_them(
 def test_each_format_holds_the_architectures_it_can_say_and_names_the_setting_it_cant(changes, holders):
     config = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=4, vocab_size=11, **changes)
     weights = make(config)
-    for layout in (layouts.CANONICAL, JAX, TORCH, HUGGING_FACE, NANOGPT, LLMC):
+    for layout in (form.layout for form in FORMATS.values()):
         if layout.format in holders:
             back = layout.decode(layout.encode(weights.stored, config), config, "x")
             assert all((back[name].read() == array).all() for name, array in weights.arrays.items())
