@@ -17,7 +17,8 @@ LAYOUT = Layout("hf", prefix="transformer.", buffers=MASKS, only=GPT2 | {"bias":
 
 CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
-_SOURCES = (_WEIGHTS, f"{_WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# The files that the weights may be in, in order of preference.
+SOURCES = (_WEIGHTS, f"{_WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_METADATA = "gpt2_jax.tokenizer"
 
 # Hugging Face's names of the activations, and which of ours each one computes.
@@ -128,10 +129,10 @@ def _config(values: dict[str, Any], path: Path) -> ModelConfig:
 
 
 def _weights_file(source: Source) -> Source:
-    for name in _SOURCES:
+    for name in SOURCES:
         if source.has(name):
             return source.file(name)
-    raise UserError(f"{source.folder}: has {CONFIG} and no weights; expected {' or '.join(_SOURCES)}")
+    raise UserError(f"{source.folder}: has {CONFIG} and no weights; expected {' or '.join(SOURCES)}")
 
 
 def _open(file: Source) -> dict[str, Stored]:
