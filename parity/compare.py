@@ -43,7 +43,7 @@ def _compare(arguments: list[str]) -> None:
     folder = Path(options.report)
     report.open_folder(folder)
 
-    from parity.formats import read_weights
+    from gpt2_convert import read_weights
     from parity.gpt2.adapters.protocol import NAMES
     from parity.gpt2.cases import SMALL, Case, random_weights, real_text
 
@@ -129,8 +129,8 @@ def _check(name: str, device: str, case) -> list:
 
 
 def _against(other: str, device: str, case) -> list:
+    from gpt2_convert import read_weights
     from parity.engine import results
-    from parity.formats import read_weights
     from parity.gpt2 import external
     from parity.gpt2.adapters import both
     from parity.gpt2.suite import PACKAGES

@@ -68,7 +68,7 @@ CANNOT_SEE = (
     "training on several hosts",
 )
 
-PACKAGES = ("gpt2_core", "gpt2_jax", "gpt2_torch", "parity")
+PACKAGES = ("gpt2_core", "gpt2_convert", "gpt2_jax", "gpt2_torch", "parity")
 """Whose lines are named where an exception comes from."""
 
 guarded = functools.partial(results.guarded, packages=PACKAGES)

@@ -108,7 +108,7 @@ class JaxAdapter:
         if self._given is not None:
             return self._given
         config, dtype = self.config, self.dtype
-        kernel = choose_kernel("auto", precision=dtype, dropout=config.dropout, head_size=config.head_size)
+        kernel = choose_kernel("auto", precision=dtype, model=config)
         norm = choose_norm_kernel("auto", precision=dtype, norm=config.norm)
         return _Programs(define(config, Execution(dtype, kernel, norm=norm)))
 
@@ -208,12 +208,7 @@ class JaxAdapter:
     def _train_step(self, config: TrainConfig):
         """The definition, the optimizer and the step that `config` asks for, compiled once for this adapter."""
         if config not in self._steps:
-            kernel = choose_kernel(
-                config.attention,
-                precision=config.precision,
-                dropout=config.model.dropout,
-                head_size=config.model.head_size,
-            )
+            kernel = choose_kernel(config.attention, precision=config.precision, model=config.model)
             definition = define(config.model, Execution(config.precision, kernel, config.scan_layers, config.remat))
             optimizer = gpt2_jax.train_step.make_optimizer(config.optimizer, config.model)
             step = gpt2_jax.train_step.make_train_step(definition, config, make_mesh(parse_mesh(config.mesh)))
@@ -348,9 +343,18 @@ class JaxAdapter:
         return gpt2_jax.attention.SHORTEST_IN_BLOCKS, gpt2_jax.attention.BLOCKS
 
     def attended(
-        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.ndarray, *, kernel: str, rate: float
+        self,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        dout: np.ndarray,
+        *,
+        kernel: str,
+        rate: float,
+        slopes: tuple[float, ...] | None = None,
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Causal attention of (B, H, T, K), its gradients of q, k and v, and which weights (B, H, T, T) were kept."""
+        """Causal attention of (B, H, T, K), its gradients of q, k and v, and which weights (B, H, T, T) were kept.
+        `slopes` are those of ALiBi's biases."""
         keys_B = jax.random.split(jax.random.key(0), len(q)) if rate > 0 else None
 
         @jax.jit
@@ -362,7 +366,7 @@ class JaxAdapter:
                 return value
 
             def attend(q, k, v):
-                return gpt2_jax.attention.causal_attention(q, k, v, kernel=kernel, rate=rate, key=keys_B)
+                return gpt2_jax.attention.causal_attention(q, k, v, kernel=kernel, rate=rate, key=keys_B, slopes=slopes)
 
             with tapping(keep):
                 attend(q, k, v)

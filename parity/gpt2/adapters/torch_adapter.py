@@ -300,6 +300,6 @@ import sys
 from pathlib import Path
 from gpt2_core.config import from_yaml
 from gpt2_torch.train import train
-from parity.formats import read_initial_weights
+from gpt2_convert import read_initial_weights
 train(from_yaml(Path(sys.argv[1])), read_initial_weights)
 """

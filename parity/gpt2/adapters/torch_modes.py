@@ -77,8 +77,10 @@ class GivenMasks(TorchFunctionMode):
             return _dropped(args[0], next(self._sites)[0], p) if training and p > 0 else args[0]
         if function is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0) > 0:
             q, k, v = args
-            future = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-            scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(future, -math.inf)
+            scores, bias = q @ k.mT / math.sqrt(q.shape[-1]), kwargs.get("attn_mask")
+            if bias is None:
+                bias = torch.full(scores.shape[-2:], -math.inf, dtype=q.dtype, device=q.device).triu(1)
+            scores = scores + bias
             mask = joined(next(self._sites), scores.shape)
             return _dropped(scores.softmax(dim=-1), mask, kwargs["dropout_p"]) @ v
         return function(*args, **kwargs)

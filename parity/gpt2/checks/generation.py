@@ -35,12 +35,17 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
     block_size = case.weights.config.block_size
     tokens_BT = case.tokens[: 2 * block_size].reshape(2, block_size)
     for pieces in ([block_size], [block_size // 2, *[1] * (block_size - block_size // 2)]):
-        cached, whole = candidate.decoded_logits(tokens_BT, pieces), candidate.logits(tokens_BT)
-        difference = relative_to_largest(cached, whole)
-        where = "" if difference <= limits.FORWARD else _cache_differs(candidate, tokens_BT, pieces, cached, whole)
-        number = f"{len(pieces)} piece{'s' if len(pieces) > 1 else ''}"
-        title = f"{candidate.name}: KV cache against recomputation, in {number}"
-        yield Result("generation", title, difference, limits.FORWARD, where)
+        yield compare_cache(candidate, tokens_BT, pieces)
+
+
+def compare_cache(candidate: Adapter, tokens_BT: np.ndarray, pieces: list[int]) -> Result:
+    """Logits of tokens given to the KV cache in pieces of these lengths, against those without a cache."""
+    cached, whole = candidate.decoded_logits(tokens_BT, pieces), candidate.logits(tokens_BT)
+    difference = relative_to_largest(cached, whole)
+    where = "" if difference <= limits.FORWARD else _cache_differs(candidate, tokens_BT, pieces, cached, whole)
+    number = f"{len(pieces)} piece{'s' if len(pieces) > 1 else ''}"
+    title = f"{candidate.name}: KV cache against recomputation, in {number}"
+    return Result("generation", title, difference, limits.FORWARD, where)
 
 
 def _tokens(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result]:

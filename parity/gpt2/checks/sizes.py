@@ -82,14 +82,22 @@ def _attention(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[R
             K = 5 if T % 2 else 6
             title = f"attention {kernel}, dropout {rate}: {what} ({T}), heads of {K}"
             yield _compared(title, _attended(candidate, kernel, rate, (2, 3, T, K)))
+    for kernel, rate in case.at((), [("xla", 0.0), ("recompute", 0.3)]):
+        title = f"attention {kernel}, dropout {rate}, ALiBi: {blocks} blocks ({short})"
+        yield _compared(title, _attended(candidate, kernel, rate, (2, 3, short, 6), slopes=(0.5, 0.125, 0.25)))
 
 
-def _attended(candidate: Adapter, kernel: str, rate: float, shape: tuple[int, ...]) -> Compared:
+def _attended(
+    candidate: Adapter, kernel: str, rate: float, shape: tuple[int, ...], slopes: tuple[float, ...] | None = None
+) -> Compared:
     generator = np.random.default_rng(0)
     q, k, v, dout = (generator.standard_normal(shape) for _ in range(4))
-    ours, kept = candidate.attended(q, k, v, dout, kernel=kernel, rate=rate)
+    ours, kept = candidate.attended(q, k, v, dout, kernel=kernel, rate=rate, slopes=slopes)
     tensors = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
     scores = tensors[0] @ tensors[1].mT / shape[-1] ** 0.5
+    if slopes is not None:
+        distance = torch.arange(shape[2])[:, None] - torch.arange(shape[2])
+        scores = scores - torch.tensor(slopes, dtype=torch.float64)[:, None, None] * distance
     weights = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf).softmax(dim=-1)
     out = (weights * torch.from_numpy(kept.astype(np.float64)) / (1 - rate)) @ tensors[2]
     grads = torch.autograd.grad(out, tensors, torch.from_numpy(dout))

@@ -23,6 +23,7 @@ import numpy as np
 
 import gpt2_core.runlog
 import gpt2_torch.train
+from gpt2_convert import read_initial_weights, write_weights
 from gpt2_core.config import NEWEST, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.run_folder import RunFolder, read_metadata, read_metrics
 from gpt2_core.weights import Weights
@@ -30,7 +31,6 @@ from gpt2_torch.model import GPT2
 from gpt2_torch.weights import build
 from parity.engine.adapter import lacking
 from parity.engine.results import Result, Skipped, relative_norm
-from parity.formats import read_initial_weights, write_weights
 from parity.gpt2 import limits, plain_loop
 from parity.gpt2.adapters.protocol import GRADIENTS, MESH, PROCESSES, TRAINER, Adapter, Arrays, Trainer, TrainerState
 from parity.gpt2.cases import Case, Level, random_weights

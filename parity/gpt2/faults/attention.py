@@ -1,4 +1,4 @@
-"""Mistakes of attention: mask, scale, softmax, heads, rotary embeddings."""
+"""Mistakes of attention: mask, scale, softmax, heads, rotary embeddings, linear biases."""
 
 import dataclasses
 import math
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import gpt2_jax.attention
 import gpt2_jax.model
 from parity.gpt2.faults.fault import MODEL, fault
+
+_ALIBI = dataclasses.replace(MODEL, position="alibi")
 
 
 @fault(
@@ -44,7 +46,7 @@ def scale_by_n_embd(divisor):
 def softmax_over_the_queries(weights):
     """the wrong one of two axes of equal length: shapes agree, rows don't sum to one"""
 
-    def wrong(q, k, mask):
+    def wrong(q, k, mask, *_):
         scores = jnp.einsum("bhtk,bhsk->bhts", q, k) / math.sqrt(q.shape[-1])
         return jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-2)
 
@@ -86,7 +88,7 @@ def additive_mask_of_1e4(weights):
     """a large constant in the place of -inf: scores beyond it shine through, as TransformerLens saw on real text
     (github.com/TransformerLensOrg/TransformerLens/issues/318)"""
 
-    def wrong(q, k, mask):
+    def wrong(q, k, mask, *_):
         scores = jnp.einsum("bhtk,bhsk->bhts", q, k) / math.sqrt(q.shape[-1])
         return jax.nn.softmax(scores + jnp.where(mask, 0.0, -1e4), axis=-1)
 
@@ -116,6 +118,76 @@ def rotary_pairs_mixed_up(rotate):
     """weights of one convention (half, interleaved) run with the other, as when LLaMA's are loaded unpermuted"""
 
     return lambda x, p, c: rotate(x, p, dataclasses.replace(c, rope_pairs="interleaved"))
+
+
+@fault(
+    "ALiBi's slopes from one",
+    check="forward",
+    place="block 0, attn out",
+    seam=(gpt2_jax.model, "alibi_slopes"),
+    model=_ALIBI,
+)
+def alibi_slopes_from_one(_):
+    """2^(-8h/n) for heads counted from zero, where the paper's first slope is 2^(-8/n)
+    (github.com/paiml/aprender/pull/2143)"""
+
+    return lambda n: tuple(2.0 ** (-8 * h / n) for h in range(n))
+
+
+@fault(
+    "ALiBi's slopes by the rule for powers of two",
+    check="forward",
+    place="block 0, attn out",
+    seam=(gpt2_jax.model, "alibi_slopes"),
+    model=dataclasses.replace(_ALIBI, n_head=3, n_embd=18),
+)
+def alibi_slopes_by_the_rule_for_powers_of_two(_):
+    """one geometric sequence whatever the number of heads (github.com/ml-explore/mlx/pull/3071)"""
+
+    return lambda n: tuple(2.0 ** (-8 * h / n) for h in range(1, n + 1))
+
+
+@fault(
+    "ALiBi's biases with the wrong sign",
+    check="forward",
+    place="block 0, attn out",
+    seam=(gpt2_jax.attention, "alibi_bias"),
+    model=_ALIBI,
+)
+def alibi_biases_with_the_wrong_sign(bias):
+    """key minus query or query minus key: the farther token counts more"""
+
+    return lambda *given: -bias(*given)
+
+
+@fault(
+    "ALiBi's slopes of the first shard's heads on every shard",
+    check="mesh",
+    place="data=2, fsdp=2, tensor=2",
+    seam=(gpt2_jax.model, "alibi_slopes"),
+    model=_ALIBI,
+)
+def alibi_slopes_of_the_first_shard(slopes):
+    """slopes made for the heads that a device holds, and not cut out of those of all heads"""
+
+    def wrong(n_head):
+        shards = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+        return slopes(n_head // shards) * shards
+
+    return wrong
+
+
+@fault(
+    "decoding without ALiBi's biases",
+    check="generation",
+    place="block 0, attn out",
+    seam=(gpt2_jax.model, "cached_attention"),
+    model=_ALIBI,
+)
+def decoding_without_alibi_biases(attend):
+    """the attention that trains adds them, the one that reads the KV cache is other code"""
+
+    return lambda q, k, v, positions, slopes: attend(q, k, v, positions)
 
 
 @fault(

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-import gpt2_core.weights.llmc
+import gpt2_convert.hugging_face
+import gpt2_convert.llmc
 import gpt2_torch.weights
-import parity.formats.hugging_face
 import parity.gpt2.adapters.jax_adapter
 from parity.gpt2.faults.fault import MODEL, fault
 
@@ -92,7 +92,7 @@ def float64_weights_through_float32(convert):
     "a file's layers in the order of their names",
     check="weights",
     place="llmc: the tensors",
-    seam=(gpt2_core.weights.llmc, "_order"),
+    seam=(gpt2_convert.llmc, "_order"),
 )
 def a_file_layers_in_the_order_of_their_names(order):
     """reader and writer sort alike: the round trip is bitwise, and llm.c reads other weights"""
@@ -100,7 +100,7 @@ def a_file_layers_in_the_order_of_their_names(order):
     def wrong(config):
         layers = sorted(range(config.n_layer), key=str)
         yield from ("wte.weight", "wpe.weight")
-        for name in gpt2_core.weights.llmc.BLOCK_ORDER:
+        for name in gpt2_convert.llmc.BLOCK_ORDER:
             yield from (f"h.{layer}.{name}" for layer in layers)
         yield from ("ln_f.weight", "ln_f.bias")
 
@@ -111,7 +111,7 @@ def a_file_layers_in_the_order_of_their_names(order):
     "layer norm's epsilon not read from config.json",
     check="weights",
     place="layer_norm_epsilon 0.03 becomes 1e-05",
-    seam=(parity.formats.hugging_face, "_SETTINGS"),
+    seam=(gpt2_convert.hugging_face, "_SETTINGS"),
 )
 def layer_norm_epsilon_not_read_from_config_json(settings):
     """a setting that a format says and its reader leaves at the default"""

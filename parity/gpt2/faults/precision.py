@@ -101,7 +101,7 @@ def residual_stream_in_bfloat16(add_norm):
 def attention_softmax_in_bfloat16(weights):
     """scores left in the operands' dtype: preferred_element_type forgotten"""
 
-    def wrong(q, k, mask):
+    def wrong(q, k, mask, *_):
         scores = jnp.einsum("bhtk,bhsk->bhts", q, k) * (q.shape[-1] ** -0.5)
         return jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
 
