@@ -51,6 +51,7 @@ def recomputed(generator, params, prompt, tokens):
     return found
 
 
+@pytest.mark.parametrize("generator", ["learned", "rope", "alibi"], indirect=True)
 def test_the_cache_gives_what_recomputing_gives_past_the_block_too(x64, generator, monkeypatch):
     monkeypatch.setattr(gpt2_jax.generate, "CHUNK", 3)
     prompts = [[1, 2, 3], list(range(12))]
