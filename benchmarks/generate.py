@@ -169,7 +169,7 @@ def transformers_session(spec: dict[str, Any]) -> Session:
     except ImportError as error:
         raise UserError("transformers isn't installed: pip install transformers, or choose other --sides") from error
     device, precision, facts = _torch(spec)
-    from parity.formats import write_weights
+    from gpt2_convert import write_weights
 
     with tempfile.TemporaryDirectory() as folder:
         write_weights(_weights(spec), Path(folder) / "m", "hf")

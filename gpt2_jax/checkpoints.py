@@ -11,10 +11,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from gpt2_core.config import model_from_dict
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import RunFolder, metadata_of_weights, read_metadata
-from gpt2_core.weights import Stored, StoredArrays, Weights
+from gpt2_core.run_folder import RunFolder, metadata_of_weights
+from gpt2_core.weights import Stored, Weights
 from gpt2_core.weights.layouts import JAX
 from gpt2_core.weights.safetensors import json_object
 from gpt2_jax.train_step import TrainState
@@ -89,16 +88,12 @@ def write_weights(weights: Weights, checkpoint: Path) -> Path:
     return checkpoint
 
 
-def read_weights(checkpoint: Path) -> Weights:
-    """The canonical weights of a checkpoint, read as they are asked for, in the dtype that is stored."""
-    metadata = read_metadata(checkpoint)
-    config = model_from_dict(metadata["model"], str(checkpoint))
-    found = {
+def open_parameters(checkpoint: Path) -> dict[str, Stored]:
+    """The parameters of a checkpoint, in the dtype that is stored, each read when it is asked for."""
+    return {
         name: Stored(tuple(array.shape), array.dtype.numpy_dtype, functools.partial(_read, checkpoint, array))
         for name, array in _stored_parameters(checkpoint).items()
     }
-    arrays = JAX.decode(found, config, str(checkpoint))
-    return Weights(config, StoredArrays(arrays), str(checkpoint), metadata["tokenizer"])
 
 
 def _stored_parameters(checkpoint: Path) -> dict[str, tensorstore.TensorStore]:

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     folder = Path(options.report)
     report.open_folder(folder)
 
-    from parity.formats import read_weights
+    from gpt2_convert import read_weights
     from parity.subjects import SMALL, random_weights, real_text
     from parity.suite import Subject
 
@@ -120,8 +120,8 @@ def _check(name: str, subject) -> list:
 
 
 def _against(other: str, subject) -> list:
+    from gpt2_convert import read_weights
     from parity import against
-    from parity.formats import read_weights
     from parity.suite import guarded
 
     module, colon, _ = other.partition(":")

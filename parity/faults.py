@@ -19,9 +19,10 @@ import optax
 import torch
 from flax import nnx
 
+import gpt2_convert.hugging_face
+import gpt2_convert.llmc
 import gpt2_core.batches
 import gpt2_core.run_folder
-import gpt2_core.weights.llmc
 import gpt2_jax.attention
 import gpt2_jax.dropout
 import gpt2_jax.generate
@@ -35,7 +36,6 @@ import gpt2_torch.checkpoints
 import gpt2_torch.model
 import gpt2_torch.train
 import gpt2_torch.weights
-import parity.formats.hugging_face
 import parity.sides
 from gpt2_core.batches import IGNORED
 from gpt2_core.config import ModelConfig, OptimizerConfig
@@ -665,7 +665,7 @@ def _layers_of_a_file_by_name(order):
     def wrong(config):
         layers = sorted(range(config.n_layer), key=str)
         yield from ("wte.weight", "wpe.weight")
-        for name in gpt2_core.weights.llmc.BLOCK_ORDER:
+        for name in gpt2_convert.llmc.BLOCK_ORDER:
             yield from (f"h.{layer}.{name}" for layer in layers)
         yield from ("ln_f.weight", "ln_f.bias")
 
@@ -1506,7 +1506,7 @@ FAULTS = (
         "reader and writer sort alike: the round trip is bitwise, and llm.c reads other weights",
         "weights",
         "llmc: the tensors",
-        replacing(gpt2_core.weights.llmc, "_order", _layers_of_a_file_by_name),
+        replacing(gpt2_convert.llmc, "_order", _layers_of_a_file_by_name),
     ),
     Fault(
         "layer norm's epsilon not read from config.json",
@@ -1514,7 +1514,7 @@ FAULTS = (
         "weights",
         "layer_norm_epsilon 0.03 becomes 1e-05",
         replacing(
-            parity.formats.hugging_face,
+            gpt2_convert.hugging_face,
             "_SETTINGS",
             lambda settings: {n: v for n, v in settings.items() if n != "layer_norm_epsilon"},
         ),

@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 import gpt2_core.runlog
 import gpt2_jax.train
 import gpt2_torch.train
+from gpt2_convert import read_initial_weights, write_weights
 from gpt2_core.config import NEWEST, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_yaml
 from gpt2_core.run_folder import RunFolder, read_metadata, read_metrics
 from gpt2_core.weights import Weights
@@ -43,7 +44,6 @@ from gpt2_torch.model import GPT2
 from gpt2_torch.optimizer import make_optimizer as make_torch_optimizer
 from gpt2_torch.weights import build
 from parity import loss_curve, optimizer, plain_loop, sides
-from parity.formats import read_initial_weights, write_weights
 from parity.plain_loop import Outcome, State, Text
 from parity.subjects import random_weights
 from parity.suite import Level, Result, Skipped, Subject, relative_norm
@@ -378,7 +378,7 @@ import sys
 from pathlib import Path
 from gpt2_core.config import from_yaml
 from gpt2_torch.train import train
-from parity.formats import read_initial_weights
+from gpt2_convert import read_initial_weights
 train(from_yaml(Path(sys.argv[1])), read_initial_weights)
 """
 

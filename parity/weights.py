@@ -12,6 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from gpt2_convert import FORMATS, Holds, open_weights, write_weights
 from gpt2_core.config import ModelConfig, differences
 from gpt2_core.errors import UserError
 from gpt2_core.weights import DTYPES, Weights
@@ -20,7 +21,6 @@ from gpt2_jax.weights import to_canonical as from_jax
 from gpt2_torch.weights import build
 from gpt2_torch.weights import to_canonical as from_torch
 from parity import raw_files, variants
-from parity.formats import FORMATS, open_weights, write_weights
 from parity.subjects import random_weights
 from parity.suite import Result, Skipped, Subject
 
@@ -28,12 +28,10 @@ LIMIT = 0.0  # bytes: a conversion moves numbers, it never computes
 
 # Of sizes at which names sorted as text go wrong (h.10 before h.2) and the vocabulary is padded.
 _DEEP = ModelConfig(n_layer=11, n_head=2, n_embd=8, block_size=6, vocab_size=130)
-_EVERY = frozenset(FORMATS)
-_OURS = frozenset({"jax", "torch", "safetensors"})
-# Models that the subject is not: architecture, dtype, and the formats that hold it; the others refuse it.
-MODELS: dict[str, tuple[ModelConfig, str, frozenset[str]]] = {
-    "11 layers in float64": (_DEEP, "float64", _EVERY - {"llmc"}),
-    "11 layers in bfloat16": (_DEEP, "bfloat16", _EVERY),
+# Models that the subject is not: architecture, dtype, and what a format must hold to take it; the others refuse it.
+MODELS: dict[str, tuple[ModelConfig, str, Holds]] = {
+    "11 layers in float64": (_DEEP, "float64", Holds.FLOAT64),
+    "11 layers in bfloat16": (_DEEP, "bfloat16", Holds(0)),
     "every option in float64": (
         ModelConfig(
             n_layer=1,
@@ -54,7 +52,7 @@ MODELS: dict[str, tuple[ModelConfig, str, frozenset[str]]] = {
             qk_norm=True,
         ),
         "float64",
-        _OURS,
+        ~Holds(0),
     ),
     "GPT-2 with every number of its own, exact GELU, an untied head": (
         ModelConfig(
@@ -69,14 +67,14 @@ MODELS: dict[str, tuple[ModelConfig, str, frozenset[str]]] = {
             tie_embeddings=False,
         ),
         "float32",
-        _OURS | {"hf"},
+        Holds.SIZES | Holds.EXACT_GELU,
     ),
     "exact GELU, no biases": (
         ModelConfig(n_layer=1, n_head=3, n_embd=18, block_size=7, vocab_size=129, mlp="gelu_exact", bias=False),
         "bfloat16",
-        _OURS | {"nanogpt"},
+        Holds.NO_BIASES | Holds.EXACT_GELU,
     ),
-    "11 layers in float32": (_DEEP, "float32", _EVERY),
+    "11 layers in float32": (_DEEP, "float32", Holds(0)),
 }
 
 
@@ -153,21 +151,22 @@ def _raw(name: str) -> Result:
     return Result("weights", case, float(len(differing)), LIMIT, differing[0] if differing else "")
 
 
-def _model(name: str, config: ModelConfig, dtype: str, formats: frozenset[str]) -> Result:
+def _model(name: str, config: ModelConfig, dtype: str, needs: Holds) -> Result:
     """A model through everything that holds it; whatever else takes it has lost something."""
     weights = _awkward(config, dtype)
     ways = [_compare(way, weights, round_trip(weights)) for way, round_trip in IN_MEMORY.items()]
     refused = []
     for form in FORMATS:
+        holds = needs in FORMATS[form].holds
         with tempfile.TemporaryDirectory() as folder:
             try:
                 _write(weights, folder, form)
                 found = _compare(form, weights, _open(folder, form))
             except UserError as error:
                 refused.append(form)
-                found = Result("weights", form, float(weights.nbytes) if form in formats else 0.0, LIMIT, str(error))
+                found = Result("weights", form, float(weights.nbytes) if holds else 0.0, LIMIT, str(error))
             else:
-                if form not in formats:
+                if not holds:
                     found = Result("weights", form, float(weights.nbytes), LIMIT, "is taken, and can't be held")
         ways.append(found)
     where = next((f"{way.case}: {way.where}" for way in ways if not way.passed), "")

@@ -1,4 +1,4 @@
-"""Convert weights, bit for bit: python scripts/convert.py SRC DST --to jax|torch|hf|nanogpt|llmc|safetensors"""
+"""Convert weights, bit for bit: python scripts/convert.py SRC DST --to FORMAT"""
 
 import dataclasses
 import signal
@@ -11,10 +11,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from gpt2_convert import FORMATS, described, open_weights, write_weights
 from gpt2_core.cli import Parser, run
 from gpt2_core.errors import RunError, UserError
 from gpt2_core.weights import DTYPES, Stored, StoredArrays, Weights
-from parity.formats import FORMATS, open_weights, write_weights
 
 
 def main(arguments: list[str]) -> None:
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
         shown = _watched(weights, progress, console, f"{options.to}: {target.name}")
         write_weights(shown, target, options.to, force=options.force)
     console.print(f"{weights.source} -> {target} ({options.to}): {weights.config.parameter_count:,} parameters")
-    for note in _notes(weights, options.to):
+    for note in FORMATS[options.to].notes(weights):
         console.print(f"note: {note}")
     if options.verify:
         _verify(weights, target, options.to, console)
@@ -66,22 +66,9 @@ def _watched(weights: Weights, progress: Progress, console: Console, label: str)
     return _mapped(weights, watch)
 
 
-def _notes(weights: Weights, to: str) -> list[str]:
-    """What another program will make of the result that its user ought to know."""
-    if to == "nanogpt" and weights.config.mlp == "gelu_tanh":
-        return [
-            "nanoGPT's model.py computes the exact GELU and these weights want the tanh form, as build-nanogpt's does: "
-            "write nn.GELU(approximate='tanh') there, or its logits will differ by about a thousandth"
-        ]
-    if to == "llmc" and weights.stored["wte.weight"].dtype == DTYPES["bfloat16"]:
-        return ["this is version 5, for llm.c's CUDA program; its CPU program reads version 3: --dtype float32"]
-    return []
-
-
 def _verify(weights: Weights, target: Path, to: str, console: Console) -> None:
     """Read the result back, compare every bit, and run it in both frameworks; raises RunError on a difference."""
-    mlp = weights.config.mlp if to == "nanogpt" else None
-    back = open_weights(target, form=to, mlp=mlp)
+    back = open_weights(target, form=to)
     for name, tensor in weights.stored.items():
         there = back.stored[name]
         same = (tensor.dtype, tensor.shape) == (there.dtype, there.shape)
@@ -122,19 +109,17 @@ def _parser() -> Parser:
     parser.add_argument(
         "source",
         type=str,
-        help="Run folder, checkpoint, Hugging Face folder, nanoGPT's ckpt.pt, llm.c's .bin, .safetensors file, or the "
-        "name of a model on the Hugging Face Hub (gpt2, openai-community/gpt2). Its format is found by looking at it.",
+        help=f"Weights to read: {described()}; or the name of a model on the Hugging Face Hub (gpt2, "
+        "openai-community/gpt2). The format is found by looking at it.",
     )
     parser.add_argument(
-        "target", type=str, help="File (nanogpt, llmc, safetensors) or folder (jax, torch, hf) to write."
+        "target", type=str, help=f"File ({_names(is_folder=False)}) or folder ({_names(is_folder=True)}) to write."
     )
     parser.add_argument(
         "--to",
         type=names,
         required=True,
-        help="jax: a checkpoint of the JAX trainer (Orbax); torch: of the PyTorch trainer; hf: a folder for "
-        "transformers' GPT2LMHeadModel; nanogpt: a ckpt.pt; llmc: a model file of llm.c; safetensors: one file with "
-        "GPT-2's own names and shapes.",
+        help="; ".join(f"{name}: {form.help}" for name, form in FORMATS.items()) + ".",
     )
     parser.add_argument("--from", dest="source_format", type=names, help="Format of the source. Left out: found out.")
     parser.add_argument(
@@ -145,8 +130,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--mlp",
         type=Literal["gelu_exact", "gelu_tanh"],
-        help="The GELU of a nanogpt source that doesn't say. Left out: gelu_exact for nanoGPT, gelu_tanh for "
-        "build-nanogpt, which is what their programs compute.",
+        help="The GELU of a source that doesn't say. Left out: "
+        + "; ".join(f"{name}: {form.assumes}" for name, form in FORMATS.items() if form.assumes)
+        + ".",
     )
     parser.add_argument(
         "--checkpoint", type=str, default="latest", help="Which checkpoint of a run folder: latest, best or a step."
@@ -158,6 +144,10 @@ def _parser() -> Parser:
     )
     parser.add_argument("--force", action="store_true", help="Replace weights that are at the target.")
     return parser
+
+
+def _names(*, is_folder: bool) -> str:
+    return ", ".join(name for name, form in FORMATS.items() if form.is_folder == is_folder)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from gpt2_convert import read_weights
 from gpt2_core.cli import Parser, run
 from gpt2_core.config import check_seed
 from gpt2_core.errors import UserError
@@ -15,7 +16,6 @@ from gpt2_core.memory import keep_freed_memory
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.tokenizer import NAMES, Tokenizer, get_tokenizer, stream_text, vocab_size
 from gpt2_core.weights import Weights
-from parity.formats import read_weights
 
 
 def main(arguments: list[str]) -> None:

@@ -19,8 +19,8 @@ def main(arguments: list[str]) -> None:
 
     configure(config.precision, config.mesh)
 
+    from gpt2_convert import read_initial_weights
     from gpt2_jax.train import train
-    from parity.formats import read_initial_weights
 
     train(config, read_initial_weights)
 

@@ -1,8 +1,8 @@
 """Train GPT-2 with PyTorch: python scripts/train_torch.py --help"""
 
+from gpt2_convert import read_initial_weights
 from gpt2_core.cli import parse_train_config, run
 from gpt2_core.memory import keep_freed_memory
-from parity.formats import read_initial_weights
 
 
 def main(arguments: list[str]) -> None:

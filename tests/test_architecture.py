@@ -45,7 +45,7 @@ def test_no_package_is_missing_from_the_distribution():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {
         str(p.parent.relative_to(ROOT)).replace(os.sep, ".")
-        for top in ("gpt2_core", "gpt2_jax", "gpt2_torch", "parity", "benchmarks")
+        for top in ("gpt2_core", "gpt2_jax", "gpt2_torch", "gpt2_convert", "parity", "benchmarks")
         for p in (ROOT / top).rglob("__init__.py")
     }
     assert set(settings["packages"]) == found

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gpt2_convert import read_initial_weights, write_weights
 from gpt2_core.cli import parse_train_config
 from gpt2_core.errors import UserError
 from gpt2_core.run_folder import read_metrics
-from parity.formats import read_initial_weights, write_weights
 from parity.subjects import random_weights
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"), key=lambda path: path.stem)

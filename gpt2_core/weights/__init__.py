@@ -1,6 +1,5 @@
-"""Weights in their canonical form, the table of every format's layout, and the files that need no framework."""
+"""Weights in their canonical form, the layouts of both trainers, and safetensors files."""
 
 from gpt2_core.weights.canonical import DTYPES, Stored, StoredArrays, Weights
-from gpt2_core.weights.safetensors import read_safetensors, write_safetensors
 
-__all__ = ["DTYPES", "Stored", "StoredArrays", "Weights", "read_safetensors", "write_safetensors"]
+__all__ = ["DTYPES", "Stored", "StoredArrays", "Weights"]

@@ -1,18 +1,15 @@
-"""Where each format puts each tensor: the one table of names, orientations and paddings.
+"""Where a format puts each tensor: names, orientation and padding; the canonical form's layout and both trainers'.
 
-C is n_embd, V vocab_size; a linear layer maps `in` features to `out`.
+C is n_embd; a linear layer maps `in` features to `out`. The layouts of other programs' formats are in gpt2_convert.
 
-| format | a name, for example | linear weights | `c_attn` | tied head | vocabulary |
-|---|---|---|---|---|---|
-| canonical (`safetensors`) | `h.0.attn.c_attn.weight` | (in, out) | q, k, v side by side | not stored | as it is |
-| `jax` | `h.0.attn.c_attn.weight` | (in, out) | (C, 3, C) | not stored | zero rows to a multiple of 128 |
-| `torch` | `h.0.attn.c_attn.weight` | (out, in) | side by side | not stored | as it is |
-| `hf` | `transformer.h.0.attn.c_attn.weight` | (in, out) | side by side | not stored, or a copy | as it is |
-| `nanogpt` | `transformer.h.0.attn.c_attn.weight` | (out, in) | side by side | a copy, `lm_head.weight` | as it is |
-| `llmc` | none, but a fixed order | (out, in) | side by side | not stored | zero rows to a multiple of 128 |
+| format | linear weights | `c_attn` | vocabulary |
+|---|---|---|---|
+| canonical (`safetensors`) | (in, out), as OpenAI's Conv1D | q, k, v side by side | as it is |
+| `jax` | (in, out) | (C, 3, C) | zero rows to a multiple of 128 |
+| `torch` | (out, in), as nn.Linear | q, k, v side by side | as it is |
 
 `jax` keeps q, k and v apart so that a mesh's tensor axis splits heads, and not the row of all three; the rows make the
-vocabulary divisible by that axis. Hugging Face's GPT-2 has (in, out) because its linear layer is OpenAI's Conv1D.
+vocabulary divisible by that axis.
 """
 
 import dataclasses
@@ -55,9 +52,10 @@ class Layout:
 
     def placements(self, config: ModelConfig) -> dict[str, "Placement"]:
         """Where each canonical tensor goes."""
-        return {name: self._place(name, shape) for name, shape in config.parameter_shapes.items()}
+        return {name: self.place(name, shape) for name, shape in config.parameter_shapes.items()}
 
-    def _place(self, name: str, shape: tuple[int, ...]) -> "Placement":
+    def place(self, name: str, shape: tuple[int, ...]) -> "Placement":
+        """Where the canonical tensor of this name and shape goes; a format with names of its own overrides this."""
         stored_as = name if name == "lm_head.weight" else self.prefix + name
         if self.out_in and _LINEAR.search(name):
             return Placement(stored_as, shape[::-1], np.transpose, np.transpose)
@@ -127,30 +125,9 @@ class Placement:
     decode: Change
 
 
-_GPT2 = {
-    "position": ("learned",),
-    "norm": ("layernorm",),
-    "mlp": ("gelu_tanh", "gelu_exact"),
-    "qk_norm": (False,),
-}
-_NO_OTHER_SIZES = {"mlp_width": (None,), "layer_norm_epsilon": (1e-5,), "tie_embeddings": (True,)}
-# The causal mask, which old versions of transformers and nanoGPT kept among the weights.
-_MASKS = r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"
-
 CANONICAL = Layout("safetensors")
 JAX = Layout("jax", qkv_apart=True, vocabulary_multiple=128)
 TORCH = Layout("torch", out_in=True)
-HUGGING_FACE = Layout("hf", prefix="transformer.", buffers=_MASKS, only=_GPT2 | {"bias": (True,)})
-NANOGPT = Layout(
-    "nanogpt", prefix="transformer.", out_in=True, copies_head=True, buffers=_MASKS, only=_GPT2 | _NO_OTHER_SIZES
-)
-LLMC = Layout(
-    "llmc",
-    out_in=True,
-    vocabulary_multiple=128,
-    only=_GPT2 | _NO_OTHER_SIZES | {"mlp": ("gelu_tanh",), "bias": (True,)},
-    dtypes=("float32", "bfloat16"),
-)
 
 
 def _unchanged(array: np.ndarray) -> np.ndarray:

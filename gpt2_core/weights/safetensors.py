@@ -1,10 +1,9 @@
-"""Files of tensors in the safetensors format, written and read one tensor at a time; the canonical form in one.
+"""Files of tensors in the safetensors format, written and read one tensor at a time.
 
 The safetensors library checks a file's header against its length when it opens it; the values are then read from their
 place in the file. The library's own writer wants the whole model in memory, which a conversion never has.
 """
 
-import dataclasses
 import json
 import struct
 from collections.abc import Iterable, Mapping
@@ -14,13 +13,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gpt2_core.config import model_from_dict
 from gpt2_core.errors import UserError
 from gpt2_core.files import writing
-from gpt2_core.weights.canonical import DTYPES, Stored, StoredArrays, Weights
-from gpt2_core.weights.layouts import CANONICAL
-
-FORMAT = "gpt2-jax canonical 1"
+from gpt2_core.weights.canonical import DTYPES, Stored
 
 _DTYPES = {
     "F64": DTYPES["float64"],
@@ -29,25 +24,6 @@ _DTYPES = {
     **{"F16": np.dtype(np.float16), "BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8), "I64": np.dtype(np.int64)},
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-def write_safetensors(weights: Weights, path: Path) -> None:
-    """Write `weights` to `path`; a reader of any framework finds the names and shapes that Hugging Face uses."""
-    model = dataclasses.asdict(weights.config)
-    metadata = {"format": FORMAT, "model": json.dumps(model), "tokenizer": weights.tokenizer or ""}
-    write_tensors(path, CANONICAL.encode(weights.stored, weights.config), metadata)
-
-
-def read_safetensors(path: Path) -> Weights:
-    """What `write_safetensors` wrote, read as it is asked for; raises UserError for anything else."""
-    tensors, metadata = open_tensors(path)
-    if metadata.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: a safetensors file without this project's metadata; expected one that scripts/convert.py wrote"
-        )
-    config = model_from_dict(json_object(metadata.get("model", ""), f"{path}: its metadata «model»"), str(path))
-    arrays = CANONICAL.decode(tensors, config, str(path))
-    return Weights(config, StoredArrays(arrays), str(path), metadata.get("tokenizer") or None)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:

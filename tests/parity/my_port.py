@@ -6,8 +6,8 @@ docs/parity.md shows the same as an example.
 import numpy as np
 import torch
 
+from gpt2_convert import read_weights
 from gpt2_torch.weights import build
-from parity.formats import read_weights
 
 _model = build(read_weights("w.safetensors"))
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from gpt2_convert.canonical import write as write_safetensors
 from gpt2_core.config import ModelConfig
-from gpt2_core.weights import write_safetensors
 from parity.subjects import random_weights
 from parity.suite import CANNOT_SEE, CHECKS
 

@@ -1,16 +1,18 @@
 """Which models the check sends through every format, and that what is lost on the way is seen."""
 
 import dataclasses
+import functools
+import operator
 from unittest import mock
 
 import numpy as np
 import pytest
 
+from gpt2_convert import FORMATS, Holds
 from gpt2_core.config import ModelConfig
 from gpt2_core.weights import DTYPES
 from parity import weights
 from parity.faults import subject_of
-from parity.formats import FORMATS
 from parity.subjects import random_weights
 from parity.weights import MODELS
 
@@ -26,7 +28,7 @@ def test_every_dtype_and_every_setting_of_the_architecture_goes_through_the_form
         if getattr(config, field.name) != field.default
     }
     assert changed == {field.name for field in dataclasses.fields(ModelConfig)}
-    assert set.union(*(set(formats) for _, _, formats in MODELS.values())) == set(FORMATS)
+    assert functools.reduce(operator.or_, (needs for _, _, needs in MODELS.values())) == ~Holds(0)
 
 
 def test_weights_in_float64_have_digits_that_float32_has_not():
@@ -35,13 +37,13 @@ def test_weights_in_float64_have_digits_that_float32_has_not():
 
 
 def test_a_format_that_takes_what_it_cannot_hold_is_seen():
-    with mock.patch.dict(FORMATS, {"llmc": dataclasses.replace(FORMATS["torch"], layout=FORMATS["torch"].layout)}):
+    with mock.patch.dict(FORMATS, {"llmc": dataclasses.replace(FORMATS["torch"], holds=FORMATS["llmc"].holds)}):
         result = weights._model("every option", *MODELS["every option in float64"])
     assert not result.passed and result.where == "llmc: is taken, and can't be held"
 
 
 def test_a_format_that_refuses_what_it_can_hold_is_seen():
     layout = dataclasses.replace(FORMATS["hf"].layout, dtypes=("float32",))
-    with mock.patch("parity.formats.hugging_face.HUGGING_FACE", layout):
+    with mock.patch("gpt2_convert.hugging_face.LAYOUT", layout):
         result = weights._model("bfloat16", *MODELS["11 layers in bfloat16"])
     assert not result.passed and result.where.startswith("hf: --to hf: can't hold")

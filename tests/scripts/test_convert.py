@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import gpt2_core.cli
+from gpt2_convert import FORMATS, open_weights
+from gpt2_convert.canonical import write as write_safetensors
 from gpt2_core.config import ModelConfig
-from gpt2_core.weights import DTYPES, Weights, write_safetensors
-from parity.formats import FORMATS, open_weights
+from gpt2_core.weights import DTYPES, Weights
 from parity.subjects import random_weights
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=300)
@@ -96,7 +97,7 @@ def test_values_that_are_no_numbers_are_kept_and_named(convert, tmp_path):
 
 
 def test_verify_finds_a_bit_that_changed(convert, tmp_path, monkeypatch):
-    import parity.formats as formats
+    import gpt2_convert as formats
 
     write = formats.FORMATS["llmc"].write
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2_convert import FORMATS
+from gpt2_convert.canonical import write as write_safetensors
 from gpt2_core.config import PRESETS, ModelConfig
-from gpt2_core.weights import Stored, StoredArrays, Weights, write_safetensors
-from parity.formats import FORMATS
+from gpt2_core.weights import Stored, StoredArrays, Weights
 
 ROOT = Path(__file__).parents[2]
 # Beside the model and its largest tensor: the interpreter, the frameworks, what their allocators keep back.

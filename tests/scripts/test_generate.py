@@ -3,11 +3,11 @@ import runpy
 
 import pytest
 
+from gpt2_convert import read_weights
+from gpt2_convert.canonical import write as write_safetensors
+from gpt2_convert.llmc import write as write_llmc
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
-from gpt2_core.weights import write_safetensors
-from gpt2_core.weights.llmc import write_llmc
-from parity.formats import read_weights
 from parity.subjects import random_weights
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=300)

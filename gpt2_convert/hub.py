@@ -1,6 +1,7 @@
 """Models of the Hugging Face Hub by their name, fetched once and kept in huggingface_hub's own cache."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from gpt2_core.config import PRESETS
@@ -8,8 +9,6 @@ from gpt2_core.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DESCRIPTION = ("config.json", "generation_config.json", "merges.txt", "vocab.json", "tokenizer*.json")
-# A repository may have the weights in several formats, of which one is enough; the first that is there.
-_WEIGHTS = (("*.safetensors", "*.safetensors.index.json"), ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
 
 
 def is_name(source: str) -> bool:
@@ -25,16 +24,20 @@ def repository(name: str) -> str:
     return f"openai-community/{name}" if name in PRESETS else name
 
 
-def fetch(name: str) -> Path:
-    """The folder with the model's files, from the cache or the network; raises UserError if neither has it."""
+def fetch(name: str, weight_files: Iterable[tuple[str, ...]]) -> Path:
+    """The folder with the model's files, from the cache or the network; raises UserError if neither has it.
+
+    A repository may have the weights in several formats, of which one is enough: the first of `weight_files`, patterns
+    of the names of their files, that it has.
+    """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     repo = repository(name)
     try:
-        for weights in _WEIGHTS:
-            folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[*_DESCRIPTION, *weights]))
-            if any(folder.glob(weights[0])):
+        for patterns in weight_files:
+            folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[*_DESCRIPTION, *patterns]))
+            if any(folder.glob(patterns[0])):
                 break
         return folder
     except RepositoryNotFoundError as error:

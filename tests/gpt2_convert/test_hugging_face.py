@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from gpt2_convert import FORMATS, open_weights, write_weights
 from gpt2_core.config import PRESETS, ModelConfig
 from gpt2_core.errors import UserError
-from gpt2_core.weights import layouts
 from gpt2_torch.weights import build
-from parity.formats import open_weights, write_weights
 from parity.sides import JaxSide
 from parity.subjects import random_weights
 
@@ -238,4 +237,4 @@ def test_the_tokenizer_goes_along_and_is_known_again(tmp_path):
 
 
 def test_the_layout_that_is_written_is_the_table_s(folder):
-    assert tensors_of(folder).keys() == {p.name for p in layouts.HUGGING_FACE.placements(CONFIG).values()}
+    assert tensors_of(folder).keys() == {p.name for p in FORMATS["hf"].layout.placements(CONFIG).values()}

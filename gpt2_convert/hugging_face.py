@@ -4,17 +4,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gpt2_convert.format import GPT2, MASKS, Format, Holds
+from gpt2_convert.source import Source
 from gpt2_core.config import ModelConfig, model_from_dict
 from gpt2_core.errors import UserError
 from gpt2_core.tokenizer import get_tokenizer, is_genuine, local_file
 from gpt2_core.weights import Stored, StoredArrays, Weights
-from gpt2_core.weights.layouts import HUGGING_FACE
-from gpt2_core.weights.safetensors import json_object, open_tensors, write_tensors
+from gpt2_core.weights.layouts import Layout
+from gpt2_core.weights.safetensors import write_tensors
+
+LAYOUT = Layout("hf", prefix="transformer.", buffers=MASKS, only=GPT2 | {"bias": (True,)})
 
 CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
-_SOURCES = (_WEIGHTS, f"{_WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_TOKENIZER_METADATA = "gpt2_jax.tokenizer"
+# The files that the weights may be in, in order of preference.
+SOURCES = (_WEIGHTS, f"{_WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER_METADATA = "gpt2_jax.tokenizer"
 
 # Hugging Face's names of the activations, and which of ours each one computes.
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_exact"}
@@ -37,26 +42,39 @@ _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _TOKENIZER_FILES = {"vocab.bpe": "merges.txt", "encoder.json": "vocab.json"}
 
 
-def read(path: Path) -> Weights:
-    """The weights of a folder, or of the folder that a file lies in, read as they are asked for."""
-    folder = path if path.is_dir() else path.parent
-    config_path = folder / CONFIG
-    if not config_path.is_file():
-        raise UserError(f"{path}: not a Hugging Face model folder; {folder} has no {CONFIG}")
-    config = _config(json_object(config_path.read_bytes(), str(config_path)), config_path)
-    source = path if path.is_file() else _source(folder)
-    opened = _open_shards(folder, source) if source.name.endswith(".index.json") else _open(source)
-    found = _prefixed(opened, source)
-    arrays = HUGGING_FACE.decode(found, config, str(source))
-    return Weights(config, StoredArrays(arrays), str(folder), _tokenizer(folder, source))
+def detect(source: Source) -> bool:
+    return source.has(CONFIG) and (source.path.is_dir() or source.tensors is not None)
+
+
+def read(source: Source) -> Weights:
+    """The weights of a folder, or of the folder that a file lies in."""
+    config = read_config(source)
+    file = source if source.path.is_file() else _weights_file(source)
+    found = _open_shards(file) if file.path.name.endswith(".index.json") else _open(file)
+    arrays = LAYOUT.decode(prefixed(found, LAYOUT.prefix, "lm_head.weight", file.path), config, str(file.path))
+    written_here = file.safetensors[1].get(TOKENIZER_METADATA) if file.is_safetensors else None
+    return Weights(config, StoredArrays(arrays), str(source.folder), written_here or read_tokenizer(source))
 
 
 def write(weights: Weights, folder: Path) -> None:
     """A folder that transformers' GPT2LMHeadModel.from_pretrained loads."""
     folder.mkdir()
+    metadata = {"format": "pt", TOKENIZER_METADATA: weights.tokenizer or ""}
+    write_tensors(folder / _WEIGHTS, LAYOUT.encode(weights.stored, weights.config), metadata)
+    write_description(weights, folder)
+
+
+def read_config(source: Source) -> ModelConfig:
+    """The architecture that config.json describes; raises UserError if there is none, or it isn't a GPT-2's."""
+    file = source.file(CONFIG)
+    if not file.path.is_file():
+        raise UserError(f"{source.path}: not a Hugging Face model folder; {source.folder} has no {CONFIG}")
+    return _config(file.json, file.path)
+
+
+def write_description(weights: Weights, folder: Path, **more: Any) -> None:
+    """The other files of the folder: config.json, with `more` in it, and GPT-2's tokenizer for weights that have it."""
     config = weights.config
-    metadata = {"format": "pt", _TOKENIZER_METADATA: weights.tokenizer or ""}
-    write_tensors(folder / _WEIGHTS, HUGGING_FACE.encode(weights.stored, config), metadata)
     ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
     if weights.tokenizer is not None:
         ends = dict.fromkeys(ends, get_tokenizer(weights.tokenizer).end_of_text)
@@ -69,6 +87,7 @@ def write(weights: Weights, folder: Path) -> None:
         **dict.fromkeys(_DROPOUTS, config.dropout),
         **ends,
         "dtype": weights.stored["wte.weight"].dtype.name,
+        **more,
     }
     _write_json(folder / CONFIG, described)
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **ends})
@@ -109,69 +128,72 @@ def _config(values: dict[str, Any], path: Path) -> ModelConfig:
     return model_from_dict(settings, str(path))
 
 
-def _source(folder: Path) -> Path:
-    for name in _SOURCES:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"{folder}: has {CONFIG} and no weights; expected {' or '.join(_SOURCES)}")
+def _weights_file(source: Source) -> Source:
+    for name in SOURCES:
+        if source.has(name):
+            return source.file(name)
+    raise UserError(f"{source.folder}: has {CONFIG} and no weights; expected {' or '.join(SOURCES)}")
 
 
-def _open(path: Path) -> dict[str, Stored]:
-    if path.suffix == ".safetensors":
-        return open_tensors(path)[0]
-    from gpt2_torch.files import open_torch_file
-
-    contents = open_torch_file(path)
-    if not isinstance(contents, dict) or not all(isinstance(value, Stored) for value in contents.values()):
-        raise UserError(f"{path}: not a state dict, names with a tensor each")
-    return {str(name): tensor for name, tensor in contents.items()}
+def _open(file: Source) -> dict[str, Stored]:
+    if file.tensors is None:
+        raise UserError(f"{file.path}: not a safetensors file or state dict, which has a tensor for each name")
+    return file.tensors
 
 
-def _open_shards(folder: Path, index: Path) -> dict[str, Stored]:
-    places = json_object(index.read_bytes(), str(index)).get("weight_map")
+def _open_shards(index: Source) -> dict[str, Stored]:
+    path, places = index.path, index.json.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise UserError(f"{index}: has no «weight_map» from tensors to files")
+        raise UserError(f"{path}: has no «weight_map» from tensors to files")
     found: dict[str, Stored] = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file or not file.endswith((".safetensors", ".bin")):
-            raise UserError(f"{index}: names {file!r:.80}; expected a file of weights in the same folder")
-        if not (folder / file).is_file():
-            raise UserError(f"{index}: names {file}, which isn't there")
-        tensors = _open(folder / file)
-        for name, tensor in tensors.items():
+            raise UserError(f"{path}: names {file!r:.80}; expected a file of weights in the same folder")
+        if not index.has(file):
+            raise UserError(f"{path}: names {file}, which isn't there")
+        for name, tensor in _open(index.file(file)).items():
             if name in found:
-                raise UserError(f"{folder / file}: {name} is in another shard too")
+                raise UserError(f"{path.parent / file}: {name} is in another shard too")
             if places.get(name) != file:
-                raise UserError(f"{folder / file}: holds {name}, which {index.name} says is in {places.get(name)}")
+                raise UserError(f"{path.parent / file}: holds {name}, which {path.name} says is in {places.get(name)}")
             found[name] = tensor
     if missing := [name for name in places if name not in found]:
-        raise UserError(f"{index}: {missing[0]} isn't in {places[missing[0]]}")
+        raise UserError(f"{path}: {missing[0]} isn't in {places[missing[0]]}")
     return found
 
 
-def _prefixed(found: dict[str, Stored], source: Path) -> dict[str, Stored]:
-    """Names as GPT2LMHeadModel has them; a bare GPT2Model's lack the prefix."""
-    prefix = HUGGING_FACE.prefix
+def prefixed(found: dict[str, Stored], prefix: str, head: str, path: Path) -> dict[str, Stored]:
+    """Names as the model with a head has them; the bare model's lack the prefix."""
     named: dict[str, Stored] = {}
     for name, tensor in found.items():
-        full = name if name.startswith(prefix) or name == "lm_head.weight" else prefix + name
+        full = name if name.startswith(prefix) or name == head else prefix + name
         if full in named:
-            raise UserError(f"{source}: {full} is there twice, with and without «{prefix}»")
+            raise UserError(f"{path}: {full} is there twice, with and without «{prefix}»")
         named[full] = tensor
     return named
 
 
-def _tokenizer(folder: Path, source: Path) -> str | None:
-    """The tokenizer's name, if it was written here or if the folder has GPT-2's own."""
-    if source.suffix == ".safetensors" and (name := open_tensors(source)[1].get(_TOKENIZER_METADATA)):
-        return name
-    merges = folder / _TOKENIZER_FILES["vocab.bpe"]
+def read_tokenizer(source: Source) -> str | None:
+    """The name of the tokenizer whose files lie in the folder, if they are GPT-2's own."""
+    merges = source.folder / _TOKENIZER_FILES["vocab.bpe"]
     if merges.is_file():
         return "gpt2" if is_genuine("gpt2", "vocab.bpe", merges.read_bytes()) else None
-    tokenizer = folder / "tokenizer.json"
-    if tokenizer.is_file() and (ours := local_file("gpt2", "vocab.bpe")):
-        model = json_object(tokenizer.read_bytes(), str(tokenizer)).get("model")
+    if source.has("tokenizer.json") and (ours := local_file("gpt2", "vocab.bpe")):
+        model = source.file("tokenizer.json").json.get("model")
         merges = model.get("merges") if isinstance(model, dict) else None
         pairs = [" ".join(pair) if isinstance(pair, list) else pair for pair in merges or []]
         return "gpt2" if pairs == ours.decode().splitlines()[1:] else None
     return None
+
+
+FORMAT = Format(
+    layout=LAYOUT,
+    holds=Holds.EXACT_GELU | Holds.SIZES | Holds.FLOAT64,
+    described="a Hugging Face GPT-2 folder (config.json)",
+    help="a folder for transformers' GPT2LMHeadModel",
+    detect=detect,
+    read=read,
+    write=write,
+    owns=owns,
+    hub=(("*.safetensors", "*.safetensors.index.json"), ("pytorch_model*.bin", "pytorch_model.bin.index.json")),
+)

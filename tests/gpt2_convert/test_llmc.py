@@ -2,10 +2,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from gpt2_convert.llmc import read, write
+from gpt2_convert.source import Source
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
 from gpt2_core.weights import Weights
-from gpt2_core.weights.llmc import read_llmc, write_llmc
 
 C, L, T, V = 8, 2, 4, 11
 
@@ -21,7 +22,7 @@ def make(dtype=np.float32) -> Weights:
 def test_the_file_is_what_llm_cs_own_reader_takes(tmp_path, dtype, version):
     """Written out here after llm.c's fill_in_parameter_sizes: every tensor for all layers before the next."""
     weights = make(dtype)
-    write_llmc(weights, tmp_path / "m.bin")
+    write(weights, tmp_path / "m.bin")
     content = (tmp_path / "m.bin").read_bytes()
     header = np.frombuffer(content, "<i4", 256)
     assert header[:8].tolist() == [20240326, version, T, V, L, 2, C, 128] and not header[8:].any()
@@ -41,9 +42,9 @@ def test_weights_of_two_dtypes_are_refused(tmp_path):
     weights = make()
     arrays = dict(weights.arrays) | {"ln_f.bias": np.zeros(C, ml_dtypes.bfloat16)}
     with pytest.raises(UserError, match="holds one dtype, and these weights has bfloat16 and float32; add --dtype"):
-        write_llmc(Weights(weights.config, arrays, "these weights"), tmp_path / "m.bin")
+        write(Weights(weights.config, arrays, "these weights"), tmp_path / "m.bin")
     with pytest.raises(UserError, match="can't hold wte.weight in float64; add --dtype float32 or bfloat16"):
-        write_llmc(weights.astype(np.float64), tmp_path / "m.bin")
+        write(weights.astype(np.float64), tmp_path / "m.bin")
     assert not list(tmp_path.iterdir())
 
 
@@ -61,22 +62,23 @@ def test_weights_of_two_dtypes_are_refused(tmp_path):
 )
 def test_damaged_headers_are_refused(tmp_path, place, value, words):
     path = tmp_path / "m.bin"
-    write_llmc(make(), path)
+    write(make(), path)
     content = np.fromfile(path, "<i4")
     content[place] = value
     content.tofile(path)
     if words is None:
-        assert read_llmc(path).config.vocab_size == 12  # one of the 128 rows more is in use: another model, and whole
+        # One of the 128 rows more is in use: another model, and whole.
+        assert read(Source(path)).config.vocab_size == 12
         return
     with pytest.raises(UserError, match=words):
-        read_llmc(path)
+        read(Source(path))
 
 
 def test_truncated_and_lengthened_files_are_refused(tmp_path):
     path = tmp_path / "m.bin"
-    write_llmc(make(), path)
+    write(make(), path)
     whole = path.read_bytes()
     for content in (whole[:-1], whole + b"x", whole[:1000], b""):
         path.write_bytes(content)
         with pytest.raises(UserError, match="m.bin"):
-            read_llmc(path)
+            read(Source(path))

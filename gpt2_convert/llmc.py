@@ -9,12 +9,22 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2_convert.format import GPT2, GPT2_SIZES, Format, Holds
+from gpt2_convert.source import Source
 from gpt2_core.config import ModelConfig, model_from_dict
 from gpt2_core.errors import UserError
 from gpt2_core.files import writing
 from gpt2_core.weights.canonical import DTYPES, StoredArrays, Weights
-from gpt2_core.weights.layouts import LLMC
+from gpt2_core.weights.layouts import Layout
 from gpt2_core.weights.safetensors import stored_at, write_values
+
+LAYOUT = Layout(
+    "llmc",
+    out_in=True,
+    vocabulary_multiple=128,
+    only=GPT2 | GPT2_SIZES | {"mlp": ("gelu_tanh",), "bias": (True,)},
+    dtypes=("float32", "bfloat16"),
+)
 
 MAGIC = 20240326
 VERSIONS = {3: DTYPES["float32"], 5: DTYPES["bfloat16"]}
@@ -27,10 +37,14 @@ BLOCK_ORDER = (
 )
 
 
-def write_llmc(weights: Weights, path: Path) -> None:
+def detect(source: Source) -> bool:
+    return source.head[:4] == MAGIC.to_bytes(4, "little")
+
+
+def write(weights: Weights, path: Path) -> None:
     """Write `weights` as version 3 (float32) or 5 (bfloat16); raises UserError if they have more than one dtype."""
     config = weights.config
-    tensors = LLMC.encode(weights.stored, config)
+    tensors = LAYOUT.encode(weights.stored, config)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1:
         raise UserError(
@@ -48,8 +62,9 @@ def write_llmc(weights: Weights, path: Path) -> None:
         write_values(file, (tensors[name] for name in _order(config)))
 
 
-def read_llmc(path: Path) -> Weights:
+def read(source: Source) -> Weights:
     """The weights of a file, read as they are asked for; raises UserError if it isn't whole and of a known version."""
+    path = source.path
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", 256)
     if len(header) < 256 or header[0] != MAGIC:
@@ -60,19 +75,19 @@ def read_llmc(path: Path) -> Weights:
     dtype = VERSIONS[version]
     # Counted before the configuration is believed: a damaged header may speak of a billion layers.
     needed = HEADER_BYTES + dtype.itemsize * ((padded + T) * C + L * (12 * C * C + 13 * C) + 2 * C)
-    if min(T, V, L, H, C) < 1 or padded != V + -V % LLMC.vocabulary_multiple or needed != size:
+    if min(T, V, L, H, C) < 1 or padded != V + -V % LAYOUT.vocabulary_multiple or needed != size:
         raise UserError(
             f"{path}: its header (block {T}, vocabulary {V} in {padded} rows, {L} layers, {H} heads, width {C}) asks "
             f"for {needed:,} bytes, and the file has {size:,}"
         )
     sizes = {"n_layer": L, "n_head": H, "n_embd": C, "block_size": T, "vocab_size": V}
     config = model_from_dict(sizes, str(path))
-    shapes = {name: place.shape for name, place in LLMC.placements(config).items()}
+    shapes = {name: place.shape for name, place in LAYOUT.placements(config).items()}
     found, offset = {}, HEADER_BYTES
     for name in _order(config):
         found[name] = stored_at(path, offset, dtype, shapes[name])
         offset += found[name].nbytes
-    return Weights(config, StoredArrays(LLMC.decode(found, config, str(path))), str(path))
+    return Weights(config, StoredArrays(LAYOUT.decode(found, config, str(path))), str(path))
 
 
 def _order(config: ModelConfig) -> Iterator[str]:
@@ -80,3 +95,21 @@ def _order(config: ModelConfig) -> Iterator[str]:
     for name in BLOCK_ORDER:
         yield from (f"h.{layer}.{name}" for layer in range(config.n_layer))
     yield from ("ln_f.weight", "ln_f.bias")
+
+
+def _notes(weights: Weights) -> list[str]:
+    if weights.stored["wte.weight"].dtype != DTYPES["bfloat16"]:
+        return []
+    return ["this is version 5, for llm.c's CUDA program; its CPU program reads version 3: --dtype float32"]
+
+
+FORMAT = Format(
+    layout=LAYOUT,
+    holds=Holds(0),
+    described="a model file of llm.c (.bin)",
+    help="a model file of llm.c",
+    detect=detect,
+    read=read,
+    write=write,
+    notes=_notes,
+)

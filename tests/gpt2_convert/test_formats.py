@@ -1,5 +1,7 @@
+import collections
 import dataclasses
 import random
+import re
 import shutil
 import tempfile
 import tracemalloc
@@ -12,13 +14,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import gpt2_convert.source
+import gpt2_convert.torch_files
+from gpt2_convert import FORMATS, Holds, open_weights, read_initial_weights, read_weights, write_weights
 from gpt2_core.config import DataConfig, ModelConfig, TrainConfig, to_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.weights import StoredArrays, Weights
 from gpt2_torch.weights import to_state_dict
-from parity.formats import FORMATS, open_weights, read_initial_weights, read_weights, write_weights
 from parity.subjects import random_weights
 
+ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=300)
 
 # Every setting of the architecture, GPT-2's own value first, which is what an example shrinks to.
@@ -191,6 +196,41 @@ def test_damaged_files_end_in_one_sentence(samples, form, tmp_path, capfd):
     damage()
     out, err = capfd.readouterr()
     assert out == "" and err == ""
+
+
+def test_the_documentation_has_every_format_and_what_it_holds():
+    lines = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8").splitlines()
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in lines if line.startswith("| `")]
+    written_as = {row[0]: row[2] for row in rows if len(row) == 3}
+    assert written_as == {f"`{name}`": "folder" if form.is_folder else "file" for name, form in FORMATS.items()}
+    answers = {name: row[1:] for row in rows if set(row[1:]) <= {"yes", "no"} for name in row[0].split(", ")}
+    layouts = {row[0]: row[1:] for row in rows if len(row) == 6 and not {"yes", "no"} & set(row)}
+    assert layouts.keys() == written_as.keys()
+    for name, form in FORMATS.items():
+        assert answers[f"`{name}`"] == ["yes" if one in form.holds else "no" for one in Holds], name
+
+
+@pytest.mark.parametrize("form", [*FORMATS, "old"])
+def test_each_file_is_parsed_once(samples, form, monkeypatch):
+    """By all formats that are asked whether it is theirs and by the one that reads it."""
+    parsed = collections.Counter()
+
+    def counted(parse):
+        def count(what, *rest):
+            parsed[parse.__name__, rest or what] += 1
+            return parse(what, *rest)
+
+        return count
+
+    for module, name in (
+        (gpt2_convert.source, "open_tensors"),
+        (gpt2_convert.source, "read_metadata"),
+        (gpt2_convert.source, "json_object"),
+        (gpt2_convert.torch_files, "open_torch_file"),
+    ):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    open_weights(samples[form])
+    assert set(parsed.values()) <= {1} and (parsed or form == "llmc")
 
 
 def test_what_holds_no_weights_is_refused(tmp_path):

@@ -1,42 +1,21 @@
-"""Weights from whatever holds them, and to it: every format, found by looking at the file, and every direction."""
+"""Weights of any format: `open_weights` and `write_weights` convert, the registry lists the formats."""
 
 import dataclasses
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
+from gpt2_convert import hub
+from gpt2_convert.format import Format, Holds
+from gpt2_convert.registry import FORMATS, described, detect
+from gpt2_convert.source import Source
 from gpt2_core.config import TrainConfig, differences
 from gpt2_core.errors import UserError
-from gpt2_core.weights import Weights, layouts, read_safetensors, write_safetensors
-from gpt2_core.weights.layouts import Layout
-from gpt2_core.weights.llmc import read_llmc, write_llmc
-from parity.formats import hub, hugging_face, nanogpt, runs
-from parity.formats.detection import detect
+from gpt2_core.run_folder import RunFolder, metadata_path
+from gpt2_core.weights import Weights
 
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """A reader and a writer, both to and from the canonical form."""
-
-    layout: Layout
-    read: Callable[[Path], Weights]
-    write: Callable[[Weights, Path], object]
-    is_folder: bool
-    """Whether it is written as a folder, or as one file."""
-    owns: Callable[[str], bool] = lambda name: False
-    """Whether a file of this name in such a folder is the format's own."""
-
-
-FORMATS = {
-    "jax": Format(layouts.JAX, runs.read_jax, runs.write_jax, True, runs.owns_jax),
-    "torch": Format(layouts.TORCH, runs.read_torch, runs.write_torch, True, runs.owns_torch),
-    "hf": Format(layouts.HUGGING_FACE, hugging_face.read, hugging_face.write, True, hugging_face.owns),
-    "nanogpt": Format(layouts.NANOGPT, nanogpt.read, nanogpt.write, False),
-    "llmc": Format(layouts.LLMC, read_llmc, write_llmc, False),
-    "safetensors": Format(layouts.CANONICAL, read_safetensors, write_safetensors, False),
-}
+__all__ = ["FORMATS", "Holds", "described", "open_weights", "read_initial_weights", "read_weights", "write_weights"]
 
 
 def open_weights(
@@ -45,19 +24,22 @@ def open_weights(
     """Weights at a path or of a hub's name, read one tensor at a time as they are asked for.
 
     `checkpoint` chooses one of a run folder's; `form` names the format, which is otherwise found by looking; `mlp` says
-    which GELU a nanoGPT checkpoint was trained with. Raises UserError if there are none.
+    which GELU the model was trained with, for a format whose files may not say. Raises UserError if there are none.
     """
-    path = hub.fetch(str(source)) if hub.is_name(str(source)) else Path(source)
+    path = _fetch(str(source)) if hub.is_name(str(source)) else Path(source)
     if not path.exists():
         raise UserError(f"{source}: no such file or folder" + hub.hint(str(source)))
-    path = runs.chosen_checkpoint(path, checkpoint)
+    path = _chosen_checkpoint(path, checkpoint)
+    opened = Source(path)
     try:
-        form = form or detect(path)
+        found = FORMATS[form] if form else detect(opened)
         if mlp is None:
-            return FORMATS[form].read(path)
-        if form != "nanogpt":
-            raise UserError(f"--mlp {mlp}: {path} is in the format {form}, which says its MLP; leave the option out")
-        return nanogpt.read(path, mlp)
+            return found.read(opened)
+        if not found.assumes:
+            raise UserError(
+                f"--mlp {mlp}: {path} is in the format {found.name}, which says its MLP; leave the option out"
+            )
+        return found.read(opened, mlp)
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror or error})") from error
 
@@ -97,8 +79,8 @@ def write_weights(weights: Weights, path: Path, to: str, *, force: bool = False)
     """
     form = FORMATS[to]
     form.layout.check_holds(weights.config)
-    if to == "safetensors" and path.suffix != ".safetensors":
-        raise UserError(f"{path}: a safetensors file has a name that ends in .safetensors")
+    if not path.name.endswith(form.suffix):
+        raise UserError(f"{path}: a {to} file has a name that ends in {form.suffix}")
     _check_free(path, form, force)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +98,19 @@ def write_weights(weights: Weights, path: Path, to: str, *, force: bool = False)
         raise UserError(f"{path}: can't be written ({error.strerror or error})") from error
 
 
+def _fetch(name: str) -> Path:
+    return hub.fetch(name, [patterns for form in FORMATS.values() for patterns in form.hub])
+
+
+def _chosen_checkpoint(path: Path, choice: str) -> Path:
+    """The checkpoint of a run folder that `choice` names; any other path as it is, which leaves nothing to choose."""
+    if path.is_dir() and (path / "config.yaml").is_file() and not metadata_path(path).is_file():
+        return RunFolder(path).checkpoint(choice)
+    if choice != "latest":
+        raise UserError(f"--checkpoint {choice}: {path} is no run folder with checkpoints to choose from; leave it out")
+    return path
+
+
 def _check_free(path: Path, form: Format, force: bool) -> None:
     if not path.exists() or (form.is_folder and path.is_dir() and not any(path.iterdir())):
         return
@@ -127,10 +122,10 @@ def _check_free(path: Path, form: Format, force: bool) -> None:
             f"{path}: is {kinds[path.is_file()]}, which {kinds[not form.is_folder]} doesn't replace; name another"
         )
     try:
-        there = detect(path)
+        there = detect(Source(path))
     except UserError as error:
         raise UserError(f"{path}: exists and holds no weights, so nothing here replaces it; name another") from error
-    if path.is_dir() and (foreign := _foreign(path, FORMATS[there])):
+    if path.is_dir() and (foreign := _foreign(path, there)):
         raise UserError(f"{path}: holds {foreign} besides weights, which nothing here replaces; name another")
 
 

@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpt2_convert.format import GPT2, GPT2_SIZES, MASKS, Format, Holds
+from gpt2_convert.source import Source
 from gpt2_core.config import model_from_dict
 from gpt2_core.errors import UserError
 from gpt2_core.weights import Stored, StoredArrays, Weights
-from gpt2_core.weights.layouts import NANOGPT
+from gpt2_core.weights.layouts import Layout
+
+LAYOUT = Layout("nanogpt", prefix="transformer.", out_in=True, copies_head=True, buffers=MASKS, only=GPT2 | GPT2_SIZES)
 
 _OURS = "gpt2_jax"
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
@@ -20,20 +24,15 @@ _ARGUMENTS = (*_SIZES, "bias", "dropout")
 _WRAPPERS = ("_orig_mod.", "module.")
 
 
-class GPTConfig:
-    """Takes the place of build-nanogpt's dataclass of this name when its checkpoint is opened."""
-
-
-def is_one(path: Path) -> bool:
-    """Whether a file of torch.save's is a checkpoint of either program."""
-    contents = _open(path)
+def detect(source: Source) -> bool:
+    contents = source.torch if source.is_torch else None
     return isinstance(contents, dict) and "model" in contents and ("model_args" in contents or "config" in contents)
 
 
-def read(path: Path, mlp: str | None = None) -> Weights:
+def read(source: Source, mlp: str | None = None) -> Weights:
     """The weights of a checkpoint, read as they are asked for. `mlp` is gelu_exact or gelu_tanh; left out: what the
     file says, or else what the program that wrote it computes, which `notes` then tells."""
-    contents = _open(path)
+    path, contents = source.path, source.torch
     if not isinstance(contents, dict) or not isinstance(contents.get("model"), dict):
         raise UserError(f"{path}: not a checkpoint of nanoGPT, which has the weights under «model»")
     arguments, program = _arguments(contents, path)
@@ -53,7 +52,7 @@ def read(path: Path, mlp: str | None = None) -> Weights:
     tokenizer = ours.get("tokenizer")
     return Weights(
         config,
-        StoredArrays(NANOGPT.decode(found, config, str(path))),
+        StoredArrays(LAYOUT.decode(found, config, str(path))),
         str(path),
         tokenizer if isinstance(tokenizer, str) else None,
         notes,
@@ -69,7 +68,7 @@ def write(weights: Weights, path: Path) -> None:
 
     config = weights.config
     tensors: dict[str, Any] = {}
-    stored = NANOGPT.encode(weights.stored, config)
+    stored = LAYOUT.encode(weights.stored, config)
     for name, tensor in stored.items():
         if name != "lm_head.weight":
             tensors[name] = to_tensor(tensor.read())
@@ -84,17 +83,11 @@ def write(weights: Weights, path: Path) -> None:
         torch.save(contents, file)
 
 
-def _open(path: Path) -> Any:
-    from gpt2_torch.files import open_torch_file
-
-    return open_torch_file(path, allowed=[(GPTConfig, "__main__.GPTConfig")])
-
-
 def _arguments(contents: dict, path: Path) -> tuple[dict[str, Any], str]:
     """The architecture that a checkpoint states, and the program that states it so."""
     if isinstance(contents.get("model_args"), dict):
         given, program = contents["model_args"], "nanoGPT"
-    elif isinstance(contents.get("config"), GPTConfig):
+    elif type(contents.get("config")).__name__ == "GPTConfig":  # the one class that is unpickled
         given, program = vars(contents["config"]), "build-nanogpt"
     else:
         raise UserError(f"{path}: neither nanoGPT's «model_args» nor build-nanogpt's «config» is in it")
@@ -117,3 +110,25 @@ def _unwrapped(model: Mapping[str, Any], path: Path) -> dict[str, Stored]:
             raise UserError(f"{path}: {bare} is there twice, once of them as {name}")
         found[bare] = tensor
     return found
+
+
+def _notes(weights: Weights) -> list[str]:
+    if weights.config.mlp != "gelu_tanh":
+        return []
+    return [
+        "nanoGPT's model.py computes the exact GELU and these weights want the tanh form, as build-nanogpt's does: "
+        "write nn.GELU(approximate='tanh') there, or its logits will differ by about a thousandth"
+    ]
+
+
+FORMAT = Format(
+    layout=LAYOUT,
+    holds=Holds.EXACT_GELU | Holds.NO_BIASES | Holds.FLOAT64,
+    described="a checkpoint of nanoGPT (ckpt.pt)",
+    help="a ckpt.pt",
+    detect=detect,
+    read=read,
+    write=write,
+    notes=_notes,
+    assumes="gelu_exact for nanoGPT, gelu_tanh for build-nanogpt, which is what their programs compute",
+)

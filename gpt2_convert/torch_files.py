@@ -6,7 +6,6 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from gpt2_convert.source import TORCH_ZIP
 from gpt2_core.errors import UserError
 from gpt2_core.weights import DTYPES, Stored
 from gpt2_core.weights.safetensors import stored_at
@@ -30,34 +30,25 @@ _DTYPES = {
     torch.int64: np.dtype(np.int64),
 }
 
-# What torch.save's files begin with: a zip archive's own mark, or the pickled number that older versions began with.
-_ZIP = b"PK\x03\x04"
-_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
-# A class that a file may hold an object of, and the name by which the file calls it.
-Allowed = tuple[Callable, str]
+class GPTConfig:
+    """An empty class that is unpickled instead of build-nanogpt's dataclass of this name, which its checkpoints hold
+    an object of."""
 
 
-def is_torch_file(path: Path) -> bool:
-    """Whether a file begins as torch.save's do, in the format of today (zip) or that of before 2020."""
-    with path.open("rb") as file:
-        head = file.read(16)
-    return head.startswith((_ZIP, _OLD))
+def open_torch_file(path: Path) -> Any:
+    """What torch.save wrote: containers and numbers as they are, a `Stored` instead of each tensor.
 
-
-def open_torch_file(path: Path, allowed: Sequence[Allowed] = ()) -> Any:
-    """What torch.save wrote: containers and numbers as they are, a `Stored` in the place of each tensor.
-
-    Nothing is unpickled beyond tensors, plain containers and objects of the `allowed` classes. Raises UserError for a
-    file that holds anything else, or that isn't whole.
+    Nothing is unpickled but tensors, plain containers and `GPTConfig`. Raises UserError for a file that holds anything
+    else, or that isn't whole.
     """
     with path.open("rb") as file:
-        zipped = file.read(len(_ZIP)) == _ZIP
+        zipped = file.read(len(TORCH_ZIP)) == TORCH_ZIP
     if zipped:
         _check_entries(path)
     # Fake tensors have a shape and a place in the file, and no memory: a damaged file can't make anyone allocate it.
-    fakes = _load(path, allowed, fake=True)
-    source = path if zipped else _OldFile(path, allowed)
+    fakes = _load(path, fake=True)
+    source = path if zipped else _OldFile(path)
     try:
         return _replace(fakes, (), {}, path, source)
     except RecursionError as error:
@@ -68,14 +59,14 @@ class _OldFile:
     """A file in the format of before 2020, whose tensors have no known place: it is read whole, and each tensor is let
     go when it has been given away, so that memory holds the model once and no more."""
 
-    def __init__(self, path: Path, allowed: Sequence[Allowed]) -> None:
-        self.path, self.allowed = path, allowed
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._tensors: dict[tuple, Tensor] = {}
 
     def read(self, place: tuple) -> np.ndarray:
         if place not in self._tensors:
             self._tensors = {}
-            self._collect(_load(self.path, self.allowed, fake=False), ())
+            self._collect(_load(self.path, fake=False), ())
         return to_array(self._tensors.pop(place))
 
     def _collect(self, value: Any, place: tuple) -> None:
@@ -93,13 +84,13 @@ class _Bounded(io.BufferedReader):
         return super().read(left if size is None or size < 0 else min(size, left))
 
 
-def _load(path: Path, allowed: Sequence[Allowed], *, fake: bool) -> Any:
+def _load(path: Path, *, fake: bool) -> Any:
     try:
         # An open file, since PyTorch takes a path that ends in .safetensors for another format.
         with (
             _Bounded(io.FileIO(path)) as file,
             warnings.catch_warnings(),
-            torch.serialization.safe_globals(list(allowed)),
+            torch.serialization.safe_globals([(GPTConfig, "__main__.GPTConfig")]),
         ):
             warnings.simplefilter("ignore")  # of what a damaged pickle may be
             if fake:

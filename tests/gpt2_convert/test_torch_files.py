@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from gpt2_convert.torch_files import open_torch_file
 from gpt2_core.errors import UserError
 from gpt2_core.weights import Stored
-from gpt2_torch.files import open_torch_file
 
 
 def read(value):

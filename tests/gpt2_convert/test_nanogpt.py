@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from gpt2_convert import open_weights, write_weights
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
-from parity.formats import nanogpt, open_weights, write_weights
 from parity.subjects import random_weights
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=20, mlp="gelu_exact")
@@ -104,4 +104,4 @@ def test_the_gelu_that_was_written_is_known_again(tmp_path):
 def test_other_contents_are_refused(tmp_path, change, words):
     torch.save({"model": state_of(), "model_args": ARGUMENTS} | change, tmp_path / "x.pt")
     with pytest.raises(UserError, match=words):
-        nanogpt.read(tmp_path / "x.pt")
+        open_weights(tmp_path / "x.pt", form="nanogpt")
