@@ -117,7 +117,7 @@ def _tasks(chosen: list[str], options) -> dict[str, Callable]:
     if options.prove:
         from parity.gpt2.faults import FAULTS
 
-        tasks |= {fault.name: functools.partial(_judge, fault) for fault in FAULTS}
+        tasks |= {fault.name: functools.partial(_judge, fault, device) for fault in FAULTS}
     return tasks
 
 
@@ -146,10 +146,10 @@ def _against(other: str, device: str, case) -> list:
     return list(results.guarded("against", run, packages=packages, passes=UserError)())
 
 
-def _judge(fault, _):
+def _judge(fault, device: str, _):
     from parity.gpt2.faults import judge
 
-    return judge(fault)
+    return judge(fault, device)
 
 
 def _full_size(device: str, _) -> list:

@@ -143,13 +143,13 @@ def case_of(fault: Fault | None = None) -> Case:
     return Case(weights, real_text(weights, 20_000), level="quick", steps=12)
 
 
-def judge(fault: Fault) -> Verdict:
-    """Inject the fault and run the check that should catch it."""
+def judge(fault: Fault, device: str = "cpu") -> Verdict:
+    """Inject the fault and run the check that should catch it, PyTorch on this device."""
     failed, placed = [], []
     try:
         case = case_of(fault)
         with fault.patch(), compiled_quickly(), on_one_thread():
-            for result in load(fault.check)(case, *both(case.weights)):
+            for result in load(fault.check)(case, *both(case.weights, device)):
                 if isinstance(result, Result) and not result.passed:
                     failed.append(result)
                     if fault.place in f"{result.case} {result.where}":
