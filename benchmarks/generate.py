@@ -214,7 +214,7 @@ def _jax(spec: dict[str, Any]):
 def _torch(spec: dict[str, Any]):
     import torch
 
-    from gpt2_torch.train import pick_device, resolve_precision, set_matmul_precision
+    from gpt2_torch.runtime import pick_device, resolve_precision, set_matmul_precision
 
     device = pick_device(spec["device"])
     precision = resolve_precision(spec["precision"], device)

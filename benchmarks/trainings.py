@@ -62,7 +62,7 @@ class TorchTraining:
 
         from gpt2_torch.model import GPT2
         from gpt2_torch.optimizer import make_optimizer
-        from gpt2_torch.train import pick_device, resolve, set_matmul_precision
+        from gpt2_torch.runtime import pick_device, resolve, set_matmul_precision
 
         self.device = device = pick_device(config.device)
         self.config = config = dataclasses.replace(resolve(config, device, 1), compile=compile)

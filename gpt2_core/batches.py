@@ -13,10 +13,8 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from gpt2_core.config import IGNORED
 from gpt2_core.tokens import Source, Split, check_ids
-
-# A target of this id counts neither in the loss nor in its mean (PyTorch's ignore_index, with nanoGPT's value).
-IGNORED = -1
 
 
 class Batch(NamedTuple):

@@ -16,6 +16,11 @@ NEWEST = "newest"
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
+# A target of this id counts neither in the loss nor in its mean (PyTorch's ignore_index, with nanoGPT's value).
+IGNORED = -1
+
+Precision = Literal["float32", "tf32", "bfloat16", "float64"]
+
 # Sizes of the four published models (Radford et al. 2019, table 2).
 PRESETS = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
@@ -241,7 +246,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run."""
+    """A training run as it was asked for: `auto` and what is left out are decided on the machine that runs it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -348,6 +353,27 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.model.block_size
+
+
+@dataclass(frozen=True)
+class ResolvedConfig(TrainConfig):
+    """What a run really uses, and what config.yaml records: a TrainConfig after its trainer has decided on this machine
+    what was left open.
+
+    Precision and accumulation are set; for JAX the mesh and both kernels too, for PyTorch whether to compile. Options of
+    the other framework stay as they were given.
+    """
+
+    precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.precision in get_args(Precision), f"{self.precision} isn't resolved"
+
+
+def resolved(config: TrainConfig, **decided: Any) -> ResolvedConfig:
+    """`config` with what a trainer has decided."""
+    return ResolvedConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)} | decided)
 
 
 def dtype_of(precision: str) -> str:

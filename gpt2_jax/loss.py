@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from gpt2_core.batches import IGNORED
+from gpt2_core.config import IGNORED
 from gpt2_core.weights.layouts import JAX
 from gpt2_jax.sharding import constrain, is_tensor_parallel
 

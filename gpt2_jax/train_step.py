@@ -15,8 +15,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt2_core.batches import IGNORED, Batch
-from gpt2_core.config import TrainConfig
+from gpt2_core.batches import Batch
+from gpt2_core.config import IGNORED, TrainConfig
 from gpt2_jax.model import Definition, Params
 from gpt2_jax.optimizer import clip_by_global_norm, make_optimizer
 from gpt2_jax.sharding import (

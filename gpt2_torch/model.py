@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2_core.batches import IGNORED
-from gpt2_core.config import ModelConfig
+from gpt2_core.config import IGNORED, ModelConfig
 
 
 def make_norm(config: ModelConfig) -> nn.Module:

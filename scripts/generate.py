@@ -77,7 +77,7 @@ def _torch(weights: Weights, options) -> Generate:
     import torch
 
     from gpt2_torch.generate import generate
-    from gpt2_torch.train import pick_device, resolve_precision
+    from gpt2_torch.runtime import pick_device, resolve_precision
     from gpt2_torch.weights import build
 
     device = pick_device(options.device or "auto")
