@@ -197,7 +197,8 @@ def _jax(spec: dict[str, Any]):
 
     if spec["device"] == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    from gpt2_jax.model import Execution, define
+    from gpt2_jax.definition import define
+    from gpt2_jax.model import Execution
     from gpt2_jax.runtime import configure, has_accelerator, resolve_precision
     from gpt2_jax.weights import from_canonical
 

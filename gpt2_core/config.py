@@ -14,10 +14,11 @@ from gpt2_core.errors import UserError
 # The value of `--resume` when it stands alone.
 NEWEST = "newest"
 
-MESH_AXES = ("data", "fsdp", "tensor")
-
 # A target of this id counts neither in the loss nor in its mean (PyTorch's ignore_index, with nanoGPT's value).
 IGNORED = -1
+
+# The JAX model pads its vocabulary to a multiple of this: matrix units want it, and a mesh's tensor axis divides it.
+VOCABULARY_MULTIPLE = 128
 
 Precision = Literal["float32", "tf32", "bfloat16", "float64"]
 
@@ -340,10 +341,8 @@ class TrainConfig:
         _refuse_unless(
             self.device_batch_size is not None or self.batch_size % self.accumulation == 0,
             f"--accumulation {self.accumulation}: batch_size {self.batch_size} is not divisible by it; "
-            f"use {_choices(divisors(self.batch_size))}",
+            f"use {one_of(divisors(self.batch_size))}",
         )
-        if self.mesh is not None and self.device_batch_size is None:
-            check_mesh(parse_mesh(self.mesh), self)
 
     @property
     def microbatch_size(self) -> int:
@@ -360,8 +359,8 @@ class ResolvedConfig(TrainConfig):
     """What a run really uses, and what config.yaml records: a TrainConfig after its trainer has decided on this machine
     what was left open.
 
-    Precision and accumulation are set; for JAX the mesh and both kernels too, for PyTorch whether to compile. Options of
-    the other framework stay as they were given.
+    Precision and accumulation are set; for JAX mesh and kernels too, for PyTorch whether to compile. The options of the
+    other framework stay as they were given.
     """
 
     precision: Precision = "float32"
@@ -406,30 +405,12 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _choices(numbers: list[int]) -> str:
-    """«1, 2, 4 or 8», leaving out the middle of long lists."""
+def one_of(numbers: list[int]) -> str:
+    """The numbers in words, as "1, 2, 4 or 8"; of a long list without the middle."""
     words = [str(n) for n in numbers]
     if len(words) > 8:
         words = [*words[:4], "...", *words[-3:]]
     return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
-
-
-def parse_mesh(mesh: int | str) -> dict[str, int]:
-    """Sizes of all three axes from what `--mesh` takes: `8` means `data=8`, `data=2,tensor=2` names them."""
-    sizes = dict.fromkeys(MESH_AXES, 1)
-    help_text = "expected a number of devices (8) or axis=n,... with the axes data, fsdp, tensor (data=4,fsdp=2)"
-    text = str(mesh).strip()
-    parts = [f"data={text}"] if text.isdigit() else text.split(",")
-    given = set()
-    for part in parts:
-        axis, equals, size = part.strip().partition("=")
-        if axis not in sizes or not equals or not size.isdigit() or int(size) < 1:
-            raise UserError(f"--mesh {mesh}: {help_text}")
-        if axis in given:
-            raise UserError(f"--mesh {mesh}: the axis {axis} is named twice; name it once")
-        given.add(axis)
-        sizes[axis] = int(size)
-    return sizes
 
 
 def parse_mixture(mixture: dict[str, float] | str) -> dict[str, float]:
@@ -447,43 +428,6 @@ def parse_mixture(mixture: dict[str, float] | str) -> dict[str, float]:
     good = all(folder and 0 < weight < math.inf for folder, weight in weights.items())
     _refuse_unless(bool(weights) and good, f"--data.mixture {mixture}: expected FOLDER=WEIGHT,... with weights above 0")
     return weights
-
-
-def format_mesh(sizes: dict[str, int]) -> str:
-    return ",".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
-
-
-def check_mesh(sizes: dict[str, int], config: TrainConfig) -> None:
-    """Refuse a mesh that can't hold this model and batch, in the words of the person who typed it."""
-    given = ",".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1) or "1"
-    model = config.model
-    ways = sizes["data"] * sizes["fsdp"]
-    size = config.microbatch_size
-    batch = f"batch_size {config.batch_size}"
-    if config.accumulation > 1:
-        batch += f" / accumulation {config.accumulation} = {size}"
-    if size % ways:
-        axes = "data" if sizes["fsdp"] == 1 else "data x fsdp"
-        raise UserError(f"--mesh {given}: {batch} is not divisible by {axes} = {ways}; use {_choices(divisors(size))}")
-    if model.n_head % sizes["tensor"]:
-        raise UserError(
-            f"--mesh {given}: n_head {model.n_head} is not divisible by tensor = {sizes['tensor']}; "
-            f"use {_choices(divisors(model.n_head))}"
-        )
-    if model.n_embd % (sizes["fsdp"] * sizes["tensor"]):
-        axes = "fsdp" if sizes["tensor"] == 1 else "fsdp x tensor"
-        raise UserError(
-            f"--mesh {given}: n_embd {model.n_embd} is not divisible by {axes} = {sizes['fsdp'] * sizes['tensor']}; "
-            f"use {_choices(divisors(model.n_embd))}"
-        )
-    if model.mlp_size % (sizes["fsdp"] * sizes["tensor"]):
-        raise UserError(
-            f"--mesh {given}: the MLP's width {model.mlp_size} is not divisible by fsdp x tensor = "
-            f"{sizes['fsdp'] * sizes['tensor']}; give another --model.mlp_width"
-        )
-    if 128 % sizes["tensor"]:
-        # The vocabulary is padded to a multiple of 128 (gpt2_jax.sharding), and its rows are split over this axis.
-        raise UserError(f"--mesh {given}: the tensor axis must divide 128; use {_choices(divisors(128))}")
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt2_core.config import TrainConfig
+from gpt2_core.config import ResolvedConfig
 from gpt2_core.errors import UserError
 
 Planner = Callable[[int, int], int]
@@ -21,7 +21,7 @@ Planner = Callable[[int, int], int]
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-def out_of_memory(config: TrainConfig, planner: Planner, *, ways: int, available: int, device: str) -> UserError:
+def out_of_memory(config: ResolvedConfig, planner: Planner, *, ways: int, available: int, device: str) -> UserError:
     """What to raise when the step of `config`, its batch spread over `ways` devices, is too large for one of them."""
     asked = config.microbatch_size // ways
     tokens = f"{asked} sequences of {config.model.block_size} tokens at once"
@@ -93,7 +93,9 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _smallest_accumulation(config: TrainConfig, planner: Planner, ways: int, available: int, fits: int) -> int | None:
+def _smallest_accumulation(
+    config: ResolvedConfig, planner: Planner, ways: int, available: int, fits: int
+) -> int | None:
     """The fewest parts, more than asked for, that the batch can be computed in and that fit."""
     sequences = config.batch_size // ways
     for accumulation in range(config.accumulation + 1, sequences + 1):
@@ -104,7 +106,7 @@ def _smallest_accumulation(config: TrainConfig, planner: Planner, ways: int, ava
     return None
 
 
-def of_batch(config: TrainConfig, sequences: int, accumulation: int) -> TrainConfig:
+def of_batch(config: ResolvedConfig, sequences: int, accumulation: int) -> ResolvedConfig:
     """The configuration with another batch, of so many sequences at once."""
     return dataclasses.replace(
         config,

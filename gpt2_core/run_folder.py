@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt2_core.config import NEWEST, TrainConfig, differences, from_yaml, to_yaml
+from gpt2_core.config import NEWEST, ResolvedConfig, TrainConfig, differences, from_yaml, to_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
 from gpt2_core.weights import Weights
@@ -116,8 +116,8 @@ class RunFolder:
 class RunPlan:
     """A run that may begin: nothing has been written yet."""
 
-    config: TrainConfig
-    """As given, but for what a continued run began from, which is its own."""
+    config: ResolvedConfig
+    """As given; but a continued run keeps the `init_from` and `resume` that it began with."""
     folder: RunFolder
     checkpoint: Path | None
     """Where it starts from; None: from `config.init_from` or random weights."""
@@ -149,7 +149,7 @@ class RunPlan:
             raise UserError(f"--run_dir {folder.path}: can't write there ({error.strerror})") from error
 
 
-def plan_run(config: TrainConfig, *, framework: str, data_digest: str) -> RunPlan:
+def plan_run(config: ResolvedConfig, *, framework: str, data_digest: str) -> RunPlan:
     """Where a new or resumed run lives and starts.
 
     Raises UserError if the folder holds something that this run would overwrite, or if the run to resume is another
@@ -276,7 +276,7 @@ def _check_checkpoint(checkpoint: Path, framework: str, data_digest: str) -> Non
         )
 
 
-def metadata_of(config: TrainConfig, step: int, framework: str, data_digest: str) -> dict[str, Any]:
+def metadata_of(config: ResolvedConfig, step: int, framework: str, data_digest: str) -> dict[str, Any]:
     """What a checkpoint says about itself, beside its arrays."""
     return {
         "framework": framework,

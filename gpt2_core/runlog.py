@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gpt2_core.config import TrainConfig
+from gpt2_core.config import ResolvedConfig
 from gpt2_core.errors import RunError
 from gpt2_core.files import write_atomically
 from gpt2_core.run_folder import RECENT, RunFolder, read_metrics
@@ -45,7 +45,7 @@ class RunLog:
     def __init__(
         self,
         folder: RunFolder,
-        config: TrainConfig,
+        config: ResolvedConfig,
         *,
         start_step: int,
         peak_flops: float | None = None,

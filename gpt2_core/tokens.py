@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_core import token_files
-from gpt2_core.config import TrainConfig, parse_mixture
+from gpt2_core.config import ResolvedConfig, TrainConfig, parse_mixture
 from gpt2_core.corpora import get_corpus
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
@@ -90,7 +90,7 @@ def open_tokens(config: TrainConfig) -> TokenFolder:
     return folder
 
 
-def steps_of(config: TrainConfig, tokens: TokenFolder) -> TrainConfig:
+def steps_of(config: ResolvedConfig, tokens: TokenFolder) -> ResolvedConfig:
     """The configuration with its number of steps, where that was given in epochs (rounded up to a whole step)."""
     if config.epochs is None:
         return config

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_core.sampling import Sampling, fit_context
-from gpt2_jax.model import Definition, LayerCache, Params, define
+from gpt2_jax.definition import Definition, Params, define
+from gpt2_jax.model import LayerCache
 
 # Slots of a cache to begin with. It doubles when it is full, and each size is compiled for.
 MIN_SLOTS = 128

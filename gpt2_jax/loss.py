@@ -10,15 +10,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from gpt2_core.config import IGNORED
-from gpt2_core.weights.layouts import JAX
+from gpt2_core.config import IGNORED, VOCABULARY_MULTIPLE
 from gpt2_jax.sharding import constrain, is_tensor_parallel
 
 # Of a chunk's logits. Larger chunks hold more memory; smaller ones read and write the head's gradient more often.
 CHUNK_BYTES = 512 << 20
 
 # Rows of the head that the gradient by x is summed over at a time, on CPU: the padded vocabulary is a multiple.
-BLOCK = JAX.vocabulary_multiple
+BLOCK = VOCABULARY_MULTIPLE
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

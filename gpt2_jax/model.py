@@ -1,4 +1,4 @@
-"""GPT-2 as Flax NNX modules, and its definition as pure functions of a flat dict of parameters.
+"""GPT-2 as Flax NNX modules.
 
 Shapes: B batch, T time, S slots of a KV cache, D embedding, H heads, K head size, F MLP width, V vocabulary,
 N layers. M is B x T.
@@ -7,15 +7,13 @@ N layers. M is B x T.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpt2_core.config import ModelConfig
-from gpt2_core.weights.layouts import JAX
+from gpt2_core.config import VOCABULARY_MULTIPLE, ModelConfig
 from gpt2_jax.attention import Kernel, cached_attention, causal_attention
 from gpt2_jax.capture import is_tapping, scope, tap
 from gpt2_jax.dropout import dropout, site
@@ -24,9 +22,7 @@ from gpt2_jax.loss import summed_cross_entropy
 from gpt2_jax.norm_kernels import NormKernel
 from gpt2_jax.products import wide_einsum
 from gpt2_jax.rope import rotate
-from gpt2_jax.sharding import Axes, constrain
-
-Params = dict[str, jax.Array]
+from gpt2_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,58 +265,10 @@ class GPT2(nnx.Module):
         return jax.lax.scan(step, (x_BTD, branch_BTD), (numbers, stacked))[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Definition:
-    """A model without its parameters: the NNX graph, split off once, and what the parameters look like.
-
-    Parameters are a flat dict by canonical name ("h.0.attn.c_attn.weight"); their shapes are this package's own
-    (gpt2_jax.weights says where they differ from the canonical ones).
-    """
-
-    config: ModelConfig
-    execution: Execution
-    graph: nnx.GraphDef
-    abstract: Mapping[str, jax.ShapeDtypeStruct]
-    logical_axes: Mapping[str, Axes]
-    narrow: frozenset[str]
-    """Names of the parameters that are rounded to the compute dtype wherever they are used."""
-
-    def merge(self, params: Mapping[str, jax.Array]) -> GPT2:
-        """The model with these parameters; free inside a traced function."""
-        flat = [(_path(name), value) for name, value in params.items()]
-        return nnx.merge(self.graph, nnx.from_flat_state(flat))
-
-    def initialize(self, key: jax.Array) -> Params:
-        """Random parameters: the same for a key on any mesh and in any precision."""
-        _, state = nnx.split(GPT2(self.config, self.execution, nnx.Rngs(params=key)))
-        return {_name(path): variable[...] for path, variable in nnx.to_flat_state(state)}
-
-    def empty_caches(self, batch: int, slots: int) -> list[LayerCache]:
-        shape = (batch, self.config.n_head, slots, self.config.head_size)
-        dtype = jnp.dtype(self.execution.dtype)
-        return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.config.n_layer)]
-
-
-def define(config: ModelConfig, execution: Execution) -> Definition:
-    """Build the graph of a model without computing anything."""
-    model = nnx.eval_shape(lambda: GPT2(config, execution, nnx.Rngs(params=0)))
-    graph, state = nnx.split(model)
-    variables = {_name(path): variable for path, variable in nnx.to_flat_state(state)}
-    return Definition(
-        config,
-        execution,
-        graph,
-        {name: variable.get_value() for name, variable in variables.items()},
-        {name: variable.get_metadata()["logical_axes"] for name, variable in variables.items()},
-        frozenset(name for name, variable in variables.items() if variable.get_metadata().get("narrow")),
-    )
-
-
 def padded_vocab_size(vocab_size: int) -> int:
     """The vocabulary as it is inside, padded to what matrix units like and a tensor axis divides. The padding rows are
     zero, take no part in any softmax and never leave this package."""
-    multiple = JAX.vocabulary_multiple
-    return math.ceil(vocab_size / multiple) * multiple
+    return math.ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def _silu_gated(gate_BTF: jax.Array, value_BTF: jax.Array) -> jax.Array:
@@ -348,11 +296,3 @@ def _write(cache: LayerCache, k_BHTK: jax.Array, v_BHTK: jax.Array, start_B: jax
     start_BH = jnp.broadcast_to(start_B[:, None], k_BHTK.shape[:2])
     place_all = jax.vmap(jax.vmap(place))
     return LayerCache(place_all(cache.k_BHSK, k_BHTK, start_BH), place_all(cache.v_BHSK, v_BHTK, start_BH))
-
-
-def _name(path: tuple[str | int, ...]) -> str:
-    return ".".join(map(str, path))
-
-
-def _path(name: str) -> tuple[str | int, ...]:
-    return tuple(int(part) if part.isdigit() else part for part in name.split("."))

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import jax
 
-from gpt2_core.config import TrainConfig, parse_mesh
+from gpt2_core.config import TrainConfig
 from gpt2_core.errors import UserError
+from gpt2_jax.mesh import parse_mesh
 
 
 def configure(precision: str, mesh: int | str | None = None) -> None:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gpt2_core.config import MESH_AXES
+from gpt2_jax.mesh import MESH_AXES
 
 # Parameters and activations name their axes by what they mean; this table says which mesh axis splits them.
 # `fsdp` splits every parameter and its optimizer state along the embedding, and the batch beside `data`; `tensor`

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from gpt2_core.config import TrainConfig
+from gpt2_core.config import ResolvedConfig
 from gpt2_core.errors import UserError
 from gpt2_core.memory import host_memory, out_of_memory
 from gpt2_torch.model import GPT2
@@ -16,7 +16,7 @@ from gpt2_torch.optimizer import make_optimizer
 
 
 @contextlib.contextmanager
-def memory_errors(config: TrainConfig, device: torch.device, processes: int) -> Iterator[None]:
+def memory_errors(config: ResolvedConfig, device: torch.device, processes: int) -> Iterator[None]:
     """Turn PyTorch's running out of memory into a sentence."""
     try:
         yield
@@ -27,7 +27,7 @@ def memory_errors(config: TrainConfig, device: torch.device, processes: int) -> 
         raise _sentence(config, device, processes) from error
 
 
-def check_memory(config: TrainConfig, device: torch.device, processes: int) -> None:
+def check_memory(config: ResolvedConfig, device: torch.device, processes: int) -> None:
     """Raise UserError if the step can't but fail: on CPU the system would kill the process, without an error."""
     if device.type == "cpu":
         sequences = config.microbatch_size // processes
@@ -35,7 +35,7 @@ def check_memory(config: TrainConfig, device: torch.device, processes: int) -> N
             raise _sentence(config, device, processes)
 
 
-def _sentence(config: TrainConfig, device: torch.device, processes: int) -> UserError:
+def _sentence(config: ResolvedConfig, device: torch.device, processes: int) -> UserError:
     available = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
 
     def planner(sequences: int, accumulation: int) -> int:
@@ -44,7 +44,7 @@ def _sentence(config: TrainConfig, device: torch.device, processes: int) -> User
     return out_of_memory(config, planner, ways=processes, available=available, device=device.type)
 
 
-def bytes_needed(config: TrainConfig, device: str, sequences: int, accumulation: int, processes: int = 1) -> int:
+def bytes_needed(config: ResolvedConfig, device: str, sequences: int, accumulation: int, processes: int = 1) -> int:
     """Largest number of bytes in tensors during a step of so many sequences at once, uncompiled; compiled, a model
     keeps less for its backward pass."""
     default = torch.get_default_dtype()

@@ -122,14 +122,14 @@ def _is_float64(model: nn.Module) -> bool:
 # --- a run
 
 
-def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] = lambda config: None) -> RunFolder:
-    """Train as `config` says; returns the run's folder.
+def train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None] = lambda config: None) -> RunFolder:
+    """Train as `asked`; returns the run's folder.
 
     `initial` reads the weights that a new run starts from; None means random ones.
     """
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(config.device)
-    config = resolve(config, device, processes)
+    device = pick_device(asked.device)
+    config = resolve(asked, device, processes)
     check_memory(config, device, processes)
     set_matmul_precision(config.precision)
     with memory_errors(config, device, processes), process_group(processes, device):

@@ -15,11 +15,11 @@ import numpy as np
 
 import gpt2_jax.train
 import gpt2_jax.train_step
-from gpt2_core.batches import IGNORED, Batch
-from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig, parse_mesh
+from gpt2_core.batches import Batch
+from gpt2_core.config import IGNORED, ModelConfig, OptimizerConfig, TrainConfig, resolved
 from gpt2_core.sampling import Sampling
 from gpt2_core.weights import Weights
-from gpt2_jax.sharding import make_mesh
+from gpt2_jax.mesh import parse_mesh
 from parity import forward, gradients, places
 from parity.covering import Row, all_pairs, covering_rows, pairs_of
 from parity.sides import JaxSide, TorchSide, Trained
@@ -157,10 +157,9 @@ def _row(subject: Subject, number: int, row: Row) -> Iterator[Result]:
 
 def _evaluated(side: JaxSide, config: TrainConfig, batch: Batch) -> float:
     """The trainer's own evaluation of a batch, on the mesh and in the way that `config` says: the mean loss."""
-    mesh = make_mesh(parse_mesh(config.mesh))
-    definition = gpt2_jax.train.define_model(dataclasses.replace(config, norm_kernel="xla"))
-    with jax.set_mesh(mesh):
-        total = gpt2_jax.train_step.make_eval_step(definition, mesh)(side.params, *batch)
+    program = gpt2_jax.train_step.make_program(resolved(config, norm_kernel="xla"))
+    with jax.set_mesh(program.mesh):
+        total = program.eval_step(side.params, *batch)
     return float(total) / int((batch.targets != IGNORED).sum())
 
 

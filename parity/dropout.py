@@ -16,8 +16,9 @@ import numpy as np
 import scipy.stats
 
 from gpt2_core.batches import Batch, TrainingBatches
-from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig, parse_mesh
+from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.weights import Weights
+from gpt2_jax.mesh import parse_mesh
 from parity import places
 from parity.independence import aligned, displaced, first_surprise, two_sided
 from parity.sides import JaxSide, Sites, TorchSide, Trained

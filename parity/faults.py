@@ -37,8 +37,7 @@ import gpt2_torch.train
 import gpt2_torch.weights
 import parity.formats.hugging_face
 import parity.sides
-from gpt2_core.batches import IGNORED
-from gpt2_core.config import ModelConfig, OptimizerConfig
+from gpt2_core.config import IGNORED, ModelConfig, OptimizerConfig
 from gpt2_jax.capture import tap
 from parity.compiling import compiled_quickly
 from parity.subjects import random_weights, real_text

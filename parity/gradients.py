@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gpt2_core.batches import IGNORED, Batch
+from gpt2_core.batches import Batch
+from gpt2_core.config import IGNORED
 from parity import places
 from parity.sides import JaxSide, TorchSide
 from parity.suite import Result, Subject, relative_norm

@@ -18,10 +18,11 @@ import scipy.stats
 import torch
 
 import gpt2_torch.model
-from gpt2_core.config import ModelConfig, OptimizerConfig, parse_mesh
-from gpt2_jax.model import Execution, define
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train_step import initial_state, make_optimizer
+from gpt2_core.config import ModelConfig, ResolvedConfig
+from gpt2_jax.definition import define
+from gpt2_jax.mesh import parse_mesh
+from gpt2_jax.model import Execution
+from gpt2_jax.train_step import make_program
 from gpt2_jax.weights import canonical_arrays as jax_arrays
 from gpt2_torch.weights import canonical_arrays as torch_arrays
 from parity.independence import aligned, displaced, first_surprise, surprise, two_sided
@@ -161,8 +162,8 @@ def _wherever_drawn(config: ModelConfig, params: Arrays, seed: int) -> Iterator[
     if math.prod(parse_mesh(mesh).values()) > len(jax.devices()):
         yield Skipped("initialization", f"{mesh}: there are {len(jax.devices())} devices")
         return
-    definition, optimizer = define(config, Execution("float64")), make_optimizer(OptimizerConfig(), config)
-    state = initial_state(definition, optimizer, make_mesh(parse_mesh(mesh)), seed=seed)
+    run = ResolvedConfig(model=config, precision="float64", seed=seed, mesh=mesh, attention="xla", norm_kernel="xla")
+    state = make_program(run).initial_state()
     yield _unequal(f"JAX: tensors born otherwise on {mesh}", state.params, params)
 
 

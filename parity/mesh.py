@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from gpt2_core.batches import TrainingBatches
-from gpt2_core.config import OptimizerConfig, TrainConfig, check_mesh, parse_mesh
+from gpt2_core.config import OptimizerConfig, TrainConfig
 from gpt2_core.errors import UserError
+from gpt2_jax.mesh import check_mesh, parse_mesh
 from parity.sides import JaxSide, TorchSide
 from parity.steps import first_divergence
 from parity.suite import Result, Skipped, Subject

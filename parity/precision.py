@@ -15,13 +15,12 @@ import numpy as np
 from scipy import stats
 
 from gpt2_core.batches import Batch
-from gpt2_core.config import ModelConfig, TrainConfig, format_mesh
+from gpt2_core.config import ModelConfig, ResolvedConfig
 from gpt2_core.weights import Weights
-from gpt2_jax.model import Execution, define
-from gpt2_jax.optimizer import make_optimizer
+from gpt2_jax.definition import define
+from gpt2_jax.mesh import format_mesh
 from gpt2_jax.runtime import matmul_precision
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train_step import abstract_state, loss_and_grads, make_train_step
+from gpt2_jax.train_step import loss_and_grads, make_program
 from parity import dataflow, places, variants
 from parity.gradients import uneven_batch
 from parity.sides import Arrays, JaxSide, TorchSide
@@ -177,23 +176,23 @@ def _exchanges(subject: Subject) -> Iterator[Result | Skipped]:
     if len(jax.devices()) < 4:
         yield Skipped("precision", f"dtypes of what is exchanged: needs 4 devices and there are {len(jax.devices())}")
         return
-    mesh, model = make_mesh(sizes), subject.weights.config
-    definition = define(model, Execution("bfloat16"))
+    model = subject.weights.config
     for asked in ("float32", "bfloat16"):
-        config = TrainConfig(
+        config = ResolvedConfig(
             model=model,
             batch_size=4,
             precision="bfloat16",
             mesh=format_mesh(sizes),
             attention="xla",
+            norm_kernel="xla",
             gradient_exchange=asked,
         )
         with jax.enable_x64(False):
-            state = abstract_state(definition, make_optimizer(config.optimizer, model), mesh)
+            training = make_program(config)
             tokens = jax.ShapeDtypeStruct((1, 4, model.block_size), np.int32)
             rate = jax.ShapeDtypeStruct((), np.float32)
-            with jax.set_mesh(mesh):
-                program = dataflow.trace(make_train_step(definition, config, mesh), state, tokens, tokens, rate)
+            with jax.set_mesh(training.mesh):
+                program = dataflow.trace(training.train_step, training.abstract_state, tokens, tokens, rate)
         sent = [v for o in program.operations if o.primitive in _EXCHANGES for v in o.operands if v.shape]
         other = [v for v in sent if np.dtype(v.dtype).name != asked]
         case = f"gradients exchanged in another dtype than {asked}, of {len(sent)} arrays"

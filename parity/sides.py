@@ -26,14 +26,15 @@ import gpt2_torch.optimizer
 import gpt2_torch.train
 import gpt2_torch.weights
 from gpt2_core.batches import Batch
-from gpt2_core.config import TrainConfig, parse_mesh
+from gpt2_core.config import TrainConfig, resolved
 from gpt2_core.sampling import Sampling
 from gpt2_core.weights import Weights
 from gpt2_jax.attention import choose_kernel
 from gpt2_jax.capture import perturb, record, tapping
-from gpt2_jax.model import Definition, Execution, define
+from gpt2_jax.definition import Definition, define
+from gpt2_jax.model import Execution
 from gpt2_jax.norm_kernels import choose_norm_kernel
-from gpt2_jax.sharding import make_mesh
+from gpt2_jax.train_step import Program
 from gpt2_jax.weights import from_canonical
 from gpt2_torch.weights import build
 
@@ -116,7 +117,7 @@ class JaxSide:
         self.definition = define(weights.config, Execution(dtype, kernel, norm=norm))
         self.params = from_canonical(weights, self.definition.execution.param_dtype)
         self._generator = gpt2_jax.generate.Generator(self.definition)
-        self._steps: dict[TrainConfig, tuple] = {}
+        self._programs: dict[TrainConfig, Program] = {}
 
     @functools.cached_property
     def _logits(self):
@@ -194,9 +195,8 @@ class JaxSide:
 
     def steps(self, config: TrainConfig, batches: Sequence[Batch]) -> Iterator[Step]:
         """The same, one at a time."""
-        mesh = make_mesh(parse_mesh(config.mesh))
-        definition, optimizer, step = self._train_step(_compiled_settings(config))
-        state = gpt2_jax.train_step.initial_state(definition, optimizer, mesh, seed=config.seed, params=self.params)
+        program = self._program(_compiled_settings(config))
+        state = program.initial_state(self.params)
 
         def canonical() -> State:
             trees = (state.params, state.opt_state[0].mu, state.opt_state[0].nu)
@@ -208,25 +208,23 @@ class JaxSide:
         for number, batch in enumerate(batches):
             rate = gpt2_jax.train.learning_rate(number, config.steps, config.optimizer)
             # Set for this step alone: between two steps the caller computes without the mesh.
-            with jax.set_mesh(mesh):
-                on_device = gpt2_jax.train_step.put_batch(batch, config.accumulation, mesh)
-                state, metrics = step(state, *on_device, np.asarray(rate, definition.execution.param_dtype))
+            with jax.set_mesh(program.mesh):
+                rate = np.asarray(rate, program.definition.execution.param_dtype)
+                state, metrics = program.train_step(state, *program.put_batch(batch), rate)
             yield Step(float(metrics.loss), float(metrics.grad_norm), canonical, embedding)
 
-    def _train_step(self, config: TrainConfig):
-        """The definition, the optimizer and the step that `config` asks for, compiled once for this side."""
-        if config not in self._steps:
+    def _program(self, config: TrainConfig) -> Program:
+        """The program that `config` asks for, compiled once for this side."""
+        if config not in self._programs:
             kernel = choose_kernel(
                 config.attention,
                 precision=config.precision,
                 dropout=config.model.dropout,
                 head_size=config.model.head_size,
             )
-            definition = define(config.model, Execution(config.precision, kernel, config.scan_layers, config.remat))
-            optimizer = gpt2_jax.train_step.make_optimizer(config.optimizer, config.model)
-            step = gpt2_jax.train_step.make_train_step(definition, config, make_mesh(parse_mesh(config.mesh)))
-            self._steps[config] = definition, optimizer, step
-        return self._steps[config]
+            run = resolved(config, attention=kernel, norm_kernel="xla")
+            self._programs[config] = gpt2_jax.train_step.make_program(run)
+        return self._programs[config]
 
     def dropout_masks(self, config: TrainConfig, batches: Sequence[Batch]) -> list[list[Sites]]:
         """The masks that the train step draws at each step, for each part of its batch."""

@@ -18,8 +18,8 @@ import gpt2_jax.attention
 import gpt2_jax.generate
 import gpt2_jax.loss
 import gpt2_torch.generate
-from gpt2_core.batches import IGNORED, Batch
-from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.batches import Batch
+from gpt2_core.config import IGNORED, ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.weights import Weights
 from gpt2_jax.capture import tapping

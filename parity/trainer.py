@@ -35,9 +35,7 @@ from gpt2_core.config import NEWEST, DataConfig, ModelConfig, OptimizerConfig, T
 from gpt2_core.run_folder import RunFolder, read_metadata, read_metrics
 from gpt2_core.weights import Weights
 from gpt2_jax import checkpoints as jax_checkpoints
-from gpt2_jax.optimizer import make_optimizer as make_jax_optimizer
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train_step import abstract_state
+from gpt2_jax.train_step import make_program
 from gpt2_jax.weights import canonical_arrays as jax_arrays
 from gpt2_torch.model import GPT2
 from gpt2_torch.optimizer import make_optimizer as make_torch_optimizer
@@ -384,10 +382,8 @@ train(from_yaml(Path(sys.argv[1])), read_initial_weights)
 
 
 def _jax_state(checkpoint: Path, config: TrainConfig) -> State:
-    config = gpt2_jax.train.resolve(config)
-    mesh = make_mesh(gpt2_jax.train.parse_mesh(config.mesh))
-    adamw = make_jax_optimizer(config.optimizer, config.model)
-    state = jax_checkpoints.restore(checkpoint, abstract_state(gpt2_jax.train.define_model(config), adamw, mesh))
+    program = make_program(gpt2_jax.train.resolve(config))
+    state = jax_checkpoints.restore(checkpoint, program.abstract_state)
     trees = (state.params, state.opt_state[0].mu, state.opt_state[0].nu)
     return State(int(state.step), *(jax_arrays(tree, config.model) for tree in trees))
 

@@ -63,8 +63,9 @@ Generate = Callable[[list[list[int]], np.ndarray, Sampling], Iterator[list[int]]
 def _jax(weights: Weights, options, end_of_text: int | None) -> Generate:
     import jax
 
+    from gpt2_jax.definition import define
     from gpt2_jax.generate import Generator
-    from gpt2_jax.model import Execution, define
+    from gpt2_jax.model import Execution
     from gpt2_jax.runtime import resolve_precision
     from gpt2_jax.weights import from_canonical
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_core.config import ModelConfig
+from gpt2_core.config import VOCABULARY_MULTIPLE, ModelConfig
 from gpt2_core.errors import UserError
 from gpt2_core.weights.canonical import Stored, check_tensors
 
@@ -138,7 +138,7 @@ _NO_OTHER_SIZES = {"mlp_width": (None,), "layer_norm_epsilon": (1e-5,), "tie_emb
 _MASKS = r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"
 
 CANONICAL = Layout("safetensors")
-JAX = Layout("jax", qkv_apart=True, vocabulary_multiple=128)
+JAX = Layout("jax", qkv_apart=True, vocabulary_multiple=VOCABULARY_MULTIPLE)
 TORCH = Layout("torch", out_in=True)
 HUGGING_FACE = Layout("hf", prefix="transformer.", buffers=_MASKS, only=_GPT2 | {"bias": (True,)})
 NANOGPT = Layout(

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_core.batches import IGNORED
-from gpt2_core.config import ModelConfig, OptimizerConfig, from_yaml, to_yaml
+from gpt2_core.config import IGNORED, ModelConfig, OptimizerConfig, from_yaml, to_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.run_folder import RunFolder, RunPlan, read_metrics
 from gpt2_torch import train as train_module

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gpt2_core.batches import IGNORED
-from gpt2_core.config import MESH_AXES, ModelConfig, TrainConfig, parse_mesh
+from gpt2_core.config import IGNORED, ModelConfig, TrainConfig
+from gpt2_jax.mesh import MESH_AXES, parse_mesh
 from gpt2_jax.model import Execution
 from parity import combinations, faults
 from parity.combinations import EXECUTION, MODEL, TABLE, config_of, divergence
