@@ -1,4 +1,4 @@
-"""Every setting of a run as frozen dataclasses, with GPT-2's own defaults, and the counts that follow from them."""
+"""All settings of a run as frozen dataclasses, with GPT-2's own defaults, and the counts derived from them."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ def _refuse_unless(condition: bool, message: str) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed that not every generator takes."""
+    """Raise UserError for a seed that some random generator doesn't accept."""
     _refuse_unless(0 <= seed < 1 << 32, f"--seed {seed}: must be from 0 to {(1 << 32) - 1}")
 
 
@@ -81,7 +81,7 @@ class ModelConfig:
     mlp: Literal["gelu_tanh", "gelu_exact", "swiglu"] = "gelu_tanh"
     """The MLP: GELU in GPT-2's tanh form or exact by erf, or SwiGLU."""
     mlp_width: int | None = None
-    """Hidden width of the MLP, in features. Left out: 4 n_embd; for swiglu, which has three matrices in place of two,
+    """Hidden width of the MLP, in features. Left out: 4 n_embd; for swiglu, which has three matrices instead of two,
     8/3 n_embd rounded up to a multiple of 64."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """The norm before each branch and before the head; rmsnorm has a weight and no bias."""
@@ -90,7 +90,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     """Whether the head shares the token embedding's weight."""
     qk_norm: bool = False
-    """Whether queries and keys pass through an RMS norm, each head by itself, before they meet."""
+    """Whether queries and keys are normalized by an RMS norm, separately for each head, before their product."""
 
     def __post_init__(self) -> None:
         _require_positive("model.", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_size")
@@ -182,7 +182,7 @@ class DataConfig:
 
     corpus: str = "stdlib"
     """Which text: stdlib (the running Python's own library sources), shakespeare, openwebtext, tinystories, wikitext2,
-    wikitext103 or fineweb-edu-10b; or files of yours (data.path), of the kind text, jsonl or parquet."""
+    wikitext103 or fineweb-edu-10b; or your own files (data.path), of the kind text, jsonl or parquet."""
     path: str | None = None
     """Your file, folder or pattern ("*.txt"), for data.corpus text, jsonl or parquet; UTF-8, .gz and .zst too."""
     tokenizer: str = "gpt2"
@@ -196,10 +196,10 @@ class DataConfig:
     field: str = "text"
     """Where the text is in a line of JSONL or a row of Parquet."""
     tokens: str | None = None
-    """Token files in place of a text: a folder that prepare_data.py wrote, or one (a file, a pattern) of nanoGPT's,
+    """Token files instead of a text: a folder that prepare_data.py wrote, or one (a file, a pattern) of nanoGPT's,
     llm.c's or datatrove's, read as they are."""
     mixture: dict[str, float] | str | None = None
-    """Several such in place of one, with weights: FOLDER=0.7,OTHER=0.3, or a mapping in a recipe."""
+    """Several such instead of one, with weights: FOLDER=0.7,OTHER=0.3, or a mapping in a recipe."""
 
     def __post_init__(self) -> None:
         _refuse_unless(
@@ -255,17 +255,17 @@ class TrainConfig:
     steps: int = 1000
     """Updates to make."""
     epochs: float | None = None
-    """Passes over the training split, in place of steps."""
+    """Passes over the training split, instead of steps."""
     target_loss: float | None = None
     """End the run early, once the mean of the last ten logged training losses is this or less."""
     batch_size: int = 8
     """Sequences a step, over all devices and accumulation together."""
     batch_tokens: int | None = None
-    """Tokens a step, in place of batch_size; a multiple of model.block_size."""
+    """Tokens a step, instead of batch_size; a multiple of model.block_size."""
     accumulation: int = 1
     """Parts a step's batch is computed in, one after the other, to save memory; must divide batch_size."""
     device_batch_size: int | None = None
-    """Sequences that fit on a device at once, in place of accumulation, which then is as small as they allow."""
+    """Sequences that fit on a device at once, instead of accumulation, which is then the smallest that they allow."""
     precision: Literal["auto", "float32", "tf32", "bfloat16", "float64"] = "auto"
     """Of the matrix products; auto is bfloat16 on an accelerator and float32 on CPU. tf32 is float32 whose products
     tensor cores do in TF32 (NVIDIA, Ampere or newer). Parameters and optimizer state are float32 (float64 for
@@ -283,7 +283,7 @@ class TrainConfig:
     """JAX: layer norm kernel: triton (one pass over memory for a layer norm and the addition before it, on NVIDIA GPUs)
     or xla (everywhere, every dtype); auto takes triton where it works and prints which."""
     scan_layers: bool = False
-    """JAX: one compiled block scanned over the layers in place of unrolled layers: compiles faster, runs slower."""
+    """JAX: one compiled block scanned over the layers instead of unrolled layers: compiles faster, runs slower."""
     remat: bool = False
     """JAX: recompute each block's activations in the backward pass: less memory, about a third more arithmetic."""
     gradient_exchange: Literal["float32", "bfloat16"] = "float32"
@@ -296,11 +296,11 @@ class TrainConfig:
     run_dir: str | None = None
     """Folder of the run (configuration, metrics, curves, samples, checkpoints). Left out: runs/RECIPE-FRAMEWORK."""
     resume: str | None = None
-    """Go on from a checkpoint: alone, the newest of the run folder; or the path of a checkpoint of the same
-    configuration, whose run goes on in run_dir."""
+    """Continue from a checkpoint: alone, the newest of the run folder; or the path of a checkpoint of the same
+    configuration, whose run continues in run_dir."""
     init_from: str | None = None
     """Start from these weights (a path in any format that convert.py reads, or a name of the Hugging Face Hub, like
-    gpt2) in place of random ones; a resumed run goes on from its checkpoint instead."""
+    gpt2) instead of random ones; a resumed run continues from its checkpoint."""
     log_interval: int = 10
     """Steps between two logged steps."""
     eval_interval: int = 250
@@ -312,13 +312,13 @@ class TrainConfig:
     """Steps between two checkpoints; there is one at the end too."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept; the one with the best validation loss (without validation, the best
-    mean of the last ten logged training losses) is kept besides."""
+    mean of the last ten logged training losses) is kept too."""
     sample_interval: int = 0
     """Steps between two generated samples in the run folder's samples/; 0: none."""
     sample_tokens: int = 128
     """Length of such a sample, in tokens."""
     track: Literal["wandb", "tensorboard", "mlflow"] | None = None
-    """Where metrics go besides the run folder; each needs its package: pip install 'gpt2-jax[wandb]'."""
+    """Where metrics go in addition to the run folder; each needs its package: pip install 'gpt2-jax[wandb]'."""
     reference_curve: dict[int, float] | None = None
     """A published run's training losses by step, drawn beside this run's in curves.png."""
 
@@ -381,9 +381,9 @@ def dtype_of(precision: str) -> str:
 
 
 def accumulate(config: TrainConfig, devices: int) -> TrainConfig:
-    """The configuration with its accumulation, where that is to be computed, for a batch spread over `devices`.
+    """The configuration with its accumulation computed from `device_batch_size`, if given, for so many devices.
 
-    Raises UserError if the batch can't be spread so.
+    Raises UserError if the batch can't be split over them.
     """
     if config.device_batch_size is None:
         return config
@@ -406,7 +406,7 @@ def divisors(number: int) -> list[int]:
 
 
 def one_of(numbers: list[int]) -> str:
-    """The numbers in words, as "1, 2, 4 or 8"; of a long list without the middle."""
+    """The numbers as "1, 2, 4 or 8"; the middle of a long list is left out."""
     words = [str(n) for n in numbers]
     if len(words) > 8:
         words = [*words[:4], "...", *words[-3:]]
@@ -448,7 +448,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 
 
 def model_from_dict(values: dict[str, Any], source: str) -> ModelConfig:
-    """An architecture read from a file; raises UserError, beginning with `source`, for a setting of the wrong kind."""
+    """An architecture read from a file; raises UserError, beginning with `source`, for a setting of the wrong type."""
     kinds = get_type_hints(ModelConfig)
     for name, value in values.items():
         if name not in kinds:
@@ -472,7 +472,7 @@ def _is_a(kind: Any, value: Any) -> bool:
 
 
 def differences(ours: Any, theirs: Any, ignore: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted names and both values of the settings in which two configurations differ."""
+    """Dotted name and both values of each setting in which two configurations differ."""
     for f in dataclasses.fields(ours):
         a, b = getattr(ours, f.name), getattr(theirs, f.name)
         if f.name in ignore or a == b:

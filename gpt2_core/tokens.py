@@ -1,4 +1,4 @@
-"""The tokens that a run trains on: opened, checked, and written first where a corpus isn't on disk yet.
+"""The tokens that a run trains on: opened, checked, and written first if a corpus isn't on disk yet.
 
 A token folder holds `train-00000.bin`, `val-00000.bin`, ... (raw little-endian ids) and `index.json`
 (`gpt2_core.prepare` writes it); `verified.json` notes which of its files have been checked against their sha256.
@@ -21,7 +21,7 @@ from gpt2_core.files import write_atomically
 from gpt2_core.prepare import SPLITS, VERSION, Settings, is_unfinished, prepare
 from gpt2_core.tokenizer import get_tokenizer, vocab_size
 
-_SAMPLE = 1 << 20  # tokens looked at, in each shard of unknown origin, for ids beyond the vocabulary
+_SAMPLE = 1 << 20  # tokens checked for ids beyond the vocabulary, in each shard of unknown origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Source:
     shards: tuple[np.ndarray, ...]
     names: tuple[str, ...]
     weight: float = 1.0
-    """Share of the windows in a mixture, in proportion to the others' weights."""
+    """Share of the windows in a mixture, relative to the other weights."""
     vocab_size: int | None = None
-    """Ids from here on are an error; None: any goes."""
+    """Ids from this number on are an error; None: all ids are valid."""
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))

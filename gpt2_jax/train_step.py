@@ -67,7 +67,7 @@ class Program:
 
     @functools.cached_property
     def state_shardings(self) -> TrainState:
-        """Where each array of the state lies: a TrainState of NamedShardings. Moments lie as their parameters do."""
+        """The sharding of each array of the state: a TrainState of NamedShardings. Moments have their parameter's."""
         params = {name: sharding(self.mesh, axes) for name, axes in self.definition.logical_axes.items()}
         opt_state = optax.tree.map_params(
             self.optimizer,
