@@ -153,7 +153,7 @@ def _overruled(arguments: list[str]) -> list[str]:
     given = {a.split("=")[0][2:] for a in arguments if a.startswith("--")}
     for one, other in _ALTERNATIVES:
         if one in given and other in given:
-            raise UserError(f"--{one} and --{other}: two ways to say one thing; give one of them")
+            raise UserError(f"--{one} and --{other}: both set the same thing; give one of them")
     return sorted({f"--{other}=null" for one, other in _ALTERNATIVES if one in given})
 
 
@@ -213,7 +213,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected settings as «name: value» lines")
+        raise UserError(f'--config {path}: expected settings as lines of "name: value"')
     known = [f.name for f in dataclasses.fields(TrainConfig)]
     for name, value in values.items():
         if name not in known:

@@ -50,7 +50,7 @@ def _require_positive(group: str, config: Any, *names: str) -> None:
 def _require_nonnegative(group: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _refuse_unless(math.isfinite(value) and value >= 0, f"--{group}{name} {value}: must be a number of 0 or more")
+        _refuse_unless(math.isfinite(value) and value >= 0, f"--{group}{name} {value}: must be 0 or greater")
 
 
 @dataclass(frozen=True)
@@ -458,7 +458,7 @@ def model_from_dict(values: dict[str, Any], source: str) -> ModelConfig:
     try:
         return ModelConfig(**values)
     except UserError as error:
-        raise UserError(f"{source}: its configuration can't be: {error}") from error
+        raise UserError(f"{source}: its configuration is invalid: {error}") from error
 
 
 def _is_a(kind: Any, value: Any) -> bool:

@@ -282,7 +282,7 @@ class _ShardWriter:
         else:
             needed = self._count * dtype.itemsize
             if not self._current.is_file() or self._current.stat().st_size < needed:
-                raise UserError(f"{self._current}: gone or cut short; delete {path} and begin again")
+                raise UserError(f"{self._current}: missing or truncated; delete {path} and start again")
             self._file = self._current.open("r+b")
             self._file.truncate(needed)
             while content := self._file.read(1 << 24):
@@ -344,8 +344,8 @@ def _writing(path: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else f"can't write there ({error.strerror})"
         raise UserError(
-            f"{path}: {reason}; what has been written is kept: make room and give the same command again, and it goes "
-            "on where it was"
+            f"{path}: {reason}; what has been written is kept: free some space and run the same command again; it "
+            "continues where it was"
         ) from error
 
 
@@ -400,7 +400,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read ({error}); delete {path.parent} to have it written anew") from error
+        raise UserError(f"{path}: can't be read ({error}); delete {path.parent} to have it written again") from error
 
 
 class _Display:

@@ -163,14 +163,14 @@ def plan_run(config: ResolvedConfig, *, framework: str, data_digest: str) -> Run
         if folder.path.exists() and checkpoint.parent.resolve() == folder.checkpoints.resolve():
             if int(checkpoint.name) != folder.steps()[-1]:
                 raise UserError(
-                    f"--resume {config.resume}: {folder.path} has gone on to step {folder.steps()[-1]}, which going on "
-                    f"from {checkpoint.name} would overwrite; name a new --run_dir"
+                    f"--resume {config.resume}: {folder.path} is already at step {folder.steps()[-1]}, and continuing "
+                    f"from {checkpoint.name} would overwrite it; name a new --run_dir"
                 )
             config = dataclasses.replace(config, resume=NEWEST)
     continued = config.resume == NEWEST
     if continued:
         if not folder.config.is_file():
-            raise UserError(f"--resume: {folder.path} holds no run to go on with; leave --resume out to start one")
+            raise UserError(f"--resume: {folder.path} holds no run to resume; leave --resume out to start one")
         _refuse_other_settings(config, folder)
         saved = from_yaml(folder.config)
         config = dataclasses.replace(config, init_from=saved.init_from, resume=saved.resume)
@@ -259,7 +259,7 @@ def _taken(folder: RunFolder, config: TrainConfig) -> str:
             f"--run_dir {folder.path}: already holds a run of another configuration "
             f"({', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''} differ); name a new --run_dir"
         )
-    return f"--run_dir {folder.path}: already holds this run; go on with it by --resume, or name a new --run_dir"
+    return f"--run_dir {folder.path}: already holds this run; continue it with --resume, or name a new --run_dir"
 
 
 def _check_checkpoint(checkpoint: Path, framework: str, data_digest: str) -> None:
@@ -311,7 +311,7 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint}: not a checkpoint of this project ({error})") from error
     for name in ("framework", "step", "data_digest", "tokenizer", "model"):
         if name not in metadata:
-            raise UserError(f"{path}: says nothing of {name!r}; not a checkpoint of this project")
+            raise UserError(f"{path}: has no {name!r}; not a checkpoint of this project")
     if metadata["framework"] not in ("jax", "torch") or not isinstance(metadata["model"], dict):
         raise UserError(f"{path}: not the metadata of a checkpoint of this project")
     return metadata

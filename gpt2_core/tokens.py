@@ -116,7 +116,7 @@ def _named(name: str, config: TrainConfig) -> TokenFolder:
     if (path / "index.json").is_file():
         return _open(path, config)
     if is_unfinished(path):
-        raise UserError(f"--data.tokens {path}: prepare_data.py hasn't finished it; give its command again first")
+        raise UserError(f"--data.tokens {path}: prepare_data.py hasn't finished it; run its command again first")
     return _foreign(name, config)
 
 
@@ -125,12 +125,12 @@ def _open(path: Path, config: TrainConfig) -> TokenFolder:
     try:
         index = json.loads(file.read_text())
         if index["version"] != VERSION:
-            raise UserError(f"{path}: written by another version; delete it to have it written anew")
+            raise UserError(f"{path}: written by another version; delete it to have it written again")
         dtype = np.dtype(index["dtype"]).newbyteorder("<")
         shards = {split: [(s["file"], s["tokens"], s["sha256"]) for s in index["shards"][split]] for split in SPLITS}
         tokenizer, source = index["tokenizer"], index["source"]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a whole token folder ({error}); delete it to have it written anew") from error
+        raise UserError(f"{path}: not a whole token folder ({error}); delete it to have it written again") from error
     if tokenizer != config.data.tokenizer:
         raise UserError(
             f"--data.tokenizer {config.data.tokenizer}: {path} was written with {tokenizer}; "
@@ -190,10 +190,10 @@ def _refuse_other_size(file: Path, expected: int) -> None:
     try:
         size = file.stat().st_size
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; delete {file.parent} to have it written anew") from error
+        raise UserError(f"{file}: {error.strerror}; delete {file.parent} to have it written again") from error
     if size != expected:
         raise UserError(
-            f"{file}: {size} bytes where index.json says {expected}; delete {file.parent} to have it written anew"
+            f"{file}: {size} bytes where index.json says {expected}; delete {file.parent} to have it written again"
         )
 
 
@@ -212,7 +212,7 @@ def _verify(path: Path, expected: dict[str, str]) -> None:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected[name]:
                 raise UserError(
                     f"{path / name}: its sha256 isn't the one in index.json, so the file is damaged or has been "
-                    f"changed; delete {path} to have it written anew"
+                    f"changed; delete {path} to have it written again"
                 )
     if before != stamps:
         with contextlib.suppress(OSError):  # a folder that can only be read is compared at every start

@@ -57,7 +57,7 @@ def test_of_two_ways_to_say_one_thing_the_command_line_overrules_the_recipes(rec
     config = parse("--config", str(other), *line)
     assert (config.epochs, config.batch_tokens, config.device_batch_size, config.data.tokens) == (None,) * 4
     assert (config.steps, config.batch_size, config.accumulation) == (7, 6, 3)
-    with pytest.raises(UserError, match="--steps and --epochs: two ways to say one thing"):
+    with pytest.raises(UserError, match="--steps and --epochs: both set the same thing"):
         parse("--config", str(recipe), "--steps", "7", "--epochs", "1")
 
 

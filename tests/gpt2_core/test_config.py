@@ -12,6 +12,7 @@ from gpt2_core.config import (
     accumulate,
     differences,
     from_dict,
+    resolved,
     to_yaml,
 )
 from gpt2_core.errors import UserError
@@ -54,6 +55,14 @@ def test_impossible_settings_are_refused_with_what_was_typed(make, words):
 def test_yaml_gives_the_configuration_back():
     config = TrainConfig(model=ModelConfig(n_layer=3), optimizer=OptimizerConfig(learning_rate=1e-5), mesh="fsdp=2")
     assert from_dict(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_a_resolved_configuration_is_written_as_one_that_was_asked_for():
+    decided = {"precision": "float32", "mesh": "data=2,fsdp=1,tensor=1", "accumulation": 2}
+    config = resolved(TrainConfig(mesh=2), **decided)
+    assert to_yaml(config) == to_yaml(TrainConfig(**decided))
+    with pytest.raises(AssertionError, match="auto isn't resolved"):
+        resolved(TrainConfig())
 
 
 def test_differences_are_named_with_dots():
