@@ -101,11 +101,18 @@ def _type_in_words(expected: str) -> str:
     return " or ".join(words[name] for name in names) or expected
 
 
-def parse_train_config(arguments: list[str], *, command: str, framework: str, elsewhere: dict[str, str]) -> TrainConfig:
+def parse_train_config(
+    arguments: list[str],
+    *,
+    command: str,
+    framework: str,
+    elsewhere: dict[str, str],
+    check: Callable[[TrainConfig], None] = lambda config: None,
+) -> TrainConfig:
     """The configuration that a trainer's command line asks for.
 
     `elsewhere` maps the options that only the other trainer has to what to use here: a recipe may set them (both
-    trainers read the same recipes), a command line may not.
+    trainers read the same recipes), a command line may not. `check` raises UserError for what this trainer can't do.
     """
     parser = train_parser(command, framework)
     arguments, recipe, preset = _split_arguments(arguments)
@@ -131,6 +138,7 @@ def parse_train_config(arguments: list[str], *, command: str, framework: str, el
     if config.run_dir is None:
         config = dataclasses.replace(config, run_dir=f"runs/{recipe.stem}-{framework.lower()}")
     require_tracker(config.track)
+    check(config)
     if print_config:
         print(to_yaml(config), end="")
         sys.exit(0)

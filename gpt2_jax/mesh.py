@@ -29,6 +29,15 @@ def format_mesh(sizes: dict[str, int]) -> str:
     return ",".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
 
 
+def check_option(config: TrainConfig) -> None:
+    """Raise UserError for a `--mesh` that can't be right on any machine.
+
+    With `device_batch_size` accumulation depends on the mesh that is found, and is checked with it.
+    """
+    if config.mesh is not None and config.device_batch_size is None:
+        check_mesh(parse_mesh(config.mesh), config)
+
+
 def check_mesh(sizes: dict[str, int], config: TrainConfig) -> None:
     """Raise UserError for a mesh that this model and batch can't be split over."""
     given = ",".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1) or "1"

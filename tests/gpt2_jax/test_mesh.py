@@ -1,8 +1,10 @@
+import dataclasses
+
 import pytest
 
 from gpt2_core.config import PRESETS, ModelConfig, TrainConfig
 from gpt2_core.errors import UserError
-from gpt2_jax.mesh import check_mesh, format_mesh, parse_mesh
+from gpt2_jax.mesh import check_mesh, check_option, format_mesh, parse_mesh
 
 
 def test_a_mesh_number_means_data():
@@ -42,3 +44,11 @@ def test_what_is_no_mesh_is_refused_with_what_was_typed(mesh, words):
 def test_a_model_and_a_batch_that_a_mesh_does_not_divide_are_refused(mesh, config, words):
     with pytest.raises(UserError, match=words):
         check_mesh(parse_mesh(mesh), config)
+
+
+def test_the_option_is_checked_unless_accumulation_is_still_to_be_computed():
+    config = TrainConfig(mesh=8, batch_size=4)
+    with pytest.raises(UserError, match="--mesh data=8: batch_size 4 is not divisible"):
+        check_option(config)
+    check_option(dataclasses.replace(config, device_batch_size=1))
+    check_option(dataclasses.replace(config, mesh=None))
