@@ -32,6 +32,7 @@ PRESETS = {
 
 
 def _refuse_unless(condition: bool, message: str) -> None:
+    """Raise UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -42,12 +43,14 @@ def check_seed(seed: int) -> None:
 
 
 def _require_positive(group: str, config: Any, *names: str) -> None:
+    """Raise UserError unless these settings are 1 or more; `group` is the prefix of their options ("model.")."""
     for name in names:
         value = getattr(config, name)
         _refuse_unless(value >= 1, f"--{group}{name} {value}: must be 1 or more")
 
 
 def _require_nonnegative(group: str, config: Any, *names: str) -> None:
+    """Raise UserError unless these settings are finite and 0 or greater."""
     for name in names:
         value = getattr(config, name)
         _refuse_unless(math.isfinite(value) and value >= 0, f"--{group}{name} {value}: must be 0 or greater")
@@ -402,6 +405,7 @@ GROUPS = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig
 
 
 def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
