@@ -117,7 +117,7 @@ class JaxSide:
         self.definition = define(weights.config, Execution(dtype, kernel, norm=norm))
         self.params = from_canonical(weights, self.definition.execution.param_dtype)
         self._generator = gpt2_jax.generate.Generator(self.definition)
-        self._programs: dict[TrainConfig, Program] = {}
+        self._trainings: dict[TrainConfig, Program] = {}
 
     @functools.cached_property
     def _logits(self):
@@ -195,8 +195,8 @@ class JaxSide:
 
     def steps(self, config: TrainConfig, batches: Sequence[Batch]) -> Iterator[Step]:
         """The same, one at a time."""
-        program = self._program(_compiled_settings(config))
-        state = program.initial_state(self.params)
+        training = self._training(_compiled_settings(config))
+        state = training.initial_state(self.params)
 
         def canonical() -> State:
             trees = (state.params, state.opt_state[0].mu, state.opt_state[0].nu)
@@ -208,14 +208,14 @@ class JaxSide:
         for number, batch in enumerate(batches):
             rate = gpt2_jax.train.learning_rate(number, config.steps, config.optimizer)
             # Set for this step alone: between two steps the caller computes without the mesh.
-            with jax.set_mesh(program.mesh):
-                rate = np.asarray(rate, program.definition.execution.param_dtype)
-                state, metrics = program.train_step(state, *program.put_batch(batch), rate)
+            with jax.set_mesh(training.mesh):
+                rate = np.asarray(rate, training.definition.execution.param_dtype)
+                state, metrics = training.train_step(state, *training.put_batch(batch), rate)
             yield Step(float(metrics.loss), float(metrics.grad_norm), canonical, embedding)
 
-    def _program(self, config: TrainConfig) -> Program:
-        """The program that `config` asks for, compiled once for this side."""
-        if config not in self._programs:
+    def _training(self, config: TrainConfig) -> Program:
+        """What `config` asks to train, compiled once for this side."""
+        if config not in self._trainings:
             kernel = choose_kernel(
                 config.attention,
                 precision=config.precision,
@@ -223,8 +223,8 @@ class JaxSide:
                 head_size=config.model.head_size,
             )
             run = resolved(config, attention=kernel, norm_kernel="xla")
-            self._programs[config] = gpt2_jax.train_step.make_program(run)
-        return self._programs[config]
+            self._trainings[config] = gpt2_jax.train_step.make_program(run)
+        return self._trainings[config]
 
     def dropout_masks(self, config: TrainConfig, batches: Sequence[Batch]) -> list[list[Sites]]:
         """The masks that the train step draws at each step, for each part of its batch."""
