@@ -281,3 +281,4 @@ class Trainer:
         metadata = metadata_of(self.config, updates, "torch", self.tokens.digest)
         checkpoints.save(self.folder.checkpoints / str(updates), self.model.state_dict(), metadata, self.optimizer)
         self.folder.remove_obsolete(self.config.keep_checkpoints)
+        self.log.draw_curves()
