@@ -51,14 +51,11 @@ def jax_session(spec: dict[str, Any]) -> Session:
     import jax
 
     from gpt2_jax.checkpoints import CheckpointWriter, restore
-    from gpt2_jax.optimizer import make_optimizer
-    from gpt2_jax.train_step import abstract_state
 
     config = training.config
-    abstract = abstract_state(training.definition, make_optimizer(config.optimizer, config.model), training.mesh)
 
     def read(checkpoint: Path) -> None:
-        jax.block_until_ready(restore(checkpoint, abstract))
+        jax.block_until_ready(restore(checkpoint, training.program.abstract_state))
 
     with tempfile.TemporaryDirectory() as path:
         folder = RunFolder(Path(path))

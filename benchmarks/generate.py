@@ -197,7 +197,8 @@ def _jax(spec: dict[str, Any]):
 
     if spec["device"] == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    from gpt2_jax.model import Execution, define
+    from gpt2_jax.definition import define
+    from gpt2_jax.model import Execution
     from gpt2_jax.runtime import configure, has_accelerator, resolve_precision
     from gpt2_jax.weights import from_canonical
 
@@ -214,7 +215,7 @@ def _jax(spec: dict[str, Any]):
 def _torch(spec: dict[str, Any]):
     import torch
 
-    from gpt2_torch.train import pick_device, resolve_precision, set_matmul_precision
+    from gpt2_torch.runtime import pick_device, resolve_precision, set_matmul_precision
 
     device = pick_device(spec["device"])
     precision = resolve_precision(spec["precision"], device)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_core.cli import run
-from gpt2_core.config import from_dict, parse_mesh
+from gpt2_core.config import from_dict
+from gpt2_jax.mesh import parse_mesh
 
 
 def main(arguments: list[str]) -> None:
@@ -31,16 +32,13 @@ def _compile(spec: dict[str, Any]) -> Any:
     """The trainer's own step: `spec` holds the configuration, the target's description and its compute capability."""
     from jax.experimental import topologies
 
-    from gpt2_jax.sharding import make_mesh
-    from gpt2_jax.train import define_model
-    from gpt2_jax.train_step import compile_train_step
+    from gpt2_jax.train_step import make_program
 
     _answer_for_the_driver(tuple(spec["capability"]))
     config = from_dict(spec["config"])
-    sizes = parse_mesh(config.mesh)
-    shape = f"1x1x{math.prod(sizes.values())}"
+    shape = f"1x1x{math.prod(parse_mesh(config.mesh).values())}"
     topology = topologies.get_topology_desc(platform="cuda", target_config=spec["target"], topology=shape)
-    return compile_train_step(config, define_model(config), make_mesh(sizes, list(topology.devices)))
+    return make_program(config, list(topology.devices)).compile_train_step()
 
 
 def _answer_for_the_driver(capability: tuple[int, int]) -> None:

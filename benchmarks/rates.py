@@ -73,7 +73,7 @@ def jax_session(spec: dict[str, Any]) -> Session:
 def torch_session(spec: dict[str, Any]) -> Session:
     import torch
 
-    from gpt2_torch.train import pick_device, resolve_precision, set_matmul_precision
+    from gpt2_torch.runtime import pick_device, resolve_precision, set_matmul_precision
 
     device = pick_device(spec["device"])
     precision = resolve_precision(spec["precision"], device)

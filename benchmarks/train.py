@@ -77,7 +77,7 @@ def jax_session(spec: dict[str, Any]) -> Session:
     training = JaxTraining(from_dict(spec["config"]), cached=spec.get("cached", False))
     from gpt2_jax.memory import bytes_needed
 
-    device, config = training.mesh.devices.flat[0], training.config
+    device, config = training.program.mesh.devices.flat[0], training.config
     facts = {
         "device": device.device_kind,
         "precision": config.precision,

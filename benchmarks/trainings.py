@@ -9,7 +9,7 @@ import numpy as np
 
 from gpt2_core.batches import Batch
 from gpt2_core.cli import Parser
-from gpt2_core.config import PRESETS, ModelConfig, TrainConfig, parse_mesh
+from gpt2_core.config import PRESETS, ModelConfig, TrainConfig
 from gpt2_core.errors import UserError
 from gpt2_core.weights.layouts import JAX
 
@@ -33,19 +33,17 @@ class JaxTraining:
         jax.config.update("jax_enable_compilation_cache", cached)
         if config.device == "cuda" and not has_accelerator():
             raise UserError("--device cuda: JAX finds no GPU here; use --device cpu")
-        from gpt2_jax.sharding import make_mesh
-        from gpt2_jax.train import define_model, new_state, resolve
-        from gpt2_jax.train_step import compile_train_step, put_batch
+        from gpt2_jax.train import resolve
+        from gpt2_jax.train_step import make_program
 
         self.config = config = resolve(config)
-        self.mesh = make_mesh(parse_mesh(config.mesh))
-        jax.set_mesh(self.mesh)
-        self.definition = define_model(config)
-        self.state = new_state(config, self.definition, self.mesh, None)
-        self._batch = put_batch(_batch(config), config.accumulation, self.mesh)
-        self._rate = np.asarray(_RATE, self.definition.execution.param_dtype)
+        self.program = make_program(config)
+        jax.set_mesh(self.program.mesh)
+        self.state = self.program.initial_state()
+        self._batch = self.program.put_batch(_batch(config))
+        self._rate = np.asarray(_RATE, self.program.definition.execution.param_dtype)
         begin = time.perf_counter()
-        self.step = compile_train_step(config, self.definition, self.mesh)
+        self.step = self.program.compile_train_step()
         self.compile_seconds = time.perf_counter() - begin
 
     def work(self, steps: int) -> float:
@@ -62,7 +60,7 @@ class TorchTraining:
 
         from gpt2_torch.model import GPT2
         from gpt2_torch.optimizer import make_optimizer
-        from gpt2_torch.train import pick_device, resolve, set_matmul_precision
+        from gpt2_torch.runtime import pick_device, resolve, set_matmul_precision
 
         self.device = device = pick_device(config.device)
         self.config = config = dataclasses.replace(resolve(config, device, 1), compile=compile)

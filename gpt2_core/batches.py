@@ -1,8 +1,8 @@
 """Batches as a function of (seed, step): nothing else decides the order of the data.
 
 Shapes: B sequences of T tokens. A shard is cut into windows of T+1 tokens that overlap by one (the last target of a
-window is the first input of the next) and never leave it; every window comes once an epoch, in an order drawn anew each
-epoch. In a mixture every source is shuffled and repeated by itself, and windows are dealt from them by weight.
+window is the first input of the next) and never cross into another shard; every window is read once an epoch, in a new
+random order each epoch. In a mixture each source is shuffled and repeated separately, and sampled by weight.
 """
 
 import bisect
@@ -13,10 +13,8 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from gpt2_core.config import IGNORED
 from gpt2_core.tokens import Source, Split, check_ids
-
-# A target of this id counts neither in the loss nor in its mean (PyTorch's ignore_index, with nanoGPT's value).
-IGNORED = -1
 
 
 class Batch(NamedTuple):
@@ -46,7 +44,7 @@ class Windows:
         return window
 
     def _getitems(self, numbers: Sequence[int]) -> list[np.ndarray]:
-        """Several at once and unchecked: Grain's protocol of a source that reads in batches."""
+        """Several at once, without checks: Grain's protocol for a source that reads in batches."""
         places = map(self._place, numbers)
         return [self._source.shards[number][start : start + self._block_size + 1] for number, start in places]
 
@@ -58,9 +56,9 @@ class Windows:
 class TrainingBatches:
     """`batches[step]` is this process's part of the batch of `step`, the same in any process at any time.
 
-    `batch_size` counts all processes' sequences. The stream is shuffled and repeated first and dealt out to
-    the processes after, so that together they see the very sequences that one process would. `tokens` may be a plain
-    array of ids too, which is then the only shard.
+    `batch_size` counts all processes' sequences. The stream is shuffled and repeated first and split over the processes
+    afterwards, so that together they read exactly the sequences that one process would. `tokens` may be a plain array
+    of ids too, which is then the only shard.
     """
 
     def __init__(
@@ -75,7 +73,7 @@ class TrainingBatches:
     ) -> None:
         sources = _sources(tokens)
         streams = [
-            # Each source has a seed of its own: two of one size would come in one order otherwise.
+            # Each source has its own seed: otherwise two sources of one size would be read in the same order.
             grain.MapDataset.source(Windows(source, block_size)).seed((seed + number) % (1 << 32)).shuffle().repeat()
             for number, source in enumerate(sources)
         ]
@@ -86,11 +84,11 @@ class TrainingBatches:
 
     def __getitem__(self, step: int) -> Batch:
         numbers = list(range(step * self._batch_size, (step + 1) * self._batch_size))
-        # What Grain's own batch() would do with its batched reads switched on, which this version has no switch for:
-        # asked for one by one, windows cost three times as much.
+        # What Grain's own batch() would do with batched reads, for which this version has no option: reading windows
+        # one by one takes three times as long.
         windows = np.stack(self._windows._getitems(numbers))
         if self._vocab_size is not None and windows.max() >= self._vocab_size:
-            _ = [self._windows[i] for i in numbers]  # finds the one, and says where it lies
+            _ = [self._windows[i] for i in numbers]  # raises the error that names the file and the token
         windows = windows.astype(np.int32)
         return Batch(windows[:, :-1], windows[:, 1:])
 
@@ -100,9 +98,8 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """`sequences` windows spread evenly over a split (all, if it has fewer), in order, in batches of one shape.
 
-    Evenly, because neighbours are alike: the first documents of a split may be nothing like the rest. Of a mixture each
-    source gives its share of them by weight, and one at least. The last batch is filled up with sequences whose targets
-    are all IGNORED.
+    Evenly, because the first documents of a split may differ from the rest. Each source of a mixture provides a share
+    by weight, and one sequence at least. The last batch is padded with sequences whose targets are all IGNORED.
     """
     sources = _sources(tokens)
     total = sum(source.weight for source in sources)
@@ -122,7 +119,7 @@ def evaluation_batches(
 
 
 def _spread(count: int, of: int) -> list[int]:
-    """`count` numbers from 0 to below `of`, as evenly as they go; all of them, if there are fewer."""
+    """`count` numbers from 0 to below `of`, evenly spaced; all of them if there are fewer."""
     count = min(count, of)
     return [number * of // count for number in range(count)]
 

@@ -1,4 +1,4 @@
-"""From a command line and a recipe to a TrainConfig, and from an error to one sentence and an exit code.
+"""Command lines: parsing options and recipes into a TrainConfig, and errors into one message and an exit code.
 
 Precedence, wherever each stands on the line: defaults < recipe (`--config`) < `--preset` < dotted options.
 """
@@ -35,7 +35,7 @@ DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call a command's main with the command line; a person's mistake ends in one sentence, without a traceback.
+    """Call a command's main with the command line; a user error ends in one message, without a traceback.
 
     Exit codes: 0 done, 1 the run failed, 2 it can't be done as asked, 130 interrupted.
     """
@@ -49,7 +49,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader (head, less) has gone; there is nobody left to tell.
+        # The reader of the pipe (head, less) has exited.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -69,7 +69,7 @@ class Parser(ArgumentParser):
         except UserError:
             raise
         except Exception as error:
-            # jsonargparse raises several kinds here, and wraps some of them in argparse.ArgumentError.
+            # jsonargparse raises several types here, and wraps some of them in argparse.ArgumentError.
             raise UserError(self._in_plain_words(str(error), arguments)) from error
 
     def _in_plain_words(self, message: str, arguments: list[str]) -> str:
@@ -119,11 +119,18 @@ def _type_in_words(expected: str) -> str:
     return " or ".join(words[name] for name in names) or expected
 
 
-def parse_train_config(arguments: list[str], *, command: str, framework: str, elsewhere: dict[str, str]) -> TrainConfig:
+def parse_train_config(
+    arguments: list[str],
+    *,
+    command: str,
+    framework: str,
+    elsewhere: dict[str, str],
+    check: Callable[[TrainConfig], None] = lambda config: None,
+) -> TrainConfig:
     """The configuration that a trainer's command line asks for.
 
-    `elsewhere` names the options that only the other trainer has, with what to use here: a recipe may set them
-    (both trainers read the same recipes), a command line may not.
+    `elsewhere` maps the options that only the other trainer has to what to use here: a recipe may set them (both
+    trainers read the same recipes), a command line may not. `check` raises UserError for what this trainer can't do.
     """
     parser = train_parser(command, framework)
     arguments, recipe, preset = _split_arguments(arguments)
@@ -137,7 +144,7 @@ def parse_train_config(arguments: list[str], *, command: str, framework: str, el
     recipe = recipe or DEFAULT_RECIPE
     in_recipe = read_recipe(recipe)
     sizes = [f"--model.{name}={value}" for name, value in PRESETS[preset].items()] if preset else []
-    # A recipe's mesh is JAX's: it says nothing of the batches that PyTorch can compute.
+    # A recipe's mesh is JAX's, and PyTorch runs don't record it.
     unmeshed = ["--mesh=null"] if "mesh" in elsewhere else []
     namespace = parser.parse([f"--config={recipe}", *unmeshed, *sizes, *arguments])
     del namespace["config"], namespace["preset"]
@@ -149,13 +156,14 @@ def parse_train_config(arguments: list[str], *, command: str, framework: str, el
     if config.run_dir is None:
         config = dataclasses.replace(config, run_dir=f"runs/{recipe.stem}-{framework.lower()}")
     require_tracker(config.track)
+    check(config)
     if print_config:
         print(to_yaml(config), end="")
         sys.exit(0)
     return config
 
 
-# Two ways to say one thing. A recipe may use the second; the first on the command line then overrules it.
+# Pairs of options for the same thing. A recipe may use the second; the first on the command line then overrides it.
 _ALTERNATIVES = (
     ("steps", "epochs"),
     ("batch_size", "batch_tokens"),
@@ -167,11 +175,11 @@ _ALTERNATIVES = (
 
 
 def _overruled(arguments: list[str]) -> list[str]:
-    """Options that take back what the command line overrules in the recipe; raises UserError for both on the line."""
+    """Options that unset what the command line overrides in the recipe; raises UserError for both on the line."""
     given = {a.split("=")[0][2:] for a in arguments if a.startswith("--")}
     for one, other in _ALTERNATIVES:
         if one in given and other in given:
-            raise UserError(f"--{one} and --{other}: two ways to say one thing; give one of them")
+            raise UserError(f"--{one} and --{other}: both set the same thing; give one of them")
     return sorted({f"--{other}=null" for one, other in _ALTERNATIVES if one in given})
 
 
@@ -193,7 +201,7 @@ def train_parser(command: str, framework: str) -> Parser:
 
 
 def _split_arguments(arguments: list[str]) -> tuple[list[str], Path | None, str | None]:
-    """Take out `--config` and `--preset`, whose place in the precedence is not their place on the line."""
+    """Take out `--config` and `--preset`, whose precedence doesn't follow from their position on the line."""
     taken: dict[str, str | None] = {"--config": None, "--preset": None}
     rest: list[str] = []
     queue = list(arguments)
@@ -231,7 +239,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected settings as «name: value» lines")
+        raise UserError(f'--config {path}: expected settings as lines of "name: value"')
     known = [f.name for f in dataclasses.fields(TrainConfig)]
     for name, value in values.items():
         if name not in known:

@@ -1,4 +1,4 @@
-"""Every setting of a run as frozen dataclasses, with GPT-2's own defaults, and the counts that follow from them."""
+"""All settings of a run as frozen dataclasses, with GPT-2's own defaults, and the counts derived from them."""
 
 import dataclasses
 import math
@@ -14,7 +14,13 @@ from gpt2_core.errors import UserError
 # The value of `--resume` when it stands alone.
 NEWEST = "newest"
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# A target of this id counts neither in the loss nor in its mean (PyTorch's ignore_index, with nanoGPT's value).
+IGNORED = -1
+
+# The JAX model pads its vocabulary to a multiple of this: matrix units want it, and a mesh's tensor axis divides it.
+VOCABULARY_MULTIPLE = 128
+
+Precision = Literal["float32", "tf32", "bfloat16", "float64"]
 
 # Sizes of the four published models (Radford et al. 2019, table 2).
 PRESETS = {
@@ -26,25 +32,28 @@ PRESETS = {
 
 
 def _refuse_unless(condition: bool, message: str) -> None:
+    """Raise UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed that not every generator takes."""
+    """Raise UserError for a seed that some random generator doesn't accept."""
     _refuse_unless(0 <= seed < 1 << 32, f"--seed {seed}: must be from 0 to {(1 << 32) - 1}")
 
 
 def _require_positive(group: str, config: Any, *names: str) -> None:
+    """Raise UserError unless these settings are 1 or more; `group` is the prefix of their options ("model.")."""
     for name in names:
         value = getattr(config, name)
         _refuse_unless(value >= 1, f"--{group}{name} {value}: must be 1 or more")
 
 
 def _require_nonnegative(group: str, config: Any, *names: str) -> None:
+    """Raise UserError unless these settings are finite and 0 or greater."""
     for name in names:
         value = getattr(config, name)
-        _refuse_unless(math.isfinite(value) and value >= 0, f"--{group}{name} {value}: must be a number of 0 or more")
+        _refuse_unless(math.isfinite(value) and value >= 0, f"--{group}{name} {value}: must be 0 or greater")
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class ModelConfig:
     mlp: Literal["gelu_tanh", "gelu_exact", "swiglu"] = "gelu_tanh"
     """The MLP: GELU in GPT-2's tanh form or exact by erf, or SwiGLU."""
     mlp_width: int | None = None
-    """Hidden width of the MLP, in features. Left out: 4 n_embd; for swiglu, which has three matrices in place of two,
+    """Hidden width of the MLP, in features. Left out: 4 n_embd; for swiglu, which has three matrices instead of two,
     8/3 n_embd rounded up to a multiple of 64."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """The norm before each branch and before the head; rmsnorm has a weight and no bias."""
@@ -85,7 +94,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     """Whether the head shares the token embedding's weight."""
     qk_norm: bool = False
-    """Whether queries and keys pass through an RMS norm, each head by itself, before they meet."""
+    """Whether queries and keys are normalized by an RMS norm, separately for each head, before their product."""
 
     def __post_init__(self) -> None:
         _require_positive("model.", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_size")
@@ -177,7 +186,7 @@ class DataConfig:
 
     corpus: str = "stdlib"
     """Which text: stdlib (the running Python's own library sources), shakespeare, openwebtext, tinystories, wikitext2,
-    wikitext103 or fineweb-edu-10b; or files of yours (data.path), of the kind text, jsonl or parquet."""
+    wikitext103 or fineweb-edu-10b; or your own files (data.path), of the kind text, jsonl or parquet."""
     path: str | None = None
     """Your file, folder or pattern ("*.txt"), for data.corpus text, jsonl or parquet; UTF-8, .gz and .zst too."""
     tokenizer: str = "gpt2"
@@ -191,10 +200,10 @@ class DataConfig:
     field: str = "text"
     """Where the text is in a line of JSONL or a row of Parquet."""
     tokens: str | None = None
-    """Token files in place of a text: a folder that prepare_data.py wrote, or one (a file, a pattern) of nanoGPT's,
+    """Token files instead of a text: a folder that prepare_data.py wrote, or one (a file, a pattern) of nanoGPT's,
     llm.c's or datatrove's, read as they are."""
     mixture: dict[str, float] | str | None = None
-    """Several such in place of one, with weights: FOLDER=0.7,OTHER=0.3, or a mapping in a recipe."""
+    """Several such instead of one, with weights: FOLDER=0.7,OTHER=0.3, or a mapping in a recipe."""
 
     def __post_init__(self) -> None:
         _refuse_unless(
@@ -242,7 +251,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run."""
+    """A training run as it was asked for: `auto` and what is left out are decided on the machine that runs it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -250,17 +259,17 @@ class TrainConfig:
     steps: int = 1000
     """Updates to make."""
     epochs: float | None = None
-    """Passes over the training split, in place of steps."""
+    """Passes over the training split, instead of steps."""
     target_loss: float | None = None
     """End the run early, once the mean of the last ten logged training losses is this or less."""
     batch_size: int = 8
     """Sequences a step, over all devices and accumulation together."""
     batch_tokens: int | None = None
-    """Tokens a step, in place of batch_size; a multiple of model.block_size."""
+    """Tokens a step, instead of batch_size; a multiple of model.block_size."""
     accumulation: int = 1
     """Parts a step's batch is computed in, one after the other, to save memory; must divide batch_size."""
     device_batch_size: int | None = None
-    """Sequences that fit on a device at once, in place of accumulation, which then is as small as they allow."""
+    """Sequences that fit on a device at once, instead of accumulation, which is then the smallest that they allow."""
     precision: Literal["auto", "float32", "tf32", "bfloat16", "float64"] = "auto"
     """Of the matrix products; auto is bfloat16 on an accelerator and float32 on CPU. tf32 is float32 whose products
     tensor cores do in TF32 (NVIDIA, Ampere or newer). Parameters and optimizer state are float32 (float64 for
@@ -278,7 +287,7 @@ class TrainConfig:
     """JAX: layer norm kernel: triton (one pass over memory for a layer norm and the addition before it, on NVIDIA GPUs)
     or xla (everywhere, every dtype); auto takes triton where it works and prints which."""
     scan_layers: bool = False
-    """JAX: one compiled block scanned over the layers in place of unrolled layers: compiles faster, runs slower."""
+    """JAX: one compiled block scanned over the layers instead of unrolled layers: compiles faster, runs slower."""
     remat: bool = False
     """JAX: recompute each block's activations in the backward pass: less memory, about a third more arithmetic."""
     gradient_exchange: Literal["float32", "bfloat16"] = "float32"
@@ -291,11 +300,11 @@ class TrainConfig:
     run_dir: str | None = None
     """Folder of the run (configuration, metrics, curves, samples, checkpoints). Left out: runs/RECIPE-FRAMEWORK."""
     resume: str | None = None
-    """Go on from a checkpoint: alone, the newest of the run folder; or the path of a checkpoint of the same
-    configuration, whose run goes on in run_dir."""
+    """Continue from a checkpoint: alone, the newest of the run folder; or the path of a checkpoint of the same
+    configuration, whose run continues in run_dir."""
     init_from: str | None = None
     """Start from these weights (a path in any format that convert.py reads, or a name of the Hugging Face Hub, like
-    gpt2) in place of random ones; a resumed run goes on from its checkpoint instead."""
+    gpt2) instead of random ones; a resumed run continues from its checkpoint."""
     log_interval: int = 10
     """Steps between two logged steps."""
     eval_interval: int = 250
@@ -307,13 +316,13 @@ class TrainConfig:
     """Steps between two checkpoints; there is one at the end too."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept; the one with the best validation loss (without validation, the best
-    mean of the last ten logged training losses) is kept besides."""
+    mean of the last ten logged training losses) is kept too."""
     sample_interval: int = 0
     """Steps between two generated samples in the run folder's samples/; 0: none."""
     sample_tokens: int = 128
     """Length of such a sample, in tokens."""
     track: Literal["wandb", "tensorboard", "mlflow"] | None = None
-    """Where metrics go besides the run folder; each needs its package: pip install 'gpt2-jax[wandb]'."""
+    """Where metrics go in addition to the run folder; each needs its package: pip install 'gpt2-jax[wandb]'."""
     reference_curve: dict[int, float] | None = None
     """A published run's training losses by step, drawn beside this run's in curves.png."""
 
@@ -336,10 +345,8 @@ class TrainConfig:
         _refuse_unless(
             self.device_batch_size is not None or self.batch_size % self.accumulation == 0,
             f"--accumulation {self.accumulation}: batch_size {self.batch_size} is not divisible by it; "
-            f"use {_choices(divisors(self.batch_size))}",
+            f"use {one_of(divisors(self.batch_size))}",
         )
-        if self.mesh is not None and self.device_batch_size is None:
-            check_mesh(parse_mesh(self.mesh), self)
 
     @property
     def microbatch_size(self) -> int:
@@ -351,15 +358,36 @@ class TrainConfig:
         return self.batch_size * self.model.block_size
 
 
+@dataclass(frozen=True)
+class ResolvedConfig(TrainConfig):
+    """What a run really uses, and what config.yaml records: a TrainConfig after its trainer has decided on this machine
+    what was left open.
+
+    Precision and accumulation are set; for JAX mesh and kernels too, for PyTorch whether to compile. The options of the
+    other framework stay as they were given.
+    """
+
+    precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.precision in get_args(Precision), f"{self.precision} isn't resolved"
+
+
+def resolved(config: TrainConfig, **decided: Any) -> ResolvedConfig:
+    """`config` with what a trainer has decided."""
+    return ResolvedConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)} | decided)
+
+
 def dtype_of(precision: str) -> str:
     """The dtype of arrays in a resolved precision: tf32 is a way to multiply float32 ones."""
     return "float32" if precision == "tf32" else precision
 
 
 def accumulate(config: TrainConfig, devices: int) -> TrainConfig:
-    """The configuration with its accumulation, where that is to be computed, for a batch spread over `devices`.
+    """The configuration with its accumulation computed from `device_batch_size`, if given, for so many devices.
 
-    Raises UserError if the batch can't be spread so.
+    Raises UserError if the batch can't be split over them.
     """
     if config.device_batch_size is None:
         return config
@@ -378,33 +406,16 @@ GROUPS = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig
 
 
 def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _choices(numbers: list[int]) -> str:
-    """«1, 2, 4 or 8», leaving out the middle of long lists."""
+def one_of(numbers: list[int]) -> str:
+    """The numbers as "1, 2, 4 or 8"; the middle of a long list is left out."""
     words = [str(n) for n in numbers]
     if len(words) > 8:
         words = [*words[:4], "...", *words[-3:]]
     return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
-
-
-def parse_mesh(mesh: int | str) -> dict[str, int]:
-    """Sizes of all three axes from what `--mesh` takes: `8` means `data=8`, `data=2,tensor=2` names them."""
-    sizes = dict.fromkeys(MESH_AXES, 1)
-    help_text = "expected a number of devices (8) or axis=n,... with the axes data, fsdp, tensor (data=4,fsdp=2)"
-    text = str(mesh).strip()
-    parts = [f"data={text}"] if text.isdigit() else text.split(",")
-    given = set()
-    for part in parts:
-        axis, equals, size = part.strip().partition("=")
-        if axis not in sizes or not equals or not size.isdigit() or int(size) < 1:
-            raise UserError(f"--mesh {mesh}: {help_text}")
-        if axis in given:
-            raise UserError(f"--mesh {mesh}: the axis {axis} is named twice; name it once")
-        given.add(axis)
-        sizes[axis] = int(size)
-    return sizes
 
 
 def parse_mixture(mixture: dict[str, float] | str) -> dict[str, float]:
@@ -422,43 +433,6 @@ def parse_mixture(mixture: dict[str, float] | str) -> dict[str, float]:
     good = all(folder and 0 < weight < math.inf for folder, weight in weights.items())
     _refuse_unless(bool(weights) and good, f"--data.mixture {mixture}: expected FOLDER=WEIGHT,... with weights above 0")
     return weights
-
-
-def format_mesh(sizes: dict[str, int]) -> str:
-    return ",".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
-
-
-def check_mesh(sizes: dict[str, int], config: TrainConfig) -> None:
-    """Refuse a mesh that can't hold this model and batch, in the words of the person who typed it."""
-    given = ",".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1) or "1"
-    model = config.model
-    ways = sizes["data"] * sizes["fsdp"]
-    size = config.microbatch_size
-    batch = f"batch_size {config.batch_size}"
-    if config.accumulation > 1:
-        batch += f" / accumulation {config.accumulation} = {size}"
-    if size % ways:
-        axes = "data" if sizes["fsdp"] == 1 else "data x fsdp"
-        raise UserError(f"--mesh {given}: {batch} is not divisible by {axes} = {ways}; use {_choices(divisors(size))}")
-    if model.n_head % sizes["tensor"]:
-        raise UserError(
-            f"--mesh {given}: n_head {model.n_head} is not divisible by tensor = {sizes['tensor']}; "
-            f"use {_choices(divisors(model.n_head))}"
-        )
-    if model.n_embd % (sizes["fsdp"] * sizes["tensor"]):
-        axes = "fsdp" if sizes["tensor"] == 1 else "fsdp x tensor"
-        raise UserError(
-            f"--mesh {given}: n_embd {model.n_embd} is not divisible by {axes} = {sizes['fsdp'] * sizes['tensor']}; "
-            f"use {_choices(divisors(model.n_embd))}"
-        )
-    if model.mlp_size % (sizes["fsdp"] * sizes["tensor"]):
-        raise UserError(
-            f"--mesh {given}: the MLP's width {model.mlp_size} is not divisible by fsdp x tensor = "
-            f"{sizes['fsdp'] * sizes['tensor']}; give another --model.mlp_width"
-        )
-    if 128 % sizes["tensor"]:
-        # The vocabulary is padded to a multiple of 128 (gpt2_jax.sharding), and its rows are split over this axis.
-        raise UserError(f"--mesh {given}: the tensor axis must divide 128; use {_choices(divisors(128))}")
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -479,7 +453,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 
 
 def model_from_dict(values: dict[str, Any], source: str) -> ModelConfig:
-    """An architecture read from a file; raises UserError, beginning with `source`, for a setting of the wrong kind."""
+    """An architecture read from a file; raises UserError, beginning with `source`, for a setting of the wrong type."""
     kinds = get_type_hints(ModelConfig)
     for name, value in values.items():
         if name not in kinds:
@@ -489,7 +463,7 @@ def model_from_dict(values: dict[str, Any], source: str) -> ModelConfig:
     try:
         return ModelConfig(**values)
     except UserError as error:
-        raise UserError(f"{source}: its configuration can't be: {error}") from error
+        raise UserError(f"{source}: its configuration is invalid: {error}") from error
 
 
 def _is_a(kind: Any, value: Any) -> bool:
@@ -503,7 +477,7 @@ def _is_a(kind: Any, value: Any) -> bool:
 
 
 def differences(ours: Any, theirs: Any, ignore: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted names and both values of the settings in which two configurations differ."""
+    """Dotted name and both values of each setting in which two configurations differ."""
     for f in dataclasses.fields(ours):
         a, b = getattr(ours, f.name), getattr(theirs, f.name)
         if f.name in ignore or a == b:

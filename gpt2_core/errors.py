@@ -1,4 +1,4 @@
-"""The error a person can cause: a sentence instead of a traceback."""
+"""User errors, which are shown as one message without a traceback."""
 
 
 class UserError(Exception):
@@ -10,4 +10,4 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """A run that was started as asked came to a bad end (a loss that isn't finite, say): exit code 1."""
+    """A run that was started as asked failed (its loss isn't finite, for example): exit code 1."""

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Atomic writes: a reader never sees an incomplete file."""
 
 import contextlib
 import os
@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, under a temporary name beside `path`, which it takes when all is written.
+    """A file to write to, under a temporary name in the folder of `path`, renamed to `path` when it is complete.
 
-    Where an error ends the writing, nothing is left behind and what was at `path` stays.
+    After an error nothing is left behind and the old file at `path` stays.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,13 +1,13 @@
-"""Ctrl-C between two steps, never within one."""
+"""Ctrl-C takes effect between two steps, never during one."""
 
 import signal
 from collections.abc import Iterable, Iterator
 
 
 def interruptible(steps: Iterable[int]) -> Iterator[int]:
-    """The steps, ending in KeyboardInterrupt before the next one once Ctrl-C was pressed; a second Ctrl-C acts at once.
+    """The steps; after Ctrl-C, KeyboardInterrupt is raised before the next step. A second Ctrl-C acts immediately.
 
-    An interrupt in the middle of handing a checkpoint to its writer would leave the writer waiting for ever.
+    An interrupt while a checkpoint is handed to its writer thread would leave that thread waiting for ever.
     """
     pressed = False
 

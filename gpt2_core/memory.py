@@ -1,4 +1,4 @@
-"""The sentence that ends a run for which there is too little memory, and what would fit in its place.
+"""Out-of-memory errors, with a suggested batch size.
 
 A planner is a function of (sequences at once on a device, accumulation) that gives the bytes a step needs there; each
 framework has its own, which asks its compiler or runs the step on tensors without values.
@@ -12,17 +12,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt2_core.config import TrainConfig
+from gpt2_core.config import ResolvedConfig
 from gpt2_core.errors import UserError
 
 Planner = Callable[[int, int], int]
 
-# Where Linux says what a container may have, in its two generations of control groups.
+# The memory limit of a container in Linux, in both versions of control groups.
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-def out_of_memory(config: TrainConfig, planner: Planner, *, ways: int, available: int, device: str) -> UserError:
-    """What to raise when the step of `config`, its batch spread over `ways` devices, is too large for one of them."""
+def out_of_memory(config: ResolvedConfig, planner: Planner, *, ways: int, available: int, device: str) -> UserError:
+    """The error for a step of `config` that doesn't fit on one of the `ways` devices that share its batch."""
     asked = config.microbatch_size // ways
     tokens = f"{asked} sequences of {config.model.block_size} tokens at once"
     needed = planner(asked, config.accumulation)
@@ -45,8 +45,8 @@ def out_of_memory(config: TrainConfig, planner: Planner, *, ways: int, available
 def largest_fit(needed: Callable[[int], int], available: int, *, below: int, needed_below: int) -> int:
     """The largest n under `below` whose `needed(n)` is at most `available`, or 0; `needed` grows with n.
 
-    A call costs a compilation: n is interpolated, and tried before it is believed. Where `needed` isn't quite linear,
-    the n found fits, and a slightly larger one might.
+    A call costs a compilation: n is interpolated, and checked. Where `needed` isn't quite linear, the n found fits, and
+    a slightly larger one might too.
     """
     low, needed_low, high, needed_high = 1, needed(1), below, needed_below
     if needed_low > available or below <= 1:
@@ -71,17 +71,17 @@ def host_memory() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep what it frees for what it allocates next, where glibc allows it; best called early.
+    """Stop glibc returning freed memory to the operating system; best called early.
 
-    A step on CPU allocates its temporaries anew, in pieces of many megabytes. Left to itself glibc has the kernel map
-    each of them and unmaps it afterwards, and the kernel fills every page with zeros when it is first touched: a
-    quarter of the time of a small model's step in JAX, a tenth of GPT-2's in either framework.
+    A step on CPU allocates its temporaries again each time, many megabytes in one piece. By default glibc maps and
+    unmaps each of them, and the kernel fills every page with zeros when it is first touched: a quarter of the time of a
+    small model's step in JAX, a tenth of GPT-2's in either framework.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads, or each keeps its own
-        mallopt(-4, 0)  # M_MMAP_MAX: no mapping for a large piece alone
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large allocation
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is returned
 
 
 def peak_memory() -> int:
@@ -93,7 +93,9 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _smallest_accumulation(config: TrainConfig, planner: Planner, ways: int, available: int, fits: int) -> int | None:
+def _smallest_accumulation(
+    config: ResolvedConfig, planner: Planner, ways: int, available: int, fits: int
+) -> int | None:
     """The fewest parts, more than asked for, that the batch can be computed in and that fit."""
     sequences = config.batch_size // ways
     for accumulation in range(config.accumulation + 1, sequences + 1):
@@ -104,7 +106,7 @@ def _smallest_accumulation(config: TrainConfig, planner: Planner, ways: int, ava
     return None
 
 
-def of_batch(config: TrainConfig, sequences: int, accumulation: int) -> TrainConfig:
+def of_batch(config: ResolvedConfig, sequences: int, accumulation: int) -> ResolvedConfig:
     """The configuration with another batch, of so many sequences at once."""
     return dataclasses.replace(
         config,

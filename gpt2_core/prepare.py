@@ -1,8 +1,8 @@
-"""Text to token shards on disk, on all cores, so that it can be killed at any moment and go on where it was.
+"""Tokenising text into shards on disk, on all cores; it can be killed at any time and continues where it was.
 
 What is written is a function of the documents, the tokenizer, the fraction and the seed: batches of pieces are
-tokenised by threads (tiktoken lets go of the interpreter's lock, so nothing need be forked) and written in order.
-`progress.json` says how far the files on disk are good; whatever they hold beyond that is cut off on the next start.
+tokenised by threads (tiktoken releases the GIL, so no processes are needed) and written in order. `progress.json`
+records how much of the files is valid; the rest is truncated on the next start.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _LINE_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the bytes, besides the corpus and the tokenizer."""
+    """What determines the bytes written, in addition to the corpus and the tokenizer."""
 
     fraction: float
     seed: int
@@ -117,7 +117,7 @@ def prepare(
             _write(path, corpus, tokenizer, settings, dtype, state, writers, workers or os.cpu_count() or 1, console)
             _finish(path, corpus, state, writers)
         except UserError as error:
-            # Where the corpus itself is at fault there is nothing to go on with: mended it is another corpus.
+            # An error in the corpus itself can't be resumed from: once corrected it is another corpus.
             if not isinstance(error, UnreachableError) or state["place"] == [0, 0]:
                 shutil.rmtree(path, ignore_errors=True)
             raise
@@ -282,7 +282,7 @@ class _ShardWriter:
         else:
             needed = self._count * dtype.itemsize
             if not self._current.is_file() or self._current.stat().st_size < needed:
-                raise UserError(f"{self._current}: gone or cut short; delete {path} and begin again")
+                raise UserError(f"{self._current}: missing or truncated; delete {path} and start again")
             self._file = self._current.open("r+b")
             self._file.truncate(needed)
             while content := self._file.read(1 << 24):
@@ -337,21 +337,21 @@ class _ShardWriter:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """What goes wrong with the disk, in words."""
+    """Turn errors of the disk into a UserError."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else f"can't write there ({error.strerror})"
         raise UserError(
-            f"{path}: {reason}; what has been written is kept: make room and give the same command again, and it goes "
-            "on where it was"
+            f"{path}: {reason}; what has been written is kept: free some space and run the same command again; it "
+            "continues where it was"
         ) from error
 
 
 @contextlib.contextmanager
 def _alone_in(path: Path, console: Console) -> Iterator[None]:
-    """Make the folder if need be, and keep other processes out of it meanwhile."""
+    """Create the folder if needed, and lock it against other processes meanwhile."""
     while True:
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -373,7 +373,7 @@ def _alone_in(path: Path, console: Console) -> Iterator[None]:
 
 
 def _started(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Where to go on, from progress.json; or the beginning, in an empty folder."""
+    """The state to continue from, read from progress.json; the initial state in an empty folder."""
     file = path / "progress.json"
     if file.is_file():
         state = _read_json(file)
@@ -400,7 +400,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read ({error}); delete {path.parent} to have it written anew") from error
+        raise UserError(f"{path}: can't be read ({error}); delete {path.parent} to have it written again") from error
 
 
 class _Display:

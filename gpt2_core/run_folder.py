@@ -9,17 +9,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt2_core.config import NEWEST, TrainConfig, differences, from_yaml, to_yaml
+from gpt2_core.config import NEWEST, ResolvedConfig, TrainConfig, differences, from_yaml, to_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
 from gpt2_core.weights import Weights
 from gpt2_core.weights.safetensors import json_object
 
-# Logged training losses whose mean judges a checkpoint, or whether a target is reached: one batch alone is noise.
+# Number of logged training losses whose mean ranks checkpoints and is compared with the target: one batch is noisy.
 RECENT = 10
 
-# What may differ between a run and its continuation: where and how it computes, what it shows and keeps, how long it
-# is. Everything else decides the numbers.
+# A resumed run may change where and how it computes, what it logs and keeps, and how long it is. These settings decide
+# the numbers, and must stay.
 _DECIDES_THE_NUMBERS = {
     "model",
     "data",
@@ -30,7 +30,7 @@ _DECIDES_THE_NUMBERS = {
     "gradient_exchange",
     "seed",
 }
-# Where the text lies decides nothing either: the digest of its tokens is compared. Nor do batch_tokens and
+# The location of the text may change too: the digest of its tokens is compared. So may batch_tokens and
 # device_batch_size, which have become batch_size and accumulation.
 _FREE_ON_RESUME = frozenset(f.name for f in dataclasses.fields(TrainConfig)) - _DECIDES_THE_NUMBERS
 _FREE_ON_RESUME |= {"data.path", "data.tokens", "data.cache_dir"}
@@ -38,7 +38,7 @@ _FREE_ON_RESUME |= {"data.path", "data.tokens", "data.cache_dir"}
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """The paths of a run, and what can be read off them without a framework."""
+    """The paths of a run, and what can be read from them without a framework."""
 
     path: Path
 
@@ -63,7 +63,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending. Both trainers rename a folder to its bare number last of all."""
+        """Steps of the complete checkpoints, ascending. Both trainers rename a folder to its number at the end."""
         if not self.checkpoints.is_dir():
             return []
         return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and p.name.isdigit())
@@ -106,7 +106,7 @@ class RunFolder:
 
     def remove_obsolete(self, keep: int) -> None:
         for step in self.obsolete_steps(keep):
-            # Renamed first: what is left of a killed removal must not look like a checkpoint.
+            # Renamed first: a removal that is killed halfway must not leave something that looks like a checkpoint.
             doomed = self.checkpoints / f".{step}.removed"
             (self.checkpoints / str(step)).rename(doomed)
             shutil.rmtree(doomed)
@@ -116,8 +116,8 @@ class RunFolder:
 class RunPlan:
     """A run that may begin: nothing has been written yet."""
 
-    config: TrainConfig
-    """As given, but for what a continued run began from, which is its own."""
+    config: ResolvedConfig
+    """As given; but a continued run keeps the `init_from` and `resume` that it began with."""
     folder: RunFolder
     checkpoint: Path | None
     """Where it starts from; None: from `config.init_from` or random weights."""
@@ -129,7 +129,7 @@ class RunPlan:
         return int(self.checkpoint.name) if self.checkpoint else 0
 
     def begin(self) -> None:
-        """Take the folder, write config.yaml, sweep up after killed processes, cut metrics.jsonl back to the step."""
+        """Lock the folder, write config.yaml, remove leftovers of killed processes, truncate metrics.jsonl."""
         folder = self.folder
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -149,12 +149,12 @@ class RunPlan:
             raise UserError(f"--run_dir {folder.path}: can't write there ({error.strerror})") from error
 
 
-def plan_run(config: TrainConfig, *, framework: str, data_digest: str) -> RunPlan:
+def plan_run(config: ResolvedConfig, *, framework: str, data_digest: str) -> RunPlan:
     """Where a new or resumed run lives and starts.
 
-    Raises UserError if the folder holds something that this run would overwrite, or if the run to resume is another
-    one. A continued run that was killed before its first checkpoint begins again as it began: from the weights or the
-    checkpoint of another run that it was given then.
+    Raises UserError if the folder holds something that this run would overwrite, or if the run to resume has other
+    settings. A continued run that was killed before its first checkpoint starts again from what it first started from:
+    random weights, given weights, or the checkpoint of another run.
     """
     folder = RunFolder(Path(config.run_dir))
     checkpoint = None
@@ -163,14 +163,14 @@ def plan_run(config: TrainConfig, *, framework: str, data_digest: str) -> RunPla
         if folder.path.exists() and checkpoint.parent.resolve() == folder.checkpoints.resolve():
             if int(checkpoint.name) != folder.steps()[-1]:
                 raise UserError(
-                    f"--resume {config.resume}: {folder.path} has gone on to step {folder.steps()[-1]}, which going on "
-                    f"from {checkpoint.name} would overwrite; name a new --run_dir"
+                    f"--resume {config.resume}: {folder.path} is already at step {folder.steps()[-1]}, and continuing "
+                    f"from {checkpoint.name} would overwrite it; name a new --run_dir"
                 )
             config = dataclasses.replace(config, resume=NEWEST)
     continued = config.resume == NEWEST
     if continued:
         if not folder.config.is_file():
-            raise UserError(f"--resume: {folder.path} holds no run to go on with; leave --resume out to start one")
+            raise UserError(f"--resume: {folder.path} holds no run to resume; leave --resume out to start one")
         _refuse_other_settings(config, folder)
         saved = from_yaml(folder.config)
         config = dataclasses.replace(config, init_from=saved.init_from, resume=saved.resume)
@@ -227,7 +227,7 @@ def _refuse_unless_free(folder: RunFolder, config: TrainConfig) -> None:
 
 
 def _came_to_nothing(folder: RunFolder) -> bool:
-    """A run that ended before its first result, for want of memory, say."""
+    """Whether a run ended before its first result, for example because it ran out of memory."""
     if not folder.metrics.is_file() or folder.metrics.stat().st_size or folder.steps():
         return False
     known = {folder.config.name, folder.metrics.name, folder.checkpoints.name}
@@ -235,12 +235,12 @@ def _came_to_nothing(folder: RunFolder) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    """What a process killed at its very start may have left in an otherwise empty folder."""
+    """Whether a process killed during its start may have left this in an otherwise empty folder."""
     return path.name == ".lock" or (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 def _killed_saves(checkpoints: Path) -> Iterator[Path]:
-    """What either trainer's save or removal left when it was killed; nothing else in the folder is touched."""
+    """Leftovers of a save or a removal that was killed, by either trainer; nothing else in the folder."""
     for pattern in ("*.orbax-checkpoint-tmp*", ".*.tmp", ".*.removed"):
         yield from checkpoints.glob(pattern)
 
@@ -259,7 +259,7 @@ def _taken(folder: RunFolder, config: TrainConfig) -> str:
             f"--run_dir {folder.path}: already holds a run of another configuration "
             f"({', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''} differ); name a new --run_dir"
         )
-    return f"--run_dir {folder.path}: already holds this run; go on with it by --resume, or name a new --run_dir"
+    return f"--run_dir {folder.path}: already holds this run; continue it with --resume, or name a new --run_dir"
 
 
 def _check_checkpoint(checkpoint: Path, framework: str, data_digest: str) -> None:
@@ -276,8 +276,8 @@ def _check_checkpoint(checkpoint: Path, framework: str, data_digest: str) -> Non
         )
 
 
-def metadata_of(config: TrainConfig, step: int, framework: str, data_digest: str) -> dict[str, Any]:
-    """What a checkpoint says about itself, beside its arrays."""
+def metadata_of(config: ResolvedConfig, step: int, framework: str, data_digest: str) -> dict[str, Any]:
+    """The metadata that a checkpoint holds in addition to its arrays."""
     return {
         "framework": framework,
         "step": step,
@@ -299,7 +299,7 @@ def metadata_of_weights(weights: Weights, framework: str) -> dict[str, Any]:
 
 
 def metadata_path(checkpoint: Path) -> Path:
-    """Where a checkpoint keeps its metadata: Orbax's own place for an item called «metadata», which both sides use."""
+    """The file with a checkpoint's metadata: Orbax's path for an item called "metadata", which both trainers use."""
     return checkpoint / "metadata" / "metadata"
 
 
@@ -311,14 +311,14 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint}: not a checkpoint of this project ({error})") from error
     for name in ("framework", "step", "data_digest", "tokenizer", "model"):
         if name not in metadata:
-            raise UserError(f"{path}: says nothing of {name!r}; not a checkpoint of this project")
+            raise UserError(f"{path}: has no {name!r}; not a checkpoint of this project")
     if metadata["framework"] not in ("jax", "torch") or not isinstance(metadata["model"], dict):
         raise UserError(f"{path}: not the metadata of a checkpoint of this project")
     return metadata
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a killed run left half-written is left out."""
+    """The rows of a metrics.jsonl, without an incomplete last line of a killed run."""
     if not path.is_file():
         return []
     lines = path.read_text().split("\n")

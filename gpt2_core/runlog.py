@@ -1,4 +1,4 @@
-"""What a run tells people: metrics.jsonl, the progress on the terminal, curves.png."""
+"""The log of a run: metrics.jsonl, progress on the terminal, curves.png."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gpt2_core.config import TrainConfig
+from gpt2_core.config import ResolvedConfig
 from gpt2_core.errors import RunError
 from gpt2_core.files import write_atomically
 from gpt2_core.run_folder import RECENT, RunFolder, read_metrics
@@ -37,15 +37,15 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 class RunLog:
-    """Logs a run from `start_step` on. `enabled=False` (all but the first process) logs nothing.
+    """Logs a run from `start_step` on. With `enabled=False` (all processes but the first) it writes nothing.
 
-    `peak_flops` is that of all devices together; None leaves MFU out.
+    `peak_flops` is that of all devices together; with None no MFU is logged.
     """
 
     def __init__(
         self,
         folder: RunFolder,
-        config: TrainConfig,
+        config: ResolvedConfig,
         *,
         start_step: int,
         peak_flops: float | None = None,
@@ -69,7 +69,7 @@ class RunLog:
         self._task = self._progress.add_task("", total=config.steps, completed=start_step, status="")
 
     def __enter__(self) -> "RunLog":
-        # Every process reads them: all must agree on whether the target is reached.
+        # Read by every process: all must agree on whether the target loss is reached.
         self._recent.extend(row["loss"] for row in read_metrics(self._folder.metrics) if row["split"] == "train")
         if self._enabled:
             self._tracker = open_tracker(self._folder.path, self._config)
@@ -90,7 +90,7 @@ class RunLog:
         self._console.print(message, markup=False)
 
     def introduce(self, message: str) -> None:
-        """Open the run: where and how it computes, and the model at a glance."""
+        """Print how the run computes, and the table of its model."""
         self.say(message)
         self._console.print(model_table(self._config))
 
@@ -130,7 +130,7 @@ class RunLog:
 
     @property
     def reached_target(self) -> bool:
-        """Whether the mean of the last ten logged training losses is down to the configuration's target."""
+        """Whether the mean of the last ten logged training losses is at or below the target loss."""
         target = self._config.target_loss
         if target is None or len(self._recent) < RECENT:
             return False
@@ -153,13 +153,13 @@ class RunLog:
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
-        """Keep evaluations, checkpoints and samples out of the training throughput."""
+        """Exclude the time inside (evaluations, checkpoints, samples) from the training throughput."""
         start = time.perf_counter()
         yield
         self._last_time += time.perf_counter() - start
 
     def end(self) -> None:
-        """Say why a run is over before its last step."""
+        """Print why a run ends before its last step, if it does."""
         if self.reached_target:
             self.say(
                 f"the mean of the last {RECENT} logged training losses is {sum(self._recent) / RECENT:.4f}, at most "
@@ -183,7 +183,7 @@ class RunLog:
         values = {f"{row['split']}/{name}": value for name, value in row.items() if isinstance(value, float)}
         try:
             self._tracker.log(row["step"], values)
-        except Exception as error:  # a tracker's server that is down is no reason to lose a run
+        except Exception as error:  # a tracker's server that is down must not end the run
             self.say(f"warning: --track {self._config.track} has failed ({error}); going on without it")
             self._tracker = None
 

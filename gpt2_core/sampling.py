@@ -1,17 +1,17 @@
-"""How text is drawn from a model: the options, and the uniform numbers that are a sampler's only randomness.
+"""Sampling from a model: the options, and the uniform random numbers, which are a sampler's only randomness.
 
-Each framework has its own sampler, a function of logits and uniform numbers, to this one definition:
+Each framework has its own sampler, a function of logits and uniform numbers, with this definition:
 
 1. divide the logits by the temperature and order them from the largest (equal ones by token id);
 2. top-k: keep the first k;
 3. top-p (nucleus, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751): with the probabilities of what is left,
-   keep a token while those before it add up to less than p, so the one that crosses p is kept;
+   keep a token while the probabilities before it add up to less than p, so the one that crosses p is kept;
 4. renormalise, and take the first token at which the cumulative probability exceeds the uniform number.
 
 Greedy takes the largest logit.
 
 A context longer than the model's block is cut to its last `block_size` tokens; when a growing context is full, its
-last half is kept (`fit_context`), so that generation may run on for ever at a bounded cost.
+last half is kept (`fit_context`), so that generation can continue without limit at a bounded cost.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from gpt2_core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; raises UserError for settings that leave nothing to choose from."""
+    """How the next token is chosen; raises UserError for settings out of range."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -48,7 +48,7 @@ def uniforms(seed: int, sample: int, count: int) -> np.ndarray:
 
 
 def fit_context(ids: list[int], block_size: int, *, growing: bool) -> list[int]:
-    """What of a context the model sees: all of it while it fits in the block, else its end (see above)."""
+    """The part of a context that the model sees: all of it if it fits in the block, else its end (see above)."""
     if len(ids) <= block_size:
         return ids
     return ids[-max(1, block_size // 2) :] if growing else ids[-block_size:]

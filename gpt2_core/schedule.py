@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, computed on the host and passed into either train step."""
+"""The learning rate as a pure function of the step, computed on the host and passed to both train steps."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The table that a run begins with: parameters by module, memory, arithmetic."""
+"""The table that a run prints first: parameters by module, memory, FLOPs."""
 
 import math
 
@@ -32,7 +32,7 @@ def training_bytes(config: TrainConfig) -> int:
 
 
 def model_table(config: TrainConfig) -> Table:
-    """The model of a run at a glance."""
+    """Parameters by module of a run's model, with its memory and FLOPs."""
     model = config.model
     sizes = f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, block {model.block_size}"
     table = Table(title=sizes, title_justify="left", show_footer=True)
@@ -54,7 +54,7 @@ def model_table(config: TrainConfig) -> Table:
 
 
 def _in_units(number: float, unit: str) -> str:
-    """With three digits and a prefix: 1.99 GB."""
+    """With three digits and an SI prefix: 1.99 GB."""
     prefixes = ["", "k", "M", "G", "T", "P", "E"]
     while number >= 999.5 and len(prefixes) > 1:
         number /= 1000

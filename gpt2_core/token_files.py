@@ -105,7 +105,7 @@ def _describe(path: Path, tokenizer_name: str) -> TokenFile:
     if size != _HEADER_BYTES + count * dtype.itemsize:
         raise UserError(
             f"{path}: {size} bytes where its header says {count} tokens, {_HEADER_BYTES + count * dtype.itemsize} "
-            "bytes; the file is cut short or damaged: fetch it anew"
+            "bytes; the file is cut short or damaged: download it again"
         )
     return TokenFile(path, dtype, _HEADER_BYTES, count)
 

@@ -1,4 +1,4 @@
-"""The tokens that a run trains on: opened, checked, and written first where a corpus isn't on disk yet.
+"""The tokens that a run trains on: opened, checked, and written first if a corpus isn't on disk yet.
 
 A token folder holds `train-00000.bin`, `val-00000.bin`, ... (raw little-endian ids) and `index.json`
 (`gpt2_core.prepare` writes it); `verified.json` notes which of its files have been checked against their sha256.
@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_core import token_files
-from gpt2_core.config import TrainConfig, parse_mixture
+from gpt2_core.config import ResolvedConfig, TrainConfig, parse_mixture
 from gpt2_core.corpora import get_corpus
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
 from gpt2_core.prepare import SPLITS, VERSION, Settings, is_unfinished, prepare
 from gpt2_core.tokenizer import get_tokenizer, vocab_size
 
-_SAMPLE = 1 << 20  # tokens looked at, in each shard of unknown origin, for ids beyond the vocabulary
+_SAMPLE = 1 << 20  # tokens checked for ids beyond the vocabulary, in each shard of unknown origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Source:
     shards: tuple[np.ndarray, ...]
     names: tuple[str, ...]
     weight: float = 1.0
-    """Share of the windows in a mixture, in proportion to the others' weights."""
+    """Share of the windows in a mixture, relative to the other weights."""
     vocab_size: int | None = None
-    """Ids from here on are an error; None: any goes."""
+    """Ids from this number on are an error; None: all ids are valid."""
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))
@@ -90,7 +90,7 @@ def open_tokens(config: TrainConfig) -> TokenFolder:
     return folder
 
 
-def steps_of(config: TrainConfig, tokens: TokenFolder) -> TrainConfig:
+def steps_of(config: ResolvedConfig, tokens: TokenFolder) -> ResolvedConfig:
     """The configuration with its number of steps, where that was given in epochs (rounded up to a whole step)."""
     if config.epochs is None:
         return config
@@ -116,7 +116,7 @@ def _named(name: str, config: TrainConfig) -> TokenFolder:
     if (path / "index.json").is_file():
         return _open(path, config)
     if is_unfinished(path):
-        raise UserError(f"--data.tokens {path}: prepare_data.py hasn't finished it; give its command again first")
+        raise UserError(f"--data.tokens {path}: prepare_data.py hasn't finished it; run its command again first")
     return _foreign(name, config)
 
 
@@ -125,12 +125,12 @@ def _open(path: Path, config: TrainConfig) -> TokenFolder:
     try:
         index = json.loads(file.read_text())
         if index["version"] != VERSION:
-            raise UserError(f"{path}: written by another version; delete it to have it written anew")
+            raise UserError(f"{path}: written by another version; delete it to have it written again")
         dtype = np.dtype(index["dtype"]).newbyteorder("<")
         shards = {split: [(s["file"], s["tokens"], s["sha256"]) for s in index["shards"][split]] for split in SPLITS}
         tokenizer, source = index["tokenizer"], index["source"]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a whole token folder ({error}); delete it to have it written anew") from error
+        raise UserError(f"{path}: not a whole token folder ({error}); delete it to have it written again") from error
     if tokenizer != config.data.tokenizer:
         raise UserError(
             f"--data.tokenizer {config.data.tokenizer}: {path} was written with {tokenizer}; "
@@ -190,10 +190,10 @@ def _refuse_other_size(file: Path, expected: int) -> None:
     try:
         size = file.stat().st_size
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; delete {file.parent} to have it written anew") from error
+        raise UserError(f"{file}: {error.strerror}; delete {file.parent} to have it written again") from error
     if size != expected:
         raise UserError(
-            f"{file}: {size} bytes where index.json says {expected}; delete {file.parent} to have it written anew"
+            f"{file}: {size} bytes where index.json says {expected}; delete {file.parent} to have it written again"
         )
 
 
@@ -212,7 +212,7 @@ def _verify(path: Path, expected: dict[str, str]) -> None:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected[name]:
                 raise UserError(
                     f"{path / name}: its sha256 isn't the one in index.json, so the file is damaged or has been "
-                    f"changed; delete {path} to have it written anew"
+                    f"changed; delete {path} to have it written again"
                 )
     if before != stamps:
         with contextlib.suppress(OSError):  # a folder that can only be read is compared at every start

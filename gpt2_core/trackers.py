@@ -1,4 +1,4 @@
-"""Where a run's metrics go besides metrics.jsonl: Weights & Biases, TensorBoard or MLflow, each an optional package."""
+"""Trackers for a run's metrics: Weights & Biases, TensorBoard or MLflow, each an optional package."""
 
 import dataclasses
 import importlib
@@ -34,7 +34,7 @@ def require(name: str | None) -> None:
 
 
 def open_tracker(folder: Path, config: TrainConfig) -> Tracker | None:
-    """The tracker that `config.track` names, or None. A resumed run goes on in the tracker's own run.
+    """The tracker that `config.track` names, or None. A resumed run continues the tracker's own run.
 
     Raises UserError if it can't be started.
     """
@@ -43,7 +43,7 @@ def open_tracker(folder: Path, config: TrainConfig) -> Tracker | None:
     require(config.track)
     try:
         return {"wandb": _Wandb, "tensorboard": _TensorBoard, "mlflow": _Mlflow}[config.track](folder, config)
-    except Exception as error:  # each package has errors of its own
+    except Exception as error:  # each package has its own errors
         hint = "; run `wandb login`, or set WANDB_MODE=offline" if config.track == "wandb" else ""
         raise UserError(
             f"--track {config.track}: it can't be started ({' '.join(str(error).split())}){hint}"
@@ -64,7 +64,7 @@ class _Wandb:
             settings=wandb.Settings(silent=True),
         )
         _save_id(folder, "wandb", self._run.id)
-        # A resumed run goes back to its checkpoint; wandb's own step can only grow.
+        # A resumed run starts at its checkpoint, but wandb's own step can only grow.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -35,7 +35,7 @@ def choose_kernel(requested: str, *, precision: str, model: ModelConfig) -> Kern
     """The kernel that `--attention` means here; raises UserError if the one asked for can't do the work."""
     reason = _why_not_cudnn(precision, model)
     if requested == "auto":
-        # On a CPU arithmetic is what is scarce; on an accelerator memory is.
+        # A CPU is limited by arithmetic, an accelerator by memory.
         return "cudnn" if reason is None else "recompute" if has_accelerator() else "xla"
     if requested == "cudnn" and reason:
         raise UserError(f"--attention cudnn: {reason}; use --attention recompute, xla or auto")

@@ -1,8 +1,8 @@
-"""A look at the intermediate values of a computation, and at their gradients, from inside the functions that train.
+"""Capturing intermediate values of a computation, and their gradients, inside the functions that train.
 
-The model names its intermediate values by `tap`. Normally that gives the value back and does nothing; inside `tapping`
-a function sees each name and value, and what it returns takes the value's place. `record` and `perturb` are two such
-functions. Names are those of the parameters that made the value, where there is one ("h.0.mlp.c_fc").
+The model names its intermediate values by `tap`. Normally that returns the value unchanged; inside `tapping` a function
+is called with each name and value, and its result replaces the value. `record` and `perturb` are two such functions. A
+value has the name of the parameters that computed it, where there are any ("h.0.mlp.c_fc").
 """
 
 import contextlib
@@ -18,7 +18,7 @@ _scope: ContextVar[str] = ContextVar("scope", default="")
 
 
 def tap(name: str, value: jax.Array) -> jax.Array:
-    """`value`, shown to the surrounding `tapping` under its name."""
+    """`value`, passed to the function of the surrounding `tapping`, if there is one."""
     function = _tap.get()
     return value if function is None else function(_scope.get() + name, value)
 
@@ -29,7 +29,7 @@ def is_tapping() -> bool:
 
 @contextlib.contextmanager
 def tapping(function: Tap) -> Iterator[None]:
-    """While tracing or running inside, `function` sees every tapped value."""
+    """While tracing or running inside, `function` is called with every tapped value."""
     token = _tap.set(function)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: written while training goes on, restored onto any mesh."""
+"""Checkpoints by Orbax: written in the background during training, restored onto any mesh."""
 
 import contextlib
 import functools
@@ -22,8 +22,8 @@ from gpt2_jax.train_step import TrainState
 class CheckpointWriter:
     """Saves states of one run in the background, and removes the checkpoints that are no longer kept.
 
-    A checkpoint's folder gets its name, the bare step, when it is whole; what a killed save leaves behind has another
-    name, and is swept away when the run goes on (gpt2_core.run_folder).
+    A checkpoint's folder gets its name, the number of the step, when it is complete; what a killed save leaves behind
+    has another name, and is removed when the run is resumed.
     """
 
     def __init__(self, folder: RunFolder, keep: int) -> None:
@@ -52,10 +52,10 @@ class CheckpointWriter:
 
 
 def restore(checkpoint: Path, abstract: TrainState) -> TrainState:
-    """The state of a checkpoint, laid out as `abstract` says; bitwise what was saved, on any mesh."""
+    """The state of a checkpoint, with the shardings of `abstract`; bitwise what was saved, on any mesh."""
     target = _tree(abstract)
     _check_stored(checkpoint, _stored_parameters(checkpoint), target["params"])
-    with _sentence(checkpoint), ocp.Checkpointer(_handler()) as reader:
+    with _read_errors(checkpoint), ocp.Checkpointer(_handler()) as reader:
         restored = reader.restore(
             checkpoint.absolute(),
             args=ocp.args.Composite(
@@ -97,14 +97,14 @@ def open_parameters(checkpoint: Path) -> dict[str, Stored]:
 
 
 def _stored_parameters(checkpoint: Path) -> dict[str, tensorstore.TensorStore]:
-    """The parameters as they lie on the disk, none of them read yet.
+    """The parameters of a checkpoint, opened and not read yet.
 
     Opened with tensorstore, in which Orbax keeps them, and not by Orbax, whose metadata reader opens all at once: on a
     damaged checkpoint the first error closes its event loop under the others, and the process may crash.
     """
     state = checkpoint.absolute() / "state"
     context = tensorstore.Context()
-    with _sentence(checkpoint):
+    with _read_errors(checkpoint):
         described = json_object((state / "_METADATA").read_bytes(), f"{checkpoint}: its state/_METADATA")
         if not described["use_ocdbt"]:
             raise ValueError("its arrays lie in a folder each, as no version of this project wrote them")
@@ -119,13 +119,13 @@ def _stored_parameters(checkpoint: Path) -> dict[str, tensorstore.TensorStore]:
 
 
 def _read(checkpoint: Path, array: tensorstore.TensorStore) -> np.ndarray:
-    with _sentence(checkpoint):
+    with _read_errors(checkpoint):
         return array.read().result()
 
 
 @contextlib.contextmanager
-def _sentence(checkpoint: Path) -> Iterator[None]:
-    """Whatever is wrong with a checkpoint becomes one sentence: a damaged one ends in any kind of error."""
+def _read_errors(checkpoint: Path) -> Iterator[None]:
+    """Turn any error of reading a checkpoint into a UserError: a damaged one can raise any type."""
     try:
         yield
     except UserError:
@@ -146,7 +146,7 @@ def _tree(state: TrainState) -> dict[str, Any]:
 
 
 def _check_stored(checkpoint: Path, stored: dict[str, tensorstore.TensorStore], wanted: dict[str, Any]) -> None:
-    """Orbax casts without a word to the dtype it is asked for, so what is stored is compared first."""
+    """Orbax casts silently to the dtype it is asked for, so the stored dtypes are compared first."""
     for name, array in wanted.items():
         found = stored.get(name)
         dtype = found and found.dtype.numpy_dtype

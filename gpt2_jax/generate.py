@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_core.sampling import Sampling, fit_context
-from gpt2_jax.model import Definition, LayerCache, Params, define
+from gpt2_jax.definition import Definition, Params, define
+from gpt2_jax.model import LayerCache
 
-# Slots of a cache to begin with. It doubles when it is full, and each size is compiled for.
+# Initial number of slots of a cache. It doubles when it is full; each size is compiled once.
 MIN_SLOTS = 128
-# Tokens that are decoded in one call. Where fewer are left they are decoded one by one: each length is compiled for.
+# Tokens decoded in one call. If fewer are left they are decoded one by one, because each length is compiled.
 CHUNK = 8
 
 
@@ -32,7 +33,7 @@ def sample(logits_BV: jax.Array, uniforms_B: jax.Array, sampling: Sampling) -> j
         probabilities_BV = jnp.where(before_BV < sampling.top_p, probabilities_BV, 0.0)
     cumulative_BV = jnp.cumsum(probabilities_BV, axis=-1)
     exceeds_BV = cumulative_BV > uniforms_B[:, None] * cumulative_BV[:, -1:]
-    # Rounding must not push the choice past the last token that was kept.
+    # Rounding must not move the choice past the last token that was kept.
     last_kept_B = jnp.sum(probabilities_BV > 0, axis=-1) - 1
     first_B = jnp.where(exceeds_BV.any(axis=-1), jnp.argmax(exceeds_BV, axis=-1), last_kept_B)
     chosen_B = jnp.minimum(first_B, last_kept_B)
@@ -40,7 +41,7 @@ def sample(logits_BV: jax.Array, uniforms_B: jax.Array, sampling: Sampling) -> j
 
 
 def _largest(logits_BV: jax.Array, count: int | None) -> tuple[jax.Array, jax.Array]:
-    """The `count` largest logits (None: all), from the largest, equal ones by token id; and whose they are."""
+    """The `count` largest logits (None: all) in descending order, equal ones by token id; and their token ids."""
     if count is None:
         order_BV = jnp.argsort(logits_BV, axis=-1, descending=True, stable=True)
         return jnp.take_along_axis(logits_BV, order_BV, axis=-1), order_BV
@@ -76,8 +77,8 @@ class Generator:
             params = {"lm_head.weight": params["wte.weight"]} | params
             dtype = self.definition.execution.dtype
             params = {name: x.astype(dtype) if name in self._decoding.narrow else x for name, x in params.items()}
-            # XLA makes of a vector times a matrix a multiplication and a sum, on GPUs one kernel if what is summed lies
-            # side by side; if not, it writes all products to memory and reads them back, three times the bytes.
+            # XLA computes a vector times a matrix as a multiplication and a sum: on GPUs one kernel if the summed axis
+            # is contiguous; if not, it writes all products to memory and reads them back, three times the bytes.
             return _move_inputs(params, 0, -1)
 
         return jax.jit(narrow)
@@ -241,7 +242,7 @@ def _move_inputs(params: Params, source: int, destination: int) -> Params:
 
 
 def _one_ahead(chunks: Iterable[jax.Array]) -> Iterator[jax.Array]:
-    """Each chunk once the next is dispatched, so that the device doesn't wait while the host fetches."""
+    """Each chunk after the next is dispatched, so that the device doesn't wait while the host fetches."""
     before = None
     for chunk in chunks:
         if before is not None:

@@ -1,4 +1,4 @@
-"""The layers GPT-2 is made of, as NNX modules whose parameters bear GPT-2's own names and their logical axes.
+"""The layers of GPT-2 as NNX modules, whose parameters have GPT-2's own names and logical axes.
 
 Shapes: M rows (batch x time), D features, N projections, I and O features in and out. Parameters are kept in
 `param_dtype`; a layer computes in the dtype of its input, a layer norm in float32 at least, leaving it in `dtype`.
@@ -21,7 +21,7 @@ _BIAS_AXIS = {"embed": "embed", "heads": "heads_bias", "mlp": "mlp_bias", None: 
 
 def rounded_once(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`function` of arrays of one dtype; for narrow ones it is computed in float32 and its result rounded, as PyTorch
-    does. Left to itself XLA rounds after each operation on CPU; on a GPU it fuses them, some into a product's epilogue,
+    does. By default XLA rounds after each operation on CPU; on a GPU it fuses them, some into a product's epilogue,
     which it knows only in the narrow dtype."""
 
     def widened(*arrays: jax.Array) -> jax.Array:
@@ -60,8 +60,8 @@ class Linear(nnx.Module):
         return self._project(x, self.weight[:, None], bias)[0]
 
     def split(self, x: jax.Array) -> list[jax.Array]:
-        """x (..., in) -> n arrays (..., out), each a product of its own: side by side they would have to be taken apart
-        and their gradients put together, a copy each way."""
+        """x (..., in) -> n arrays (..., out), each from its own matrix product: the result of one product would have
+        to be split and the gradients concatenated, a copy each."""
         return self._project(x, self.weight[...], None if self.bias is None else self.bias[...])
 
     def _project(self, x, weight, bias) -> list[jax.Array]:
@@ -74,8 +74,8 @@ class Linear(nnx.Module):
 def _project(x_MI: jax.Array, w_INO: jax.Array, b_NO: jax.Array | None) -> list[jax.Array]:
     """The N projections x W + b, in x's dtype."""
     M, (I, N, O) = len(x_MI), w_INO.shape
-    # One product and its outputs taken apart, or N products for which a CPU copies the weights apart: whichever copies
-    # less. Flattening would have to undo what a tensor mesh has split.
+    # One product whose output is split, or N products, for which a CPU copies parts of the weights: the one that copies
+    # less. A tensor mesh shards the axis that flattening would merge.
     if N > 1 and M < I and not is_tensor_parallel():
         out_MP = _product(x_MI, w_INO.reshape(I, N * O), None if b_NO is None else b_NO.reshape(-1))
         return jnp.split(out_MP, N, axis=1)
@@ -198,7 +198,7 @@ def add_norm(norm: LayerNorm | RMSNorm, x: jax.Array, branch: jax.Array | None) 
 class Embedding(nnx.Module):
     """A table of vectors, called with ids; rows from `used` on are zero and never looked up (see model.py).
 
-    `narrow` says that the table is only multiplied with, and never looked up.
+    `narrow`: the table is used in matrix products only, and never looked up.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The head and its cross-entropy, fused: logits exist for one chunk of the tokens at a time, and never all together.
+"""The head and its cross-entropy, fused: logits exist for one chunk of tokens at a time.
 
 Shapes: B sequences, T time, D embedding, V vocabulary (padded). A chunk is C tokens of every sequence; n chunks of C
 tokens make T.
@@ -10,15 +10,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from gpt2_core.batches import IGNORED
-from gpt2_core.weights.layouts import JAX
+from gpt2_core.config import IGNORED, VOCABULARY_MULTIPLE
 from gpt2_jax.sharding import constrain, is_tensor_parallel
 
-# Of a chunk's logits. Larger chunks hold more memory; smaller ones read and write the head's gradient more often.
+# Of a chunk's logits. Larger chunks need more memory; smaller ones read and write the head's gradient more often.
 CHUNK_BYTES = 512 << 20
 
 # Rows of the head that the gradient by x is summed over at a time, on CPU: the padded vocabulary is a multiple.
-BLOCK = JAX.vocabulary_multiple
+BLOCK = VOCABULARY_MULTIPLE
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -26,8 +25,8 @@ def summed_cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.A
     """Sum over the targets that aren't IGNORED of -log softmax(x head^T)[target], in float32 at least.
 
     The products take operands of x's dtype and accumulate in float32 at least. Rows of `head` from `vocab_size` on are
-    padding and get no probability. Differentiated, the gradient is made along with the loss, while a chunk's logits are
-    there: they are computed once, as without chunks.
+    padding and get no probability. Under differentiation the gradient is computed together with the loss, from the same
+    logits of a chunk: these are computed once, as without chunks.
     """
     narrow_VD = _narrowed(head_VD, x_BTD.dtype)
 
@@ -107,8 +106,8 @@ def _in_blocks(dlogits_BCV: jax.Array, head_VD: jax.Array) -> jax.Array:
     """Summed over BLOCK rows of the head at a time, in float32 at least.
 
     XLA's CPU product adds hundreds of terms one by one. The rows of dlogits add up to zero, the target's -1 against
-    many small probabilities, and a trained head's rows are much alike: after the target's row each of the others is
-    below the last digit of the sum, and they are lost together. Accelerators add up in tiles by themselves.
+    many small probabilities, and a trained head's rows are similar: after the target's row each of the others is below
+    the last digit of the sum, and all of them are lost. Accelerators sum in tiles anyway.
     """
 
     def add(total_BCD, begin):
@@ -125,7 +124,7 @@ def _in_blocks(dlogits_BCV: jax.Array, head_VD: jax.Array) -> jax.Array:
 def _normalizer_and_target(logits_BCV: jax.Array, is_target_BCV: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of each row, with a last axis of 1: log sum exp, and the logit of the target (0 without one)."""
     if is_tensor_parallel():
-        # The partitioner can split a sum over the vocabulary, and no reduction by a function of ours.
+        # The partitioner can shard a sum over the vocabulary, but not a reduction by a custom function.
         return _in_two_passes(logits_BCV, is_target_BCV)
     return jax.lax.platform_dependent(logits_BCV, is_target_BCV, cuda=_in_one_pass, default=_in_two_passes)
 
@@ -147,7 +146,7 @@ def _in_one_pass(logits_BCV: jax.Array, is_target_BCV: jax.Array) -> tuple[jax.A
         return largest, total, a_target + b_target
 
     dtype = logits_BCV.dtype
-    # The lowest finite number and not -inf, whose difference from itself is not a number.
+    # The lowest finite number instead of -inf, because -inf minus itself is NaN.
     lowest = jnp.finfo(dtype).min.astype(dtype)
     start = lowest, jnp.zeros((), dtype), jnp.zeros((), dtype)
     rows = jnp.maximum(logits_BCV, lowest), jnp.ones_like(logits_BCV), jnp.where(is_target_BCV, logits_BCV, 0.0)

@@ -1,20 +1,19 @@
-"""What a train step needs, as its compiler says."""
+"""The memory that a train step needs, as its compiler reports it, and the error for a step that needs too much."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import jax
 
-from gpt2_core.config import TrainConfig
 from gpt2_core.errors import UserError
 from gpt2_core.memory import host_memory, of_batch, out_of_memory
-from gpt2_jax.model import Definition
 from gpt2_jax.sharding import num_shards
-from gpt2_jax.train_step import compile_train_step
+from gpt2_jax.train_step import Program
 
 
 def bytes_needed(compiled: jax.stages.Compiled) -> int:
-    """Of one device: what comes in, what goes out and isn't written over it, and what lies between."""
+    """On one device: arguments, outputs that don't reuse an argument's memory, and temporaries."""
     found = compiled.memory_analysis()
     new = found.output_size_in_bytes - found.alias_size_in_bytes
     return found.argument_size_in_bytes + new + found.temp_size_in_bytes
@@ -28,31 +27,30 @@ def bytes_available(mesh: jax.sharding.Mesh) -> int:
     return device.memory_stats()["bytes_limit"]
 
 
-def check_memory(
-    compiled: jax.stages.Compiled, config: TrainConfig, definition: Definition, mesh: jax.sharding.Mesh
-) -> None:
-    """Raise UserError if the step can't but fail: on CPU the system would kill the process, without an error."""
-    if bytes_needed(compiled) > bytes_available(mesh):
-        raise _sentence(config, definition, mesh)
+def check_memory(compiled: jax.stages.Compiled, program: Program) -> None:
+    """Raise UserError if the step is sure to fail: on CPU the system would kill the process, without an error."""
+    if bytes_needed(compiled) > bytes_available(program.mesh):
+        raise _out_of_memory(program)
 
 
 @contextlib.contextmanager
-def memory_errors(config: TrainConfig, definition: Definition, mesh: jax.sharding.Mesh) -> Iterator[None]:
-    """Turn XLA's running out of memory into a sentence."""
+def memory_errors(program: Program) -> Iterator[None]:
+    """Turn XLA's out-of-memory errors into a UserError with a suggested batch size."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise _sentence(config, definition, mesh) from error
+        raise _out_of_memory(program) from error
 
 
-def _sentence(config: TrainConfig, definition: Definition, mesh: jax.sharding.Mesh) -> UserError:
+def _out_of_memory(program: Program) -> UserError:
+    config, mesh = program.config, program.mesh
     shards = num_shards(mesh, "batch")
 
     def planner(sequences: int, accumulation: int) -> int:
-        smaller = of_batch(config, sequences * shards, accumulation)
-        return bytes_needed(compile_train_step(smaller, definition, mesh))
+        smaller = dataclasses.replace(program, config=of_batch(config, sequences * shards, accumulation))
+        return bytes_needed(smaller.compile_train_step())
 
     device = mesh.devices.flat[0].device_kind
     return out_of_memory(config, planner, ways=shards, available=bytes_available(mesh), device=device)

@@ -1,4 +1,4 @@
-"""GPT-2 as Flax NNX modules, and its definition as pure functions of a flat dict of parameters.
+"""GPT-2 as Flax NNX modules.
 
 Shapes: B batch, T time, S slots of a KV cache, D embedding, H heads, K head size, F MLP width, V vocabulary,
 N layers. M is B x T.
@@ -7,15 +7,13 @@ N layers. M is B x T.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpt2_core.config import ModelConfig
-from gpt2_core.weights.layouts import JAX
+from gpt2_core.config import VOCABULARY_MULTIPLE, ModelConfig
 from gpt2_jax.alibi import alibi_slopes
 from gpt2_jax.attention import Kernel, cached_attention, causal_attention
 from gpt2_jax.capture import is_tapping, scope, tap
@@ -25,17 +23,15 @@ from gpt2_jax.loss import summed_cross_entropy
 from gpt2_jax.norm_kernels import NormKernel
 from gpt2_jax.products import wide_einsum
 from gpt2_jax.rope import rotate
-from gpt2_jax.sharding import Axes, constrain
-
-Params = dict[str, jax.Array]
+from gpt2_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How the model computes, as against what: changes no result beyond rounding."""
+    """How the model computes, and not what: it changes no result beyond rounding."""
 
     dtype: str = "float32"
-    """Of matrix products and what lies between them. The residual stream stays in the parameters' dtype."""
+    """Of matrix products and the activations between them. The residual stream stays in the parameters' dtype."""
     attention: Kernel = "xla"
     scan_layers: bool = False
     remat: bool = False
@@ -47,7 +43,7 @@ class Execution:
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of the tokens that one layer has seen, each (B, H, S, K)."""
+    """The KV cache of one layer: keys and values of earlier tokens, each (B, H, S, K)."""
 
     k_BHSK: jax.Array
     v_BHSK: jax.Array
@@ -62,7 +58,7 @@ def make_norm(config: ModelConfig, execution: Execution) -> LayerNorm | RMSNorm:
 
 
 class CausalSelfAttention(nnx.Module):
-    """Multi-head attention in which a token sees itself and what precedes it (Vaswani et al. 2017)."""
+    """Causal multi-head attention (Vaswani et al. 2017)."""
 
     def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs) -> None:
         D = config.n_embd
@@ -131,8 +127,8 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention, then MLP, each behind a layer norm and added to the residual stream.
 
-    The residual stream comes and goes in two parts, x and a branch that the next norm adds to it, because the two can
-    be one pass over memory.
+    The residual stream is passed in two parts, x and a branch that the next norm adds to it, because addition and norm
+    can then be one pass over memory.
     """
 
     def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs) -> None:
@@ -159,7 +155,7 @@ class Block(nnx.Module):
 
 
 def _residual(name: str, x_BTD: jax.Array, branch_BTD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The residual stream in two parts; in one while values are tapped, so that there is a sum to see."""
+    """The residual stream in two parts; in one while values are tapped, so that the sum exists."""
     branch_BTD = constrain(branch_BTD, "batch", None, None)
     return (tap(name, x_BTD + branch_BTD), None) if is_tapping() else (x_BTD, branch_BTD)
 
@@ -191,7 +187,7 @@ class GPT2(nnx.Module):
         return summed_cross_entropy(x_BTD, self._head(), targets_BT, self.config.vocab_size)
 
     def hidden(self, tokens_BT: jax.Array, *, dropout_keys_B: jax.Array | None = None) -> jax.Array:
-        """What the head sees: (B, T, D) after the last layer norm."""
+        """The input of the head: (B, T, D) after the last layer norm."""
         positions_T = jnp.arange(tokens_BT.shape[1])
         x_BTD = self._embed(tokens_BT, positions_T)
         x_BTD = dropout(tap("embeddings", x_BTD), self.config.dropout, site(dropout_keys_B, 0))
@@ -214,7 +210,7 @@ class GPT2(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head's scores of the vocabulary."""
         head_VD = self._head().astype(x_BTD.dtype)
-        # Cut afterwards: the head without its padding would be a copy of it, at each token that is generated.
+        # Sliced afterwards: slicing the head instead would copy it for each token that is generated.
         return tap("logits", wide_einsum("btd,vd->btv", x_BTD, head_VD)[..., : self.config.vocab_size])
 
     def decode(
@@ -222,7 +218,7 @@ class GPT2(nnx.Module):
     ) -> tuple[jax.Array, list[LayerCache]]:
         """Hidden states (B, T, D) of T more tokens, each sequence's first at its own position `start_B`.
 
-        The caches take their keys and values; a sequence may be rewound by giving a smaller start later.
+        Their keys and values are written to the caches; a smaller start later rewinds a sequence.
         """
         positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
         x_BTD, branch_BTD = self._embed(tokens_BT, positions_BT), None
@@ -249,7 +245,7 @@ class GPT2(nnx.Module):
         def apply(state, x_BTD, branch_BTD, positions_T, key):
             x_BTD, branch_BTD, _ = nnx.merge(graph, state)(x_BTD, branch_BTD, positions_T, key=key)
             if self.execution.remat and branch_BTD is not None:
-                # What is kept of a block is its input: one array, and not the two parts of it.
+                # The input of a block is kept for the backward pass: as one array instead of two.
                 x_BTD, branch_BTD = x_BTD + branch_BTD, None
             return x_BTD, branch_BTD
 
@@ -271,58 +267,10 @@ class GPT2(nnx.Module):
         return jax.lax.scan(step, (x_BTD, branch_BTD), (numbers, stacked))[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Definition:
-    """A model without its parameters: the NNX graph, split off once, and what the parameters look like.
-
-    Parameters are a flat dict by canonical name ("h.0.attn.c_attn.weight"); their shapes are this package's own
-    (gpt2_jax.weights says where they differ from the canonical ones).
-    """
-
-    config: ModelConfig
-    execution: Execution
-    graph: nnx.GraphDef
-    abstract: Mapping[str, jax.ShapeDtypeStruct]
-    logical_axes: Mapping[str, Axes]
-    narrow: frozenset[str]
-    """Names of the parameters that are rounded to the compute dtype wherever they are used."""
-
-    def merge(self, params: Mapping[str, jax.Array]) -> GPT2:
-        """The model with these parameters; free inside a traced function."""
-        flat = [(_path(name), value) for name, value in params.items()]
-        return nnx.merge(self.graph, nnx.from_flat_state(flat))
-
-    def initialize(self, key: jax.Array) -> Params:
-        """Random parameters: the same for a key on any mesh and in any precision."""
-        _, state = nnx.split(GPT2(self.config, self.execution, nnx.Rngs(params=key)))
-        return {_name(path): variable[...] for path, variable in nnx.to_flat_state(state)}
-
-    def empty_caches(self, batch: int, slots: int) -> list[LayerCache]:
-        shape = (batch, self.config.n_head, slots, self.config.head_size)
-        dtype = jnp.dtype(self.execution.dtype)
-        return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.config.n_layer)]
-
-
-def define(config: ModelConfig, execution: Execution) -> Definition:
-    """Build the graph of a model without computing anything."""
-    model = nnx.eval_shape(lambda: GPT2(config, execution, nnx.Rngs(params=0)))
-    graph, state = nnx.split(model)
-    variables = {_name(path): variable for path, variable in nnx.to_flat_state(state)}
-    return Definition(
-        config,
-        execution,
-        graph,
-        {name: variable.get_value() for name, variable in variables.items()},
-        {name: variable.get_metadata()["logical_axes"] for name, variable in variables.items()},
-        frozenset(name for name, variable in variables.items() if variable.get_metadata().get("narrow")),
-    )
-
-
 def padded_vocab_size(vocab_size: int) -> int:
-    """The vocabulary as it is inside, padded to what matrix units like and a tensor axis divides. The padding rows are
-    zero, take no part in any softmax and never leave this package."""
-    multiple = JAX.vocabulary_multiple
-    return math.ceil(vocab_size / multiple) * multiple
+    """The size of the vocabulary inside this package. The padding rows are zero, take no part in any softmax and are
+    removed from everything that leaves the package."""
+    return math.ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def _gelu(a_BTF: jax.Array, *, approximate: bool) -> jax.Array:
@@ -334,8 +282,8 @@ def _silu_gated(gate_BTF: jax.Array, value_BTF: jax.Array) -> jax.Array:
 
 
 def _recomputed(activation):
-    """An elementwise function whose backward pass keeps nothing but its inputs: reading them again costs less memory
-    traffic than the intermediate values that autodiff would keep."""
+    """An elementwise function that is recomputed in the backward pass from its inputs, which takes less memory traffic
+    than the intermediate values that autodiff would save."""
     return jax.checkpoint(rounded_once(activation))
 
 
@@ -349,16 +297,8 @@ def _write(cache: LayerCache, k_BHTK: jax.Array, v_BHTK: jax.Array, start_B: jax
     def place(cached_SK, new_TK, start):
         return jax.lax.dynamic_update_slice(cached_SK, new_TK, (start, 0))
 
-    # A start for each head makes a scatter of it at batch 1 too. Of a dynamic_update_slice that is read afterwards
-    # XLA's CPU compiler makes several copies of the whole cache, at every token.
+    # With one start a head this is a scatter, at batch 1 too. For a dynamic_update_slice that is read later, XLA's CPU
+    # compiler would copy the whole cache several times a token.
     start_BH = jnp.broadcast_to(start_B[:, None], k_BHTK.shape[:2])
     place_all = jax.vmap(jax.vmap(place))
     return LayerCache(place_all(cache.k_BHSK, k_BHTK, start_BH), place_all(cache.v_BHSK, v_BHTK, start_BH))
-
-
-def _name(path: tuple[str | int, ...]) -> str:
-    return ".".join(map(str, path))
-
-
-def _path(name: str) -> tuple[str | int, ...]:
-    return tuple(int(part) if part.isdigit() else part for part in name.split("."))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from gpt2_core.config import ModelConfig, OptimizerConfig
-from gpt2_jax.model import Params
+from gpt2_jax.definition import Params
 
 
 def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:

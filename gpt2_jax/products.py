@@ -1,4 +1,4 @@
-"""Matrix products that give more precision than they take."""
+"""Einsum that accumulates and returns in float32 at least."""
 
 import functools
 
@@ -11,7 +11,7 @@ def wide_einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """`einsum(spec, x, y)` accumulated and returned in float32 at least, for bfloat16 operands too.
 
     Its gradient is rounded to the operands' dtype before the products of the backward pass, as PyTorch's autocast does.
-    Left to autodiff they would be products of float32 with bfloat16, which are done in float32, off the matrix units.
+    With autodiff they would be products of float32 with bfloat16, which don't run on the matrix units.
     """
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 

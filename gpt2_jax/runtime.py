@@ -1,4 +1,4 @@
-"""JAX's process-wide settings, made before its first use of a device, and the devices that a run gets."""
+"""JAX's process-wide settings, made before its first use of a device, and the devices of a run."""
 
 import contextlib
 import hashlib
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import jax
 
-from gpt2_core.config import TrainConfig, parse_mesh
+from gpt2_core.config import TrainConfig
 from gpt2_core.errors import UserError
+from gpt2_jax.mesh import parse_mesh
 
 
 def configure(precision: str, mesh: int | str | None = None) -> None:
@@ -30,7 +31,7 @@ def configure(precision: str, mesh: int | str | None = None) -> None:
 
 
 def compilation_cache() -> Path:
-    """Where compiled programs are kept, unless JAX_COMPILATION_CACHE_DIR says where."""
+    """The folder of the compilation cache, unless JAX_COMPILATION_CACHE_DIR is set."""
     caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return caches / "gpt2-jax" / f"compiled-{platform.machine()}-{_processor()}"
 
@@ -45,7 +46,7 @@ def _keep_compiled_programs() -> None:
     if jax.config.jax_compilation_cache_dir is not None:
         return
     folder = compilation_cache()
-    with contextlib.suppress(OSError):  # a home that can't be written to: every process compiles for itself
+    with contextlib.suppress(OSError):  # if home isn't writable, every process compiles again
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # A run's many small programs take as long to compile as its step does.
@@ -53,7 +54,7 @@ def _keep_compiled_programs() -> None:
 
 
 def _processor() -> str:
-    """What tells this kind of CPU from others: JAX keys its cache by the program alone, and homes are shared."""
+    """Identifies the kind of CPU: JAX's cache key has the program alone, and home folders are shared by machines."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         kind = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
@@ -96,7 +97,7 @@ def resolve_precision(precision: str) -> str:
 
 
 def matmul_precision(precision: str) -> str | None:
-    """JAX's name for how float32 matrix products are done in a resolved precision; None where there are none."""
+    """JAX's name for the precision of float32 matrix products in a resolved precision; None where there are none."""
     return {"bfloat16": None, "tf32": "tensorfloat32"}.get(precision, "highest")
 
 

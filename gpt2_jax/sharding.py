@@ -1,7 +1,7 @@
-"""How arrays lie on the mesh: logical axis names, one table that maps them to mesh axes, and what devices exchange.
+"""Sharding: logical axis names, one table that maps them to mesh axes, and the collectives between devices.
 
-A step computes inside `per_shard`: there `data` and `fsdp` are manual axes, a device sees its own share of the batch,
-and what it exchanges over them is in this file and nowhere else. `tensor` is left to XLA's partitioner.
+A step computes inside `per_shard`: there `data` and `fsdp` are manual axes, a device has its own shard of the batch,
+and all collectives over these axes are in this file. `tensor` is left to XLA's partitioner.
 """
 
 import math
@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gpt2_core.config import MESH_AXES
+from gpt2_jax.mesh import MESH_AXES
 
-# Parameters and activations name their axes by what they mean; this table says which mesh axis splits them.
+# Parameters and activations have logical axis names; this table maps each to the mesh axes that shard it.
 # `fsdp` splits every parameter and its optimizer state along the embedding, and the batch beside `data`; `tensor`
 # splits attention by heads, the MLP by width and the embedding by rows of the vocabulary.
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -55,11 +55,12 @@ def num_shards(mesh: Mesh, axis: str) -> int:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tell the partitioner how an activation lies on the surrounding mesh; without one, or inside `per_shard` for the
-    manual axes, there is nothing to tell.
+    """Constrain the sharding of an activation on the surrounding mesh; without a mesh, and for the manual axes inside
+    `per_shard`, this does nothing.
 
-    An axis that its shards don't divide is left whole: generation has a batch of one, and XLA's partitioner, which
-    would pad it, ends a float64 process (jax 0.10.2: "Check failed: ShapeUtil::IsScalarWithElementType").
+    An axis that isn't divisible by its number of shards is left whole: generation has a batch of one, and XLA's
+    partitioner, which would pad it, ends a float64 process (jax 0.10.2: "Check failed:
+    ShapeUtil::IsScalarWithElementType").
     """
     mesh = jax.sharding.get_abstract_mesh()
     names = [tuple(n for n in _mesh_axes(axis) if n in mesh.auto_axes) for axis in axes]
@@ -76,7 +77,7 @@ def is_tensor_parallel() -> bool:
 
 
 def per_shard(function: Callable[..., Any], mesh: Mesh, in_axes: Any, out_axes: Any) -> Callable[..., Any]:
-    """`function` on each shard of the batch by itself: `shard_map` over `data` and `fsdp`.
+    """`function` on each shard of the batch separately: `shard_map` over `data` and `fsdp`.
 
     `in_axes` and `out_axes` are trees of logical axes, one tuple an array, of what is split inside. On a mesh that
     doesn't use `tensor`, that axis is manual too, and nothing is left to the partitioner.
@@ -105,19 +106,19 @@ def per_head_shard(function: Callable[..., Any]) -> Callable[..., Any]:
 def gather(
     params: Mapping[str, jax.Array], axes: Mapping[str, Axes], mesh: Mesh, narrow: Collection[str], dtype: Any
 ) -> dict[str, jax.Array]:
-    """Parameters made whole along what `fsdp` splits, outside `per_shard`.
+    """All-gather parameters over `fsdp`, outside `per_shard`.
 
-    They stay whole from the forward to the backward pass, and a device's gradients are whole until they are exchanged:
+    They stay gathered from the forward to the backward pass, and a device's gradients are whole until they are reduced:
     what is saved is the memory of parameters and optimizer state (PyTorch's FSDP calls it SHARD_GRAD_OP).
-    Those in `narrow` are rounded to `dtype` wherever they are used, so they travel in it. They come back in their own
-    dtype, so that their gradients have it; XLA removes the conversion there and back.
+    Those in `narrow` are rounded to `dtype` wherever they are used, so they are gathered in it. They are returned in
+    their own dtype, so that their gradients have it; XLA removes the pair of conversions.
     """
     if mesh.shape["fsdp"] == 1:
         return dict(params)
 
     def whole(name: str, x: jax.Array) -> jax.Array:
         sent = x.astype(dtype if name in narrow else x.dtype)
-        # Where it lies after the conversion is said too, or the partitioner would gather first and convert then.
+        # The sharding after the conversion is constrained too, or the partitioner would gather before it converts.
         for where in (axes[name], _without_fsdp(axes[name])):
             sent = jax.lax.with_sharding_constraint(sent, NamedSharding(mesh, spec(where)))
         return sent.astype(x.dtype)
@@ -126,20 +127,20 @@ def gather(
 
 
 def batch_is_sharded() -> bool:
-    """Whether there is more than one batch shard around."""
+    """Whether the surrounding `per_shard` has more than one batch shard."""
     return bool(_batch_axes())
 
 
 def sum_over_shards(x: jax.Array) -> jax.Array:
-    """The sum of each batch shard's own value; outside of `per_shard` there is one shard."""
+    """The sum of a value over batch shards; outside of `per_shard` there is one shard."""
     names = _batch_axes()
     return jax.lax.psum(x, names) if names else x
 
 
 def exchange(grads: Mapping[str, jax.Array], axes: Mapping[str, Axes], dtype: Any) -> dict[str, jax.Array]:
-    """Gradients summed over all batch shards, each device keeping what `exchanged_axes` says.
+    """Gradients summed over all batch shards, sharded as `exchanged_axes` says.
 
-    They travel as `dtype` (None: as they are): reduce-scattered over `fsdp`, all-reduced over `data`.
+    They are sent as `dtype` (None: their own): reduce-scattered over `fsdp`, all-reduced over `data`.
     """
 
     def summed(name: str, grad: jax.Array) -> jax.Array:
@@ -158,7 +159,7 @@ def exchange(grads: Mapping[str, jax.Array], axes: Mapping[str, Axes], dtype: An
 
 
 def exchanged_axes(axes: Axes, mesh: Any) -> Axes:
-    """How a gradient lies after `exchange`: split over `fsdp` as its parameter is.
+    """The axes of a gradient after `exchange`: sharded over `fsdp` as its parameter is.
 
     Beside `tensor` it is whole along `fsdp`, because XLA's partitioner makes an array whole along `tensor` before a
     manual reduce-scatter; the gradient is then split outside of `per_shard`.
@@ -169,7 +170,7 @@ def exchanged_axes(axes: Axes, mesh: Any) -> Axes:
 
 
 def _without_fsdp(axes: Axes) -> Axes:
-    """An axis of a parameter while a layer computes with it: still split along what `tensor` splits."""
+    """The axes of a gathered parameter: still sharded over `tensor`."""
     whole = {"embed": None, "heads_bias": "heads", "mlp_bias": "mlp"}
     return tuple(whole.get(axis, axis) for axis in axes)
 

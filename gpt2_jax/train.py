@@ -1,6 +1,5 @@
 """The JAX trainer: one process, a mesh of devices, one compiled step."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -9,8 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 import numpy as np
 
-from gpt2_core.batches import IGNORED, TrainingBatches, evaluation_batches
-from gpt2_core.config import TrainConfig, accumulate, check_mesh, dtype_of, format_mesh, parse_mesh
+from gpt2_core.batches import TrainingBatches, evaluation_batches
+from gpt2_core.config import IGNORED, ResolvedConfig, TrainConfig, accumulate, resolved
+from gpt2_core.due import Due, due_after, is_logged
 from gpt2_core.interrupt import interruptible
 from gpt2_core.run_folder import RunFolder, RunPlan, metadata_of, plan_run
 from gpt2_core.runlog import RunLog, peak_flops
@@ -23,23 +23,14 @@ from gpt2_jax.attention import choose_kernel
 from gpt2_jax.checkpoints import CheckpointWriter, restore
 from gpt2_jax.generate import Generator
 from gpt2_jax.memory import check_memory, memory_errors
-from gpt2_jax.model import Definition, Execution, define
+from gpt2_jax.mesh import check_mesh, format_mesh
 from gpt2_jax.norm_kernels import choose_norm_kernel
-from gpt2_jax.optimizer import make_optimizer
 from gpt2_jax.runtime import resolve_mesh, resolve_precision
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train_step import (
-    TrainState,
-    abstract_state,
-    compile_eval_step,
-    compile_train_step,
-    initial_state,
-    put_batch,
-)
+from gpt2_jax.train_step import Metrics, Program, TrainState, make_program
 from gpt2_jax.weights import from_canonical
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
+def resolve(config: TrainConfig) -> ResolvedConfig:
     """Fill in what `auto` and left-out options mean on this machine; raises UserError for what it can't do."""
     precision = resolve_precision(config.precision)
     sizes = resolve_mesh(config)
@@ -48,180 +39,160 @@ def resolve(config: TrainConfig) -> TrainConfig:
     model = config.model
     kernel = choose_kernel(config.attention, precision=precision, model=model)
     norm_kernel = choose_norm_kernel(config.norm_kernel, precision=precision, norm=model.norm)
-    return dataclasses.replace(
-        config, precision=precision, mesh=format_mesh(sizes), attention=kernel, norm_kernel=norm_kernel
-    )
+    return resolved(config, precision=precision, mesh=format_mesh(sizes), attention=kernel, norm_kernel=norm_kernel)
 
 
-def define_model(config: TrainConfig) -> Definition:
-    """The model of a resolved configuration."""
-    return define(
-        config.model,
-        Execution(dtype_of(config.precision), config.attention, config.scan_layers, config.remat, config.norm_kernel),
-    )
+def train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None] = lambda config: None) -> RunFolder:
+    """Train as `asked`; returns the run's folder.
 
-
-def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] = lambda config: None) -> RunFolder:
-    """Train as `config` says; returns the run's folder.
-
-    `initial` reads the weights that a run starts from, where it isn't resumed; None means random ones.
+    `initial` reads the weights that a new run starts from; None means random ones.
     `gpt2_jax.runtime.configure` must have been called for this precision and mesh.
     """
-    config = resolve(config)
+    config = resolve(asked)
     tokens = open_tokens(config)
-    config = steps_of(config, tokens)
-    plan = plan_run(config, framework="jax", data_digest=tokens.digest)
-    config, folder = plan.config, plan.folder
-    weights = None if plan.checkpoint else initial(config)
+    plan = plan_run(steps_of(config, tokens), framework="jax", data_digest=tokens.digest)
+    weights = None if plan.checkpoint else initial(plan.config)
     plan.begin()
 
-    mesh = make_mesh(parse_mesh(config.mesh))
-    definition = define_model(config)
-    device = jax.devices()[0].device_kind
+    config, folder, program = plan.config, plan.folder, make_program(plan.config)
+    device, devices = jax.devices()[0].device_kind, program.mesh.size
     peak = peak_flops(device, config.precision)
-    log = RunLog(folder, config, start_step=plan.step, peak_flops=peak and peak * mesh.size)
-    with memory_errors(config, definition, mesh), jax.set_mesh(mesh), ThreadPoolExecutor(2) as compiler:
-        training = compiler.submit(_compile, config, definition, mesh) if plan.step < config.steps else None
-        evaluating = compiler.submit(compile_eval_step, config, definition, mesh)
+    log = RunLog(folder, config, start_step=plan.step, peak_flops=peak and peak * devices)
+    with memory_errors(program), jax.set_mesh(program.mesh), ThreadPoolExecutor(2) as compiler:
+        train_step_future = compiler.submit(_compile, program) if plan.step < config.steps else None
+        eval_step_future = compiler.submit(program.compile_eval_step)
         if plan.checkpoint is not None:
-            optimizer = make_optimizer(config.optimizer, config.model)
-            state = restore(plan.checkpoint, abstract_state(definition, optimizer, mesh))
+            state = restore(plan.checkpoint, program.abstract_state)
         else:
-            state = new_state(config, definition, mesh, weights)
+            state = new_state(program, weights)
         with log:
             log.introduce(
-                f"jax {jax.__version__} on {mesh.size} x {device} ({config.mesh}), {config.precision}, "
+                f"jax {jax.__version__} on {devices} x {device} ({config.mesh}), {config.precision}, "
                 f"{config.attention} attention, {config.norm_kernel} layer norm; {config.model.parameter_count:,} "
                 f"parameters; {tokens.source}; run "
                 f"{folder.path}" + (f", from step {plan.step}" if plan.checkpoint else "")
             )
-            _Loop(config, definition, mesh, tokens, folder, log, training, evaluating).run(state, plan)
+            _Loop(program, tokens, folder, log, train_step_future, eval_step_future).run(state, plan)
     return folder
 
 
-def _compile(config: TrainConfig, definition: Definition, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compiled, float]:
-    """The compiled step, and the seconds that took."""
+def _compile(program: Program) -> tuple[jax.stages.Compiled, float]:
+    """The compiled train step, and the seconds that compiling took."""
     begin = time.perf_counter()
-    return compile_train_step(config, definition, mesh), time.perf_counter() - begin
+    return program.compile_train_step(), time.perf_counter() - begin
 
 
-def new_state(
-    config: TrainConfig, definition: Definition, mesh: jax.sharding.Mesh, initial: Weights | None
-) -> TrainState:
-    """The state before the first step."""
-    params = None if initial is None else from_canonical(initial, definition.execution.param_dtype.name)
-    optimizer = make_optimizer(config.optimizer, config.model)
-    return initial_state(definition, optimizer, mesh, seed=config.seed, params=params)
+def new_state(program: Program, initial: Weights | None) -> TrainState:
+    """The state before the first step, of these weights or of random ones."""
+    params = None if initial is None else from_canonical(initial, program.definition.execution.param_dtype.name)
+    return program.initial_state(params)
 
 
 class _Loop:
-    """The training loop. The device is never waited for: while it computes a step, the host lays out the next batch
-    and logs the step before."""
+    """The training loop. The host doesn't wait for the device: while that computes a step, the host prepares the next
+    batch and logs the step before."""
 
     def __init__(
         self,
-        config: TrainConfig,
-        definition: Definition,
-        mesh: jax.sharding.Mesh,
+        program: Program,
         tokens: TokenFolder,
         folder: RunFolder,
         log: RunLog,
-        training: Future[tuple[jax.stages.Compiled, float]] | None,
-        evaluating: Future[jax.stages.Compiled],
+        train_step_future: Future[tuple[jax.stages.Compiled, float]] | None,
+        eval_step_future: Future[jax.stages.Compiled],
     ) -> None:
-        self.config, self.definition, self.mesh, self.tokens = config, definition, mesh, tokens
-        self.folder, self.log, self.training, self.evaluating = folder, log, training, evaluating
-        self.generator = Generator(definition)
-        self.writer = CheckpointWriter(folder, config.keep_checkpoints)
+        self.program, self.config, self.tokens, self.folder, self.log = program, program.config, tokens, folder, log
+        self.train_step_future, self.eval_step_future = train_step_future, eval_step_future
+        self.generator = Generator(program.definition)
+        self.writer = CheckpointWriter(folder, self.config.keep_checkpoints)
         self.batches = TrainingBatches(
-            tokens.train, block_size=config.model.block_size, batch_size=config.batch_size, seed=config.seed
+            tokens.train,
+            block_size=self.config.model.block_size,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
         )
 
     def run(self, state: TrainState, plan: RunPlan) -> None:
-        config, start = self.config, plan.step
+        config, first, log = self.config, plan.step, self.log
         try:
-            if start < config.steps:
+            if first < config.steps:
                 train_step = self.compiled_step()
             if plan.checkpoint is None:
-                self.evaluate(state, 0)
-            if start < config.steps:
-                batch = self.put(start)
-            waiting = None
-            for step in interruptible(range(start, start if self.log.reached_target else config.steps)):
+                self.do(due_after(0, config), state, 0)
+            if first < config.steps:
+                batch = self.put(first)
+            pending_metrics = None
+            for step in interruptible(range(first, first if log.reached_target else config.steps)):
                 rate = learning_rate(step, config.steps, config.optimizer)
                 state, metrics = train_step(state, *batch, self.scalar(rate))
                 if step + 1 < config.steps:
                     batch = self.put(step + 1)
-                waiting = self.log_step(waiting)
-                if step % config.log_interval == 0 or step + 1 == config.steps:
-                    waiting = (step, rate, metrics)
+                pending_metrics = self.log_metrics(pending_metrics)
+                if is_logged(step, config):
+                    pending_metrics = (step, rate, metrics)
                     if config.target_loss is not None:
-                        waiting = self.log_step(waiting)  # whether to go on hangs on it
-                done = step + 1
-                ends = done == config.steps or self.log.reached_target
-                saves = ends or done % config.checkpoint_interval == 0
-                evaluates = saves or done % config.eval_interval == 0
-                samples = config.sample_interval and done % config.sample_interval == 0
-                if evaluates or samples:
-                    waiting = self.log_step(waiting)
-                    jax.block_until_ready(state)  # what was dispatched is training time, not evaluation time
-                if evaluates:
-                    self.evaluate(state, done)
-                if samples:
-                    self.write_sample(state, done)
-                if saves:
-                    self.save(state, done)
-                if ends:
+                        pending_metrics = self.log_metrics(pending_metrics)  # the target may be reached by this loss
+                due = due_after(step + 1, config, reached_target=log.reached_target)
+                if due.evaluate or due.sample:
+                    pending_metrics = self.log_metrics(pending_metrics)
+                    jax.block_until_ready(state)  # steps that were dispatched are training time, not evaluation time
+                self.do(due, state, step + 1)
+                if due.stop:
                     break
-            self.log.end()
-            if config.steps == 0 and plan.checkpoint is None:
-                self.save(state, 0)
+            log.end()
         finally:
             self.writer.close()
 
     def compiled_step(self) -> jax.stages.Compiled:
         with self.log.untimed():
-            compiled, seconds = self.training.result()
-            check_memory(compiled, self.config, self.definition, self.mesh)
+            compiled, seconds = self.train_step_future.result()
+            check_memory(compiled, self.program)
             self.log.say(f"compiled the train step in {seconds:.1f} s")
             return compiled
 
     def scalar(self, value: float) -> np.ndarray:
-        return np.asarray(value, self.definition.execution.param_dtype)
+        return np.asarray(value, self.program.definition.execution.param_dtype)
 
     def put(self, step: int) -> tuple[jax.Array, jax.Array]:
-        return put_batch(self.batches[step], self.config.accumulation, self.mesh)
+        return self.program.put_batch(self.batches[step])
 
-    def log_step(self, waiting) -> None:
-        """Fetch and log the metrics of an earlier step."""
-        if waiting is not None:
-            step, rate, metrics = waiting
+    def log_metrics(self, pending_metrics: tuple[int, float, Metrics] | None) -> None:
+        """Fetch and log the metrics of an earlier step, if any are pending; afterwards none are."""
+        if pending_metrics is not None:
+            step, rate, metrics = pending_metrics
             self.log.train(step, loss=float(metrics.loss), learning_rate=rate, grad_norm=float(metrics.grad_norm))
 
-    def evaluate(self, state: TrainState, step: int) -> None:
+    def do(self, due: Due, state: TrainState, updates: int) -> None:
+        """What is due after so many updates."""
+        with self.log.untimed():
+            if due.evaluate:
+                self.evaluate(state, updates)
+            if due.sample:
+                self.write_sample(state, updates)
+            if due.save:
+                self.save(state, updates)
+
+    def evaluate(self, state: TrainState, updates: int) -> None:
         if not len(self.tokens.val):
             return
-        with self.log.untimed():
-            eval_step = self.evaluating.result()
-            losses, count = [], 0
-            for batch in evaluation_batches(
-                self.tokens.val,
-                block_size=self.config.model.block_size,
-                batch_size=self.config.microbatch_size,
-                sequences=self.config.eval_sequences,
-            ):
-                losses.append(eval_step(state.params, *batch))
-                count += int((batch.targets != IGNORED).sum())
-            self.log.evaluation(step, math.fsum(map(float, losses)) / count)
+        eval_step = self.eval_step_future.result()
+        losses, count = [], 0
+        for batch in evaluation_batches(
+            self.tokens.val,
+            block_size=self.config.model.block_size,
+            batch_size=self.config.microbatch_size,
+            sequences=self.config.eval_sequences,
+        ):
+            losses.append(eval_step(state.params, *batch))
+            count += int((batch.targets != IGNORED).sum())
+        self.log.evaluation(updates, math.fsum(map(float, losses)) / count)
 
-    def save(self, state: TrainState, step: int) -> None:
-        with self.log.untimed():
-            self.writer.save(step, state, metadata_of(self.config, step, "jax", self.tokens.digest))
-            self.log.draw_curves()
+    def write_sample(self, state: TrainState, updates: int) -> None:
+        tokenizer = get_tokenizer(self.config.data.tokenizer)
+        numbers = uniforms(self.config.seed, updates, self.config.sample_tokens)[None]
+        tokens = self.generator(state.params, [[tokenizer.end_of_text]], numbers, Sampling())
+        self.folder.write_sample(updates, tokenizer.decode([row[0] for row in tokens]))
 
-    def write_sample(self, state: TrainState, step: int) -> None:
-        with self.log.untimed():
-            tokenizer = get_tokenizer(self.config.data.tokenizer)
-            numbers = uniforms(self.config.seed, step, self.config.sample_tokens)[None]
-            tokens = self.generator(state.params, [[tokenizer.end_of_text]], numbers, Sampling())
-            self.folder.write_sample(step, tokenizer.decode([row[0] for row in tokens]))
+    def save(self, state: TrainState, updates: int) -> None:
+        self.writer.save(updates, state, metadata_of(self.config, updates, "jax", self.tokens.digest))
+        self.log.draw_curves()

@@ -1,12 +1,13 @@
-"""The training state, how it is born sharded, and the one compiled step that advances it.
+"""A training on a mesh: its state, how that is sharded from the start, and the compiled steps that read and update it.
 
 Shapes: A accumulation, B sequences computed at once, T time.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +16,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt2_core.batches import IGNORED, Batch
-from gpt2_core.config import TrainConfig
-from gpt2_jax.model import Definition, Params
+from gpt2_core.batches import Batch
+from gpt2_core.config import IGNORED, ResolvedConfig, dtype_of
+from gpt2_jax.definition import Definition, Params, define
+from gpt2_jax.mesh import parse_mesh
+from gpt2_jax.model import Execution
 from gpt2_jax.optimizer import clip_by_global_norm, make_optimizer
 from gpt2_jax.sharding import (
     Axes,
@@ -25,9 +28,9 @@ from gpt2_jax.sharding import (
     exchange,
     exchanged_axes,
     gather,
+    make_mesh,
     per_shard,
     sharding,
-    spec,
     sum_over_shards,
 )
 
@@ -53,112 +56,157 @@ class Metrics:
 jax.tree_util.register_dataclass(Metrics, data_fields=["loss", "grad_norm"], meta_fields=[])
 
 
-def state_shardings(definition: Definition, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Where each array of the state lies: a TrainState of NamedShardings. Moments lie as their parameters do."""
-    params = {name: sharding(mesh, axes) for name, axes in definition.logical_axes.items()}
-    replicated = NamedSharding(mesh, PartitionSpec())
-    opt_state = optax.tree.map_params(
-        optimizer,
-        lambda _, where: where,
-        jax.eval_shape(optimizer.init, dict(definition.abstract)),
-        params,
-        transform_non_params=lambda _: replicated,
-    )
-    return TrainState(params, opt_state, replicated)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """What a resolved configuration determines on a mesh, made once: model, optimizer, shardings, and the steps."""
 
+    config: ResolvedConfig
+    mesh: Mesh
+    definition: Definition
+    optimizer: optax.GradientTransformation
 
-def abstract_state(definition: Definition, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without any array."""
-    state = jax.eval_shape(lambda params: _new_state(params, optimizer), dict(definition.abstract))
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        state,
-        state_shardings(definition, optimizer, mesh),
-    )
-
-
-def initial_state(
-    definition: Definition,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    seed: int,
-    params: Params | None = None,
-) -> TrainState:
-    """A state before its first step, sharded from birth: no device ever holds an array whole.
-
-    `params`, as numpy arrays in this package's shapes, take the place of the random ones.
-    """
-    shardings = state_shardings(definition, optimizer, mesh)
-    with jax.set_mesh(mesh):
-        if params is not None:
-            params = {name: jax.device_put(np.asarray(params[name]), shardings.params[name]) for name in params}
-            return jax.jit(lambda p: _new_state(p, optimizer), out_shardings=shardings)(params)
-        create = jax.jit(
-            lambda: _new_state(definition.initialize(jax.random.key(seed)), optimizer), out_shardings=shardings
+    @functools.cached_property
+    def state_shardings(self) -> TrainState:
+        """The sharding of each array of the state: a TrainState of NamedShardings. Moments have their parameter's."""
+        params = {name: sharding(self.mesh, axes) for name, axes in self.definition.logical_axes.items()}
+        opt_state = optax.tree.map_params(
+            self.optimizer,
+            lambda _, where: where,
+            jax.eval_shape(self.optimizer.init, dict(self.definition.abstract)),
+            params,
+            transform_non_params=lambda _: self._replicated,
         )
-        return create()
+        return TrainState(params, opt_state, self._replicated)
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, without any array."""
+        state = jax.eval_shape(self._new_state, dict(self.definition.abstract))
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, self.state_shardings
+        )
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Of a training batch (A, B, T): the sequences of each part are split over `data` and `fsdp`."""
+        return sharding(self.mesh, (None, "batch", None))
+
+    @property
+    def _replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def initial_state(self, params: Mapping[str, np.ndarray] | None = None) -> TrainState:
+        """A state before its first step, sharded from the start: no device ever holds a whole array.
+
+        `params`, as numpy arrays in this package's shapes, are used instead of random ones.
+        """
+        shardings = self.state_shardings
+        with jax.set_mesh(self.mesh):
+            if params is not None:
+                params = {name: jax.device_put(np.asarray(params[name]), shardings.params[name]) for name in params}
+                return jax.jit(self._new_state, out_shardings=shardings)(params)
+            create = jax.jit(
+                lambda: self._new_state(self.definition.initialize(jax.random.key(self.config.seed))),
+                out_shardings=shardings,
+            )
+            return create()
+
+    def _new_state(self, params: Params) -> TrainState:
+        return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def put_batch(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """A host batch (A*B, T) as device arrays (A, B, T); each device gets its own sequences only."""
+        parts = self.config.accumulation
+        return tuple(jax.device_put(x.reshape(parts, -1, x.shape[-1]), self.batch_sharding) for x in batch)
+
+    @functools.cached_property
+    def train_step(self) -> Callable[..., tuple[TrainState, Metrics]]:
+        """The jitted step (state, inputs_ABT, targets_ABT, learning_rate) -> (state, metrics), donating its state.
+
+        The loss is the mean over the targets that count of all A parts together, so accumulation changes memory only.
+        """
+        config, axes = self.config, self.definition.logical_axes
+        tokens, dropout = (None, "batch", None), config.model.dropout > 0
+        exchange_dtype = "bfloat16" if config.gradient_exchange == "bfloat16" else None
+        sharded_loss_and_grads = per_shard(
+            functools.partial(loss_and_grads, self.definition, exchange_dtype=exchange_dtype),
+            self.mesh,
+            (_whole(axes), tokens, tokens, (None, "batch") if dropout else None),
+            ((), {name: exchanged_axes(of_parameter, self.mesh) for name, of_parameter in axes.items()}),
+        )
+
+        def step(state: TrainState, inputs_ABT: jax.Array, targets_ABT: jax.Array, learning_rate: jax.Array):
+            keys_AB = dropout_keys(config.seed, state.step, inputs_ABT.shape[:2]) if dropout else None
+            loss, grads = sharded_loss_and_grads(self._gather(state.params), inputs_ABT, targets_ABT, keys_AB)
+            grads = jax.lax.with_sharding_constraint(grads, self.state_shardings.params)
+            grads, grad_norm = clip_by_global_norm(grads, config.optimizer.clip_norm)
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+            params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
+            return TrainState(params, opt_state, state.step + 1), Metrics(loss, grad_norm)
+
+        return jax.jit(
+            step,
+            in_shardings=(self.state_shardings, self.batch_sharding, self.batch_sharding, self._replicated),
+            out_shardings=(self.state_shardings, Metrics(self._replicated, self._replicated)),
+            donate_argnums=0,
+        )
+
+    @functools.cached_property
+    def eval_step(self) -> Callable[..., jax.Array]:
+        """The jitted function (params, inputs_BT, targets_BT) -> summed loss of the targets that count."""
+        tokens = ("batch", None)
+        sharded_loss = per_shard(
+            lambda params, *batch: sum_over_shards(self.definition.merge(params).loss(*batch)),
+            self.mesh,
+            (_whole(self.definition.logical_axes), tokens, tokens),
+            (),
+        )
+        return jax.jit(
+            lambda params, *batch: sharded_loss(self._gather(params), *batch),
+            in_shardings=(self.state_shardings.params, *2 * [sharding(self.mesh, tokens)]),
+            out_shardings=self._replicated,
+        )
+
+    def compile_train_step(self) -> jax.stages.Compiled:
+        """The train step, compiled from shapes alone, in any thread."""
+        config = self.config
+        with self._own_x64():
+            # Not inside `set_mesh`: optax computes a scalar eagerly, and the devices of a topology description can't.
+            state = self.abstract_state
+            shape = (config.accumulation, config.microbatch_size, config.model.block_size)
+            tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self.batch_sharding)
+            rate = jax.ShapeDtypeStruct((), self.definition.execution.param_dtype)
+            with jax.set_mesh(self.mesh):
+                return self.train_step.lower(state, tokens, tokens, rate).compile()
+
+    def compile_eval_step(self) -> jax.stages.Compiled:
+        """The evaluation of as many sequences as a train step computes at once, compiled likewise."""
+        config = self.config
+        with self._own_x64(), jax.set_mesh(self.mesh):
+            tokens = jax.ShapeDtypeStruct((config.microbatch_size, config.model.block_size), np.int32)
+            return self.eval_step.lower(dict(self.definition.abstract), tokens, tokens).compile()
+
+    def _own_x64(self) -> contextlib.AbstractContextManager:
+        # A context manager's setting in one thread doesn't hold in another.
+        return jax.enable_x64(self.definition.execution.param_dtype == "float64")
+
+    def _gather(self, params: Params) -> Params:
+        """The parameters as every batch shard computes with them."""
+        definition = self.definition
+        return gather(params, definition.logical_axes, self.mesh, definition.narrow, definition.execution.dtype)
 
 
-def _new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-
-
-def make_train_step(
-    definition: Definition, config: TrainConfig, mesh: Mesh
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The jitted step (state, inputs_ABT, targets_ABT, learning_rate) -> (state, metrics), donating its state.
-
-    The loss is the mean over the targets that count of all A parts together, so accumulation changes memory only.
-    """
-    optimizer = make_optimizer(config.optimizer, config.model)
-    shardings = state_shardings(definition, optimizer, mesh)
-    tokens, dropout = (None, "batch", None), config.model.dropout > 0
-    sharded_loss_and_grads = per_shard(
-        functools.partial(loss_and_grads, definition, exchange_dtype=_exchange_dtype(config)),
-        mesh,
-        (_whole(definition), tokens, tokens, (None, "batch") if dropout else None),
-        ((), {name: exchanged_axes(axes, mesh) for name, axes in definition.logical_axes.items()}),
+def make_program(config: ResolvedConfig, devices: Sequence[jax.Device] | None = None) -> Program:
+    """The program of a resolved configuration, on these devices (None: this machine's)."""
+    execution = Execution(
+        dtype_of(config.precision), config.attention, config.scan_layers, config.remat, config.norm_kernel
     )
-
-    def step(state: TrainState, inputs_ABT: jax.Array, targets_ABT: jax.Array, learning_rate: jax.Array):
-        keys_AB = dropout_keys(config.seed, state.step, inputs_ABT.shape[:2]) if dropout else None
-        whole = gather_parameters(definition, state.params, mesh)
-        loss, grads = sharded_loss_and_grads(whole, inputs_ABT, targets_ABT, keys_AB)
-        grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-        grads, grad_norm = clip_by_global_norm(grads, config.optimizer.clip_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), Metrics(loss, grad_norm)
-
-    replicated, where = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
-    return jax.jit(
-        step,
-        in_shardings=(shardings, where, where, replicated),
-        out_shardings=(shardings, Metrics(replicated, replicated)),
-        donate_argnums=0,
+    return Program(
+        config,
+        make_mesh(parse_mesh(config.mesh), devices),
+        define(config.model, execution),
+        make_optimizer(config.optimizer, config.model),
     )
-
-
-def compile_train_step(config: TrainConfig, definition: Definition, mesh: Mesh) -> jax.stages.Compiled:
-    """The train step of a resolved configuration, compiled from shapes alone, in any thread."""
-    # What `with` set in another thread isn't set in this one.
-    with jax.enable_x64(definition.execution.param_dtype == "float64"):
-        # Not inside `set_mesh`: optax computes a scalar eagerly, which the devices of a topology description can't.
-        state = abstract_state(definition, make_optimizer(config.optimizer, config.model), mesh)
-        shape = (config.accumulation, config.microbatch_size, config.model.block_size)
-        tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
-        rate = jax.ShapeDtypeStruct((), definition.execution.param_dtype)
-        step = make_train_step(definition, config, mesh)
-        with jax.set_mesh(mesh):
-            return step.lower(state, tokens, tokens, rate).compile()
-
-
-def compile_eval_step(config: TrainConfig, definition: Definition, mesh: Mesh) -> jax.stages.Compiled:
-    """The evaluation of as many sequences as a train step computes at once, compiled likewise."""
-    with jax.enable_x64(definition.execution.param_dtype == "float64"), jax.set_mesh(mesh):
-        tokens = jax.ShapeDtypeStruct((config.microbatch_size, config.model.block_size), np.int32)
-        return make_eval_step(definition, mesh).lower(dict(definition.abstract), tokens, tokens).compile()
 
 
 def dropout_keys(seed: int, step: int | jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -213,46 +261,6 @@ def _sum_over_parts(of_part: Callable[[Any], Any], parts: Any) -> Any:
     return add(*jax.lax.optimization_barrier((total, jax.tree.map(lambda x: x[last], parts))))[0]
 
 
-def gather_parameters(definition: Definition, params: Params, mesh: Mesh) -> Params:
-    """The parameters as every batch shard computes with them."""
-    return gather(params, definition.logical_axes, mesh, definition.narrow, definition.execution.dtype)
-
-
-def _whole(definition: Definition) -> dict[str, Axes]:
+def _whole(logical_axes: Mapping[str, Axes]) -> dict[str, Axes]:
     """The axes of gathered parameters inside `per_shard`."""
-    return {name: (None,) * len(axes) for name, axes in definition.logical_axes.items()}
-
-
-def _exchange_dtype(config: TrainConfig) -> str | None:
-    return "bfloat16" if config.gradient_exchange == "bfloat16" else None
-
-
-def make_eval_step(definition: Definition, mesh: Mesh) -> Callable[..., jax.Array]:
-    """The jitted function (params, inputs_BT, targets_BT) -> summed loss of the targets that count."""
-
-    tokens = ("batch", None)
-    sharded_loss = per_shard(
-        lambda params, *batch: sum_over_shards(definition.merge(params).loss(*batch)),
-        mesh,
-        (_whole(definition), tokens, tokens),
-        (),
-    )
-    return jax.jit(
-        lambda params, *batch: sharded_loss(gather_parameters(definition, params, mesh), *batch),
-        in_shardings=(
-            {name: sharding(mesh, axes) for name, axes in definition.logical_axes.items()},
-            *2 * [NamedSharding(mesh, spec(tokens))],
-        ),
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
-    )
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a training batch (A, B, T): the sequences of each part are split over `data` and `fsdp`."""
-    return NamedSharding(mesh, spec((None, "batch", None)))
-
-
-def put_batch(batch: Batch, accumulation: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """A host batch (A*B, T) as device arrays (A, B, T), each device getting its own sequences only."""
-    where = batch_sharding(mesh)
-    return tuple(jax.device_put(x.reshape(accumulation, -1, x.shape[-1]), where) for x in batch)
+    return {name: (None,) * len(axes) for name, axes in logical_axes.items()}

@@ -1,5 +1,5 @@
-"""Between the canonical form and this package's parameters: same names; the layout `jax` of gpt2_core.weights.layouts
-says which shapes differ, and why."""
+"""Conversion between canonical weights and this package's parameters: the names are the same, and the layout `jax` of
+gpt2_core.weights.layouts lists the shapes that differ, and why."""
 
 from collections.abc import Mapping
 
@@ -19,7 +19,7 @@ def from_canonical(weights: Weights, dtype: str) -> dict[str, np.ndarray]:
 def to_canonical(
     params: Mapping[str, jax.Array | np.ndarray], config: ModelConfig, source: str, tokenizer: str | None
 ) -> Weights:
-    """Canonical weights from parameters, which may lie sharded on devices."""
+    """Canonical weights from parameters, which may be sharded over devices."""
     return Weights(config, canonical_arrays(params, config), source, tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""Generation with the reference: every token recomputes the whole context, which is slow and plainly right.
+"""Generation with the reference: every token recomputes the whole context, which is slow and simple.
 
 Shapes: B batch, V vocabulary. The sampler's definition is in gpt2_core.sampling.
 """
@@ -26,7 +26,7 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
         probabilities_BV = probabilities_BV * (before_BV < sampling.top_p)
     cumulative_BV = probabilities_BV.cumsum(dim=-1)
     threshold_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
-    # The first token whose cumulative probability exceeds the threshold; rounding must not push past the last kept.
+    # The first token whose cumulative probability exceeds the threshold; rounding must not move past the last kept.
     kept_B = (probabilities_BV > 0).sum(dim=-1)
     chosen_B = torch.minimum((cumulative_BV <= threshold_B1).sum(dim=-1), kept_B - 1)
     return order_BV.gather(-1, chosen_B[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""What a train step needs, found by taking it with tensors that have shapes and no values."""
+"""The memory that a train step needs, measured with fake tensors, which have shapes and no values."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from gpt2_core.config import TrainConfig
+from gpt2_core.config import ResolvedConfig
 from gpt2_core.errors import UserError
 from gpt2_core.memory import host_memory, out_of_memory
 from gpt2_torch.model import GPT2
@@ -16,26 +16,26 @@ from gpt2_torch.optimizer import make_optimizer
 
 
 @contextlib.contextmanager
-def memory_errors(config: TrainConfig, device: torch.device, processes: int) -> Iterator[None]:
-    """Turn PyTorch's running out of memory into a sentence."""
+def memory_errors(config: ResolvedConfig, device: torch.device, processes: int) -> Iterator[None]:
+    """Turn PyTorch's out-of-memory errors into a UserError with a suggested batch size."""
     try:
         yield
     except RuntimeError as error:
-        # Each device's allocator has words of its own.
+        # Each device's allocator has its own message.
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
-        raise _sentence(config, device, processes) from error
+        raise _out_of_memory(config, device, processes) from error
 
 
-def check_memory(config: TrainConfig, device: torch.device, processes: int) -> None:
-    """Raise UserError if the step can't but fail: on CPU the system would kill the process, without an error."""
+def check_memory(config: ResolvedConfig, device: torch.device, processes: int) -> None:
+    """Raise UserError if the step is sure to fail: on CPU the system would kill the process, without an error."""
     if device.type == "cpu":
         sequences = config.microbatch_size // processes
         if bytes_needed(config, "cpu", sequences, config.accumulation, processes) > host_memory():
-            raise _sentence(config, device, processes)
+            raise _out_of_memory(config, device, processes)
 
 
-def _sentence(config: TrainConfig, device: torch.device, processes: int) -> UserError:
+def _out_of_memory(config: ResolvedConfig, device: torch.device, processes: int) -> UserError:
     available = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
 
     def planner(sequences: int, accumulation: int) -> int:
@@ -44,7 +44,7 @@ def _sentence(config: TrainConfig, device: torch.device, processes: int) -> User
     return out_of_memory(config, planner, ways=processes, available=available, device=device.type)
 
 
-def bytes_needed(config: TrainConfig, device: str, sequences: int, accumulation: int, processes: int = 1) -> int:
+def bytes_needed(config: ResolvedConfig, device: str, sequences: int, accumulation: int, processes: int = 1) -> int:
     """Largest number of bytes in tensors during a step of so many sequences at once, uncompiled; compiled, a model
     keeps less for its backward pass."""
     default = torch.get_default_dtype()
@@ -73,5 +73,5 @@ def bytes_needed(config: TrainConfig, device: str, sequences: int, accumulation:
     finally:
         torch.set_default_dtype(default)
     peak = max(found["Total"] for found in tracker.get_tracker_snapshot("peak").values())
-    # DistributedDataParallel has a second copy of the gradients, to send.
+    # DistributedDataParallel has a second copy of the gradients, in its buckets.
     return peak + (parameters if processes > 1 else 0)

@@ -1,4 +1,4 @@
-"""GPT-2 in plain PyTorch: the reference that the JAX model is held against. Read it from top to bottom.
+"""GPT-2 in plain PyTorch: the reference that the JAX model is compared with. Read it from top to bottom.
 
 Shapes: B batch, T time, D embedding, H heads, K head size, F MLP width, V vocabulary.
 """
@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2_core.batches import IGNORED
-from gpt2_core.config import ModelConfig
+from gpt2_core.config import IGNORED, ModelConfig
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -59,7 +58,7 @@ def alibi_mask(q_BHTK: Tensor) -> Tensor:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and what precedes it (Vaswani et al. 2017)."""
+    """Causal multi-head attention (Vaswani et al. 2017)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""AdamW, by which parameters decay."""
+"""AdamW with weight decay on matrices only."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from gpt2_core.config import OptimizerConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW whose decay leaves biases and layer norms (everything of one dimension) alone."""
+    """AdamW without decay of biases and layer norms (parameters of one dimension)."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     spared = [p for p in model.parameters() if p.dim() < 2]
     return torch.optim.AdamW(

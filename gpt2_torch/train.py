@@ -1,21 +1,22 @@
 """The reference trainer, on one device or, under torchrun, on one device a process (DistributedDataParallel).
 
-Reads as a document: one step, an evaluation, and the loop around them.
+Read it from top to bottom: one step, an evaluation, the set-up of a run, and the loop.
 """
 
 import contextlib
 import dataclasses
-import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_core.batches import IGNORED, Batch, TrainingBatches, evaluation_batches
-from gpt2_core.config import TrainConfig, accumulate
+from gpt2_core.batches import Batch, TrainingBatches, evaluation_batches
+from gpt2_core.config import IGNORED, ResolvedConfig, TrainConfig
+from gpt2_core.due import Due, due_after, is_logged
 from gpt2_core.errors import UserError
 from gpt2_core.interrupt import interruptible
 from gpt2_core.run_folder import RunFolder, RunPlan, metadata_of, plan_run
@@ -23,14 +24,17 @@ from gpt2_core.runlog import RunLog, peak_flops
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
 from gpt2_core.tokenizer import get_tokenizer
-from gpt2_core.tokens import open_tokens, steps_of
+from gpt2_core.tokens import TokenFolder, open_tokens, steps_of
 from gpt2_core.weights import Weights
 from gpt2_torch import checkpoints
 from gpt2_torch.generate import generate
 from gpt2_torch.memory import check_memory, memory_errors
 from gpt2_torch.model import GPT2
 from gpt2_torch.optimizer import make_optimizer
+from gpt2_torch.runtime import device_name, pick_device, process_group, resolve, set_matmul_precision
 from gpt2_torch.weights import to_state_dict
+
+# --- one step
 
 
 def accumulate_gradients(
@@ -43,7 +47,7 @@ def accumulate_gradients(
 ) -> Tensor:
     """Add the gradients of the mean loss over the targets that count, and return that loss.
 
-    The batch is computed in `accumulation` parts; the mean is over all of them together, and over all processes.
+    The batch is computed in `accumulation` parts; the mean is over all parts together, and over all processes.
     """
     processes = dist.get_world_size() if dist.is_initialized() else 1
     count = (targets_BT != IGNORED).sum()
@@ -52,7 +56,7 @@ def accumulate_gradients(
     total = torch.zeros((), device=inputs_BT.device, dtype=torch.float64 if _is_float64(model) else torch.float32)
     parts = list(zip(inputs_BT.chunk(accumulation), targets_BT.chunk(accumulation), strict=True))
     for number, (inputs, targets) in enumerate(parts, start=1):
-        # DDP exchanges gradients after the last part only, and divides their sum by the number of processes.
+        # DDP all-reduces gradients after the last part only, and divides their sum by the number of processes.
         waits = processes > 1 and number < len(parts)
         with model.no_sync() if waits else contextlib.nullcontext():
             with autocast or contextlib.nullcontext():
@@ -65,8 +69,8 @@ def accumulate_gradients(
 
 
 def dropout_seed(seed: int, step: int, rank: int, processes: int) -> int:
-    """What PyTorch is seeded with before each step: dropout is then a function of (seed, step, rank), and nothing
-    random need be saved."""
+    """PyTorch's seed before each step: dropout is then a function of (seed, step, rank), and no random state needs to
+    be saved."""
     return seed * 1_000_003 + step * processes + rank
 
 
@@ -92,7 +96,9 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches, device: torch.device, autocast: contextlib.AbstractContextManager) -> float:
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], device: torch.device, autocast: contextlib.AbstractContextManager
+) -> float:
     """Mean loss over the targets of `batches` that count."""
     model.eval()
     total, count = 0.0, 0
@@ -105,230 +111,174 @@ def evaluate(model: nn.Module, batches, device: torch.device, autocast: contextl
     return total / count
 
 
-def train(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None] = lambda config: None) -> RunFolder:
-    """Train as `config` says; returns the run's folder.
-
-    `initial` reads the weights that a run starts from, where it isn't resumed; None means random ones.
-    """
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(config.device)
-    config = resolve(config, device, processes)
-    check_memory(config, device, processes)
-    set_matmul_precision(config.precision)
-    with memory_errors(config, device, processes), _group_of(processes, device):
-        return _train(config, initial, device, rank, processes)
-
-
-def _train(
-    config: TrainConfig,
-    initial: Callable[[TrainConfig], Weights | None],
-    device: torch.device,
-    rank: int,
-    processes: int,
-) -> RunFolder:
-    plan = _plan(config, initial, rank, processes)
-    config, folder, tokens = plan.config, plan.folder, open_tokens(config)
-
-    torch.manual_seed(config.seed)
-    model = GPT2(config.model).to(device, torch.float64 if config.precision == "float64" else torch.float32)
-    optimizer = make_optimizer(model, config.optimizer)
-    if plan.checkpoint is not None:
-        checkpoints.restore(plan.checkpoint, model, optimizer)
-    elif (weights := initial(config)) is not None:
-        model.load_state_dict(to_state_dict(weights))
-
-    # What computes may be compiled, what trains may be wrapped too; `model` stays the plain module, whose weights
-    # they share.
-    compiled: nn.Module = torch.compile(model) if config.compile else model
-    trained = compiled
-    if processes > 1:
-        trained = DistributedDataParallel(compiled, device_ids=[device.index] if device.type == "cuda" else None)
-    bfloat16 = config.precision == "bfloat16"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-
-    batches = TrainingBatches(
-        tokens.train,
-        block_size=config.model.block_size,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        process=rank,
-        processes=processes,
-    )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    peak = peak_flops(name, config.precision)
-    log = RunLog(folder, config, start_step=plan.step, peak_flops=peak and peak * processes, enabled=rank == 0)
-
-    def evaluate_and_log(step: int) -> None:
-        if rank == 0 and len(tokens.val):
-            with log.untimed():
-                validation = evaluation_batches(
-                    tokens.val,
-                    block_size=config.model.block_size,
-                    batch_size=config.microbatch_size // processes,
-                    sequences=config.eval_sequences,
-                )
-                log.evaluation(step, evaluate(compiled, validation, device, autocast))
-
-    def save(step: int) -> None:
-        if rank == 0:
-            with log.untimed():
-                metadata = metadata_of(config, step, "torch", tokens.digest)
-                checkpoints.save(folder.checkpoints / str(step), model.state_dict(), metadata, optimizer)
-                folder.remove_obsolete(config.keep_checkpoints)
-                log.draw_curves()
-
-    def write_text(step: int) -> None:
-        if rank == 0:
-            with log.untimed(), autocast:
-                tokenizer = get_tokenizer(config.data.tokenizer)
-                numbers = uniforms(config.seed, step, config.sample_tokens)[None]
-                ids = [row[0] for row in generate(model, [[tokenizer.end_of_text]], numbers, Sampling())]
-                folder.write_sample(step, tokenizer.decode(ids))
-                model.train()
-
-    with log:
-        log.introduce(
-            f"torch {torch.__version__} on {processes} x {name}, {config.precision}, "
-            f"{'compiled' if config.compile else 'eager'}; {config.model.parameter_count:,} parameters; "
-            f"{tokens.source}; run {folder.path}" + (f", from step {plan.step}" if plan.checkpoint else "")
-        )
-        if plan.checkpoint is None:
-            evaluate_and_log(0)
-        for step in interruptible(range(plan.step, plan.step if log.reached_target else config.steps)):
-            torch.manual_seed(dropout_seed(config.seed, step, rank, processes))
-            rate = learning_rate(step, config.steps, config.optimizer)
-            loss, grad_norm = train_step(
-                trained,
-                optimizer,
-                *_to_device(batches[step], device),
-                learning_rate=rate,
-                clip_norm=config.optimizer.clip_norm,
-                accumulation=config.accumulation,
-                autocast=autocast,
-            )
-            if step % config.log_interval == 0 or step + 1 == config.steps:
-                log.train(step, loss=loss.item(), learning_rate=rate, grad_norm=grad_norm.item())
-            done = step + 1
-            ends = done == config.steps or log.reached_target
-            due = ends or done % config.checkpoint_interval == 0
-            if due or done % config.eval_interval == 0:
-                evaluate_and_log(done)
-            if config.sample_interval and done % config.sample_interval == 0:
-                write_text(done)
-            if due:
-                save(done)
-            if ends:
-                break
-        log.end()
-        if config.steps == 0 and plan.checkpoint is None:
-            save(0)
-    return folder
-
-
-@contextlib.contextmanager
-def _group_of(processes: int, device: torch.device) -> Iterator[None]:
-    """The process group of a run by several processes, which leave it together."""
-    if processes == 1:
-        yield
-        return
-    # Imported once there is a group, as DDP would, its functions' defaults refer to the group for ever.
-    import torch.distributed.nn.functional  # noqa: F401
-
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    except UserError:  # which all of them raise
-        dist.destroy_process_group()
-        raise
-    # Gloo's threads may still hold tensors, and let go of them whenever they get to it: fatal in a Python that is
-    # ending. The group waits for its threads when nothing refers to it any more, DDP's cycles included.
-    gc.collect()
-    dist.destroy_process_group()
-
-
-def pick_device(choice: str) -> torch.device:
-    """The device that `--device` names; under torchrun, this process's own GPU."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if choice == "auto":
-        choice = next(kind for kind, there in found.items() if there)
-    if not found[choice]:
-        raise UserError(
-            f"--device {choice}: PyTorch {torch.__version__} finds none here; "
-            f"use {' or '.join(kind for kind, there in found.items() if there)}"
-        )
-    if choice == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"torchrun --nproc_per_node: process {local_rank} finds no GPU of its own, there are "
-                f"{torch.cuda.device_count()}; start as many processes as there are GPUs"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        return device
-    return torch.device(choice)
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """What `auto` means on this device; raises UserError for a precision that it doesn't have."""
-    if precision == "float64" and device.type == "mps":
-        raise UserError("--precision float64: mps has no float64; use --device cpu")
-    if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        raise UserError(
-            f"--precision tf32: needs an NVIDIA GPU of compute capability 8.0 or newer (Ampere), and this is {name}; "
-            f"use float32"
-        )
-    if precision == "auto":
-        return "float32" if device.type == "cpu" else "bfloat16"
-    return precision
-
-
-def set_matmul_precision(precision: str) -> None:
-    """Have this process do float32 matrix products in TF32 for tf32, and in true float32 otherwise.
-
-    By this function, and not torch.backends.cuda.matmul.fp32_precision: torch.compile asks for what it sets, and torch
-    raises an error if the two ways are mixed.
-    """
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-
-
-def resolve(config: TrainConfig, device: torch.device, processes: int) -> TrainConfig:
-    """Fill in what `auto` and left-out options mean on this device; raises UserError for what it can't do."""
-    precision = resolve_precision(config.precision, device)
-    config = accumulate(config, processes)
-    if config.microbatch_size % processes:
-        raise UserError(
-            f"--batch_size {config.batch_size}: not divisible by accumulation {config.accumulation} x "
-            f"{processes} processes"
-        )
-    compiled = device.type == "cuda" if config.compile is None else config.compile
-    return dataclasses.replace(config, precision=precision, compile=compiled)
-
-
-def _plan(config: TrainConfig, initial: Callable[[TrainConfig], Weights | None], rank: int, processes: int) -> RunPlan:
-    """The run, begun by the first process, which finds and tells the others whatever is wrong with it."""
-    outcome: list = [None]
-    if rank == 0:
-        try:
-            tokens = open_tokens(config)
-            plan = plan_run(steps_of(config, tokens), framework="torch", data_digest=tokens.digest)
-            if plan.checkpoint is None:
-                initial(plan.config)
-            plan.begin()
-            outcome = [dataclasses.replace(plan)]
-        except UserError as error:
-            outcome = [error]
-    if processes > 1:
-        dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return plan if rank == 0 else outcome[0]
-
-
 def _to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     return tuple(torch.from_numpy(part).to(device, torch.long, non_blocking=True) for part in batch)
 
 
 def _is_float64(model: nn.Module) -> bool:
     return next(model.parameters()).dtype == torch.float64
+
+
+# --- a run
+
+
+def train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None] = lambda config: None) -> RunFolder:
+    """Train as `asked`; returns the run's folder.
+
+    `initial` reads the weights that a new run starts from; None means random ones.
+    """
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(asked.device)
+    config = resolve(asked, device, processes)
+    check_memory(config, device, processes)
+    set_matmul_precision(config.precision)
+    with memory_errors(config, device, processes), process_group(processes, device):
+        start = open_run(config, initial, rank, processes)
+        Trainer(start, device, rank, processes).run()
+    return start.plan.folder
+
+
+class Start(NamedTuple):
+    """What a run starts from: its plan, its tokens, and the weights it was given, if any."""
+
+    plan: RunPlan
+    tokens: TokenFolder
+    weights: Weights | None
+
+
+def open_run(
+    config: ResolvedConfig, initial: Callable[[TrainConfig], Weights | None], rank: int, processes: int
+) -> Start:
+    """Open data and weights, once in each process, and take the run's folder.
+
+    The first process goes first, because it may have to write the tokens. It sends its plan to the others, or the
+    UserError that all of them then raise.
+    """
+    start, sent = None, [None]
+    if rank == 0:
+        try:
+            tokens = open_tokens(config)
+            plan = plan_run(steps_of(config, tokens), framework="torch", data_digest=tokens.digest)
+            start = Start(plan, tokens, initial(plan.config) if plan.checkpoint is None else None)
+            plan.begin()
+            sent = [dataclasses.replace(plan)]  # without the lock of the folder, which can't be pickled
+        except UserError as error:
+            sent = [error]
+    if processes > 1:
+        dist.broadcast_object_list(sent)
+    (plan,) = sent
+    if isinstance(plan, UserError):
+        raise plan
+    if start is None:
+        start = Start(plan, open_tokens(plan.config), initial(plan.config) if plan.checkpoint is None else None)
+    return start
+
+
+class Trainer:
+    """One process of a run: everything is set up once, then `run` is the loop."""
+
+    def __init__(self, start: Start, device: torch.device, rank: int, processes: int) -> None:
+        self.plan, self.tokens, _ = start
+        self.config, self.folder = config, folder = self.plan.config, self.plan.folder
+        self.device, self.rank, self.processes = device, rank, processes
+
+        torch.manual_seed(config.seed)
+        self.model = GPT2(config.model).to(device, torch.float64 if config.precision == "float64" else torch.float32)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        if self.plan.checkpoint is not None:
+            checkpoints.restore(self.plan.checkpoint, self.model, self.optimizer)
+        elif start.weights is not None:
+            self.model.load_state_dict(to_state_dict(start.weights))
+
+        # Evaluation runs the compiled module and training its DDP wrapper. Both share the weights of `model`, which
+        # stays the plain module that checkpoints and samples use.
+        self.compiled: nn.Module = torch.compile(self.model) if config.compile else self.model
+        self.trained = self.compiled
+        if processes > 1:
+            gpus = [device.index] if device.type == "cuda" else None
+            self.trained = DistributedDataParallel(self.compiled, device_ids=gpus)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+        self.batches = TrainingBatches(
+            self.tokens.train,
+            block_size=config.model.block_size,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            process=rank,
+            processes=processes,
+        )
+        peak = peak_flops(device_name(device), config.precision)
+        peak = peak and peak * processes
+        self.log = RunLog(folder, config, start_step=self.plan.step, peak_flops=peak, enabled=rank == 0)
+
+    def run(self) -> None:
+        config, first, resumed = self.config, self.plan.step, self.plan.checkpoint is not None
+        with self.log as log:
+            log.introduce(
+                f"torch {torch.__version__} on {self.processes} x {device_name(self.device)}, {config.precision}, "
+                f"{'compiled' if config.compile else 'eager'}; {config.model.parameter_count:,} parameters; "
+                f"{self.tokens.source}; run {self.folder.path}" + (f", from step {first}" if resumed else "")
+            )
+            if not resumed:
+                self.do(due_after(0, config), 0)
+            for step in interruptible(range(first, first if log.reached_target else config.steps)):
+                self.step(step)
+                due = due_after(step + 1, config, reached_target=log.reached_target)
+                self.do(due, step + 1)
+                if due.stop:
+                    break
+            log.end()
+
+    def step(self, step: int) -> None:
+        """One update, logged where that is due."""
+        config = self.config
+        torch.manual_seed(dropout_seed(config.seed, step, self.rank, self.processes))
+        rate = learning_rate(step, config.steps, config.optimizer)
+        loss, grad_norm = train_step(
+            self.trained,
+            self.optimizer,
+            *_to_device(self.batches[step], self.device),
+            learning_rate=rate,
+            clip_norm=config.optimizer.clip_norm,
+            accumulation=config.accumulation,
+            autocast=self.autocast,
+        )
+        if is_logged(step, config):
+            self.log.train(step, loss=loss.item(), learning_rate=rate, grad_norm=grad_norm.item())
+
+    def do(self, due: Due, updates: int) -> None:
+        """What is due after so many updates; the first process does it for all."""
+        if self.rank > 0:
+            return
+        with self.log.untimed():
+            if due.evaluate:
+                self.evaluate(updates)
+            if due.sample:
+                self.write_sample(updates)
+            if due.save:
+                self.save(updates)
+
+    def evaluate(self, updates: int) -> None:
+        if not len(self.tokens.val):
+            return
+        validation = evaluation_batches(
+            self.tokens.val,
+            block_size=self.config.model.block_size,
+            batch_size=self.config.microbatch_size // self.processes,
+            sequences=self.config.eval_sequences,
+        )
+        self.log.evaluation(updates, evaluate(self.compiled, validation, self.device, self.autocast))
+
+    def write_sample(self, updates: int) -> None:
+        tokenizer = get_tokenizer(self.config.data.tokenizer)
+        numbers = uniforms(self.config.seed, updates, self.config.sample_tokens)[None]
+        with self.autocast:
+            ids = [row[0] for row in generate(self.model, [[tokenizer.end_of_text]], numbers, Sampling())]
+        self.model.train()
+        self.folder.write_sample(updates, tokenizer.decode(ids))
+
+    def save(self, updates: int) -> None:
+        metadata = metadata_of(self.config, updates, "torch", self.tokens.digest)
+        checkpoints.save(self.folder.checkpoints / str(updates), self.model.state_dict(), metadata, self.optimizer)
+        self.folder.remove_obsolete(self.config.keep_checkpoints)
+        self.log.draw_curves()

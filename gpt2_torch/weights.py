@@ -1,5 +1,5 @@
-"""Between the canonical form and a PyTorch state dict: same names; the layout `torch` of gpt2_core.weights.layouts
-says which shapes differ (nn.Linear stores (out, in), GPT-2 (in, out))."""
+"""Conversion between canonical weights and a PyTorch state dict: the names are the same, and the layout `torch` of
+gpt2_core.weights.layouts lists the shapes that differ (nn.Linear stores (out, in), GPT-2 (in, out))."""
 
 from collections.abc import Mapping
 

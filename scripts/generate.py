@@ -82,8 +82,9 @@ Generate = Callable[[list[list[int]], np.ndarray, Sampling], Iterator[list[int]]
 def _jax(weights: Weights, options, end_of_text: int | None) -> Generate:
     import jax
 
+    from gpt2_jax.definition import define
     from gpt2_jax.generate import Generator
-    from gpt2_jax.model import Execution, define
+    from gpt2_jax.model import Execution
     from gpt2_jax.runtime import resolve_precision
     from gpt2_jax.weights import from_canonical
 
@@ -96,7 +97,7 @@ def _torch(weights: Weights, options) -> Generate:
     import torch
 
     from gpt2_torch.generate import generate
-    from gpt2_torch.train import pick_device, resolve_precision
+    from gpt2_torch.runtime import pick_device, resolve_precision
     from gpt2_torch.weights import build
 
     device = pick_device(options.device or "auto")

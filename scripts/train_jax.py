@@ -2,6 +2,7 @@
 
 from gpt2_core.cli import parse_train_config, run
 from gpt2_core.memory import keep_freed_memory
+from gpt2_jax.mesh import check_option
 
 
 def main(arguments: list[str]) -> None:
@@ -14,6 +15,7 @@ def main(arguments: list[str]) -> None:
             "device": "it chooses train_torch.py's device; here: --mesh, and JAX_PLATFORMS=cpu for the CPU",
             "compile": "train_jax.py always compiles; it belongs to train_torch.py",
         },
+        check=check_option,
     )
     from gpt2_jax.runtime import configure
 

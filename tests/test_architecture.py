@@ -39,6 +39,19 @@ def test_the_reference_imports_no_jax():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(("model", "framework"), [("gpt2_torch.model", "torch"), ("gpt2_jax.model", "flax.nnx")])
+def test_a_model_file_imports_its_framework_and_the_configuration_alone(model, framework):
+    # No Grain, tokenizer or YAML, which take seconds to import, and not the other framework.
+    def loaded_by(module: str) -> set[str]:
+        command = [sys.executable, "-c", f"import sys, {module}; print(*sys.modules)"]
+        return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+
+    new = loaded_by(model) - loaded_by(framework)
+    assert not {"jax", "torch", "grain", "tiktoken", "yaml", "jsonargparse"} & new
+    core = {name for name in new if name.startswith("gpt2_core.")}
+    assert all(name == "gpt2_core.errors" or name.startswith("gpt2_core.config") for name in core), core
+
+
 def test_no_package_is_missing_from_the_distribution():
     import tomllib
 

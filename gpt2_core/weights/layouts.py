@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_core.config import ModelConfig
+from gpt2_core.config import VOCABULARY_MULTIPLE, ModelConfig
 from gpt2_core.errors import UserError
 from gpt2_core.weights.canonical import Stored, check_tensors
 
@@ -91,15 +91,15 @@ class Layout:
     def decode(self, found: Mapping[str, Stored], config: ModelConfig, source: str) -> dict[str, Stored]:
         """Canonical tensors from what a file of this format holds; raises UserError, in the file's own names."""
         if config.n_layer > len(found):  # refused before a damaged header's number of layers is believed
-            raise UserError(f"{source}: {config.n_layer} layers are said and {len(found)} tensors there")
+            raise UserError(f"{source}: declares {config.n_layer} layers but has {len(found)} tensors")
         places = self.placements(config)
         kept = {name: tensor for name, tensor in found.items() if not re.fullmatch(self.buffers, name)}
         head, embedding = kept.get("lm_head.weight"), kept.get(self.prefix + "wte.weight")
         if config.tie_embeddings and head is not None and embedding is not None:
             if not _same(head, embedding):
                 raise UserError(
-                    f"{source}: lm_head.weight differs from {self.prefix}wte.weight, though the head is said to be "
-                    "tied to the embedding"
+                    f"{source}: lm_head.weight differs from {self.prefix}wte.weight, though the configuration "
+                    "ties the head to the embedding"
                 )
             del kept["lm_head.weight"]
         check_tensors(kept, {place.name: place.shape for place in places.values()}, source)
@@ -126,7 +126,7 @@ class Placement:
 
 
 CANONICAL = Layout("safetensors")
-JAX = Layout("jax", qkv_apart=True, vocabulary_multiple=128)
+JAX = Layout("jax", qkv_apart=True, vocabulary_multiple=VOCABULARY_MULTIPLE)
 TORCH = Layout("torch", out_in=True)
 
 

@@ -52,8 +52,9 @@ def test_all_sides_compute_the_same_tokens():
     """What is raced is the same work: every session's model continues the prompt alike."""
     from benchmarks.generate import _prompts, _weights
     from gpt2_core.sampling import Sampling
+    from gpt2_jax.definition import define
     from gpt2_jax.generate import Generator
-    from gpt2_jax.model import Execution, define
+    from gpt2_jax.model import Execution
     from gpt2_jax.weights import from_canonical
     from gpt2_torch.generate import generate as by_reference
     from gpt2_torch.weights import build

@@ -65,7 +65,7 @@ def test_a_kernel_is_known_by_its_name(name):
     ("name", "source", "kind"),
     [
         ("input_reduce_fusion_8", "step: tree_norm / tree_sum / reduce_sum", OPTIMIZER),
-        ("loop_add_subtract_fusion", "step: make_train_step.step / sub", OPTIMIZER),
+        ("loop_add_subtract_fusion", "step: Program.train_step.step / sub", OPTIMIZER),
         ("input_concatenate_fusion_2", "step: tree_update_moment / add", OPTIMIZER),
         ("input_reduce_fusion", "backward: Block / add_norm / reduce_sum", NORM),
         ("input_reduce_fusion_1", "forward: _forward.add / _chunk_loss / _in_one_pass / reduce", LOSS),

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from gpt2_core.batches import IGNORED, TrainingBatches, evaluation_batches
+from gpt2_core.batches import TrainingBatches, evaluation_batches
+from gpt2_core.config import IGNORED
 from gpt2_core.errors import UserError
 from gpt2_core.tokens import Source
 

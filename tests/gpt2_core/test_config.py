@@ -10,10 +10,9 @@ from gpt2_core.config import (
     OptimizerConfig,
     TrainConfig,
     accumulate,
-    check_mesh,
     differences,
     from_dict,
-    parse_mesh,
+    resolved,
     to_yaml,
 )
 from gpt2_core.errors import UserError
@@ -46,11 +45,6 @@ def test_training_flops_are_six_a_parameter_and_the_attention_square():
         (lambda: OptimizerConfig(learning_rate=float("nan")), "--optimizer.learning_rate nan"),
         (lambda: OptimizerConfig(beta2=1.0), "--optimizer.beta2 1.0"),
         (lambda: TrainConfig(batch_size=6, accumulation=4), "--accumulation 4: batch_size 6 .* use 1, 2, 3 or 6"),
-        (lambda: TrainConfig(batch_size=8, mesh="data=3"), "--mesh data=3: batch_size 8 .* use 1, 2, 4 or 8"),
-        (lambda: TrainConfig(batch_size=8, accumulation=4, mesh=8), "batch_size 8 / accumulation 4 = 2"),
-        (lambda: TrainConfig(mesh="data=2,data=4"), "named twice"),
-        (lambda: TrainConfig(mesh="rows=2"), "--mesh rows=2: expected a number of devices"),
-        (lambda: TrainConfig(mesh="data=0"), "--mesh data=0"),
     ],
 )
 def test_impossible_settings_are_refused_with_what_was_typed(make, words):
@@ -58,19 +52,17 @@ def test_impossible_settings_are_refused_with_what_was_typed(make, words):
         make()
 
 
-def test_a_mesh_number_means_data():
-    assert parse_mesh(8) == parse_mesh("8") == parse_mesh("data=8") == {"data": 8, "fsdp": 1, "tensor": 1}
-
-
-def test_heads_that_the_tensor_axis_does_not_divide_are_refused():
-    xl = TrainConfig(model=ModelConfig(**PRESETS["gpt2-xl"]))
-    with pytest.raises(UserError, match="n_head 25 is not divisible by tensor = 2; use 1, 5 or 25"):
-        check_mesh(parse_mesh("tensor=2"), xl)
-
-
 def test_yaml_gives_the_configuration_back():
     config = TrainConfig(model=ModelConfig(n_layer=3), optimizer=OptimizerConfig(learning_rate=1e-5), mesh="fsdp=2")
     assert from_dict(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_a_resolved_configuration_is_written_as_one_that_was_asked_for():
+    decided = {"precision": "float32", "mesh": "data=2,fsdp=1,tensor=1", "accumulation": 2}
+    config = resolved(TrainConfig(mesh=2), **decided)
+    assert to_yaml(config) == to_yaml(TrainConfig(**decided))
+    with pytest.raises(AssertionError, match="auto isn't resolved"):
+        resolved(TrainConfig())
 
 
 def test_differences_are_named_with_dots():

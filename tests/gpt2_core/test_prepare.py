@@ -155,7 +155,7 @@ def test_out_of_disk_it_says_so_and_loses_nothing(lines, tmp_path, monkeypatch):
         begin(self, ids)
 
     monkeypatch.setattr(module._ShardWriter, "write", write_to_full_disk)
-    with pytest.raises(UserError, match=r"out: the disk is full; .* make room and give the same command again"):
+    with pytest.raises(UserError, match=r"out: the disk is full; .* free some space and run the same command again"):
         write(tmp_path / "out", corpus_of(lines))
     state = json.loads((tmp_path / "out" / "progress.json").read_text())
     assert state["place"][0] > 100

@@ -115,14 +115,14 @@ def test_a_text_that_has_moved_is_the_same_text(make_config):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "already holds this run; go on with it by --resume"),
+        ({}, "already holds this run; continue it with --resume"),
         ({"seed": 5}, r"already holds a run of another configuration \(seed differ"),
         ({"resume": "newest", "seed": 5}, "was trained with seed 1337, not 5"),
         ({"resume": "newest", "optimizer": OptimizerConfig()}, "optimizer.learning_rate 0.003, not 0.0006 .and 1 more"),
         ({"resume": "newest", "framework": "torch"}, "was written by the jax trainer"),
         ({"resume": "newest", "data_digest": "e"}, "the text has changed"),
         ({"resume": "newest", "steps": 2}, "--steps 2: the run is already at step 3"),
-        ({"resume": "newest", "run_dir": "nowhere"}, "holds no run to go on with"),
+        ({"resume": "newest", "run_dir": "nowhere"}, "holds no run to resume"),
         ({"resume": "/nowhere"}, "neither a run folder nor a checkpoint"),
     ],
 )
@@ -136,7 +136,7 @@ def test_nothing_is_overwritten_and_no_other_run_resumed(make_config, changes, w
 
 def test_going_back_in_the_same_folder_is_refused(make_config):
     folder = fake_run(make_config(), [1, 3])
-    with pytest.raises(UserError, match="has gone on to step 3"):
+    with pytest.raises(UserError, match="is already at step 3"):
         reopen(make_config(), resume=str(folder.checkpoints / "1"))
 
 

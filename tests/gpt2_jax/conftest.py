@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from gpt2_core.config import format_mesh, parse_mesh
+from gpt2_core.config import resolved
+from gpt2_jax.mesh import format_mesh, parse_mesh
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def mesh_config(make_config):
     """A configuration as gpt2_jax.train.resolve leaves it."""
 
     def make(name="run", mesh=1, precision="float32", **overrides):
-        resolved = {"mesh": format_mesh(parse_mesh(mesh)), "precision": precision, "attention": "xla"}
-        return make_config(name, **resolved | {"norm_kernel": "xla"} | overrides)
+        settings = {"mesh": format_mesh(parse_mesh(mesh)), "attention": "xla", "norm_kernel": "xla"}
+        return resolved(make_config(name, precision=precision, **settings | overrides))
 
     return make

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_core.config import ModelConfig, parse_mesh
+from gpt2_core.config import ModelConfig
 from gpt2_jax.alibi import alibi_bias, alibi_slopes
 from gpt2_jax.attention import cached_attention, causal_attention
-from gpt2_jax.model import Execution, define
+from gpt2_jax.definition import define
+from gpt2_jax.mesh import parse_mesh
+from gpt2_jax.model import Execution
 from gpt2_jax.sharding import constrain, make_mesh
 
 

@@ -5,14 +5,11 @@ import numpy as np
 import pytest
 
 from gpt2_convert import open_weights, write_weights
-from gpt2_core.config import ModelConfig, parse_mesh
+from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
 from gpt2_core.run_folder import RunFolder, metadata_of
 from gpt2_jax.checkpoints import CheckpointWriter, restore
-from gpt2_jax.optimizer import make_optimizer
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train import define_model, new_state
-from gpt2_jax.train_step import abstract_state
+from gpt2_jax.train_step import make_program
 
 
 @pytest.fixture
@@ -21,7 +18,7 @@ def saved(mesh_config):
     config = mesh_config(mesh=8)
     folder = RunFolder(Path(config.run_dir))
     folder.path.mkdir()
-    state = new_state(config, define_model(config), make_mesh(parse_mesh(8)), None)
+    state = make_program(config).initial_state()
     writer = CheckpointWriter(folder, keep=2)
     writer.save(4, state, metadata_of(config, 4, "jax", "d"))
     writer.close()
@@ -29,8 +26,7 @@ def saved(mesh_config):
 
 
 def abstract(config):
-    mesh = make_mesh(parse_mesh(config.mesh))
-    return abstract_state(define_model(config), make_optimizer(config.optimizer, config.model), mesh)
+    return make_program(config).abstract_state
 
 
 @pytest.mark.parametrize("mesh", [1, "data=2,fsdp=2,tensor=2"])

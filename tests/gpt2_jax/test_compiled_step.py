@@ -7,12 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from gpt2_core.config import ModelConfig, parse_mesh
+from gpt2_core.config import ModelConfig
 from gpt2_jax import loss
-from gpt2_jax.optimizer import make_optimizer
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train import define_model
-from gpt2_jax.train_step import abstract_state, batch_sharding, compile_train_step, make_train_step
+from gpt2_jax.train_step import make_program
 
 # Sizes of which no two products are alike, so that an array is known by its size.
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=64, vocab_size=1000)
@@ -24,7 +21,7 @@ def program(mesh_config):
 
     def program(**how) -> list[tuple[str, str, tuple[int, ...]]]:
         config = mesh_config(model=MODEL, batch_size=8, **how)
-        text = compile_train_step(config, define_model(config), make_mesh(parse_mesh(config.mesh))).as_text()
+        text = make_program(config).compile_train_step().as_text()
         return [
             (operation, dtype, tuple(int(n) for n in dims.split(",") if n))
             for results, operation in re.findall(r"= (\(.*?\)|\S+) ([a-z][\w-]*)\(", text)
@@ -52,7 +49,7 @@ def test_parts_of_a_batch_add_their_gradients_up_in_place(mesh_config):
 
     def temporary(parts: int) -> int:
         config = mesh_config(model=model, batch_size=parts, accumulation=parts)
-        step = compile_train_step(config, define_model(config), make_mesh(parse_mesh(config.mesh)))
+        step = make_program(config).compile_train_step()
         return step.memory_analysis().temp_size_in_bytes
 
     # A sequence at a time: hardly anything but gradients. With a buffer for their sum and another for a part's own it
@@ -130,13 +127,11 @@ def test_gradients_are_exchanged_in_the_dtype_asked_for(mesh_config, exchange, d
 
 def lower(config, platform: str = "cpu"):
     """A train step lowered for a platform, which need not be here."""
-    definition, mesh = define_model(config), make_mesh(parse_mesh(config.mesh))
-    state = abstract_state(definition, make_optimizer(config.optimizer, config.model), mesh)
+    program = make_program(config)
     shape = (config.accumulation, config.microbatch_size, config.model.block_size)
-    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
-    step = make_train_step(definition, config, mesh)
-    with jax.set_mesh(mesh):
-        traced = step.trace(state, tokens, tokens, jax.ShapeDtypeStruct((), np.float32))
+    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=program.batch_sharding)
+    with jax.set_mesh(program.mesh):
+        traced = program.train_step.trace(program.abstract_state, tokens, tokens, jax.ShapeDtypeStruct((), np.float32))
         return traced.lower(lowering_platforms=(platform,))
 
 

@@ -10,8 +10,9 @@ import pytest
 import gpt2_jax.generate
 from gpt2_core.config import ModelConfig
 from gpt2_core.sampling import Sampling, fit_context
+from gpt2_jax.definition import define
 from gpt2_jax.generate import Generator, sample
-from gpt2_jax.model import Execution, define
+from gpt2_jax.model import Execution
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sampler_cases import SETTINGS, by_definition, logits_and_uniforms

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import gpt2_jax.loss
-from gpt2_core.batches import IGNORED
-from gpt2_core.config import parse_mesh
+from gpt2_core.config import IGNORED
 from gpt2_jax.loss import summed_cross_entropy
+from gpt2_jax.mesh import parse_mesh
 from gpt2_jax.sharding import make_mesh, sharding
 
 B, T, D, V, PADDED = 8, 13, 16, 100, 128

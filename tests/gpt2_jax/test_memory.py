@@ -5,13 +5,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gpt2_core.config import ModelConfig, parse_mesh
+from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
 from gpt2_jax import memory
 from gpt2_jax.memory import bytes_needed, memory_errors
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train import define_model, train
-from gpt2_jax.train_step import compile_train_step
+from gpt2_jax.train import train
+from gpt2_jax.train_step import make_program
 
 
 @pytest.fixture
@@ -27,10 +26,9 @@ def limit(monkeypatch):
 def test_too_large_a_batch_ends_with_what_would_fit_and_it_does(mesh_config, limit, tmp_path):
     model = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257)
     config = mesh_config(model=model, batch_size=96, mesh=2)
-    mesh, definition = make_mesh(parse_mesh(config.mesh)), define_model(config)
 
     def needed(**changes):
-        return bytes_needed(compile_train_step(dataclasses.replace(config, **changes), definition, mesh))
+        return bytes_needed(make_program(dataclasses.replace(config, **changes)).compile_train_step())
 
     available = needed(batch_size=40) + 1000
     limit(available)
@@ -47,11 +45,10 @@ def test_too_large_a_batch_ends_with_what_would_fit_and_it_does(mesh_config, lim
 
 def test_xlas_own_error_becomes_the_sentence(mesh_config, limit):
     config = mesh_config()
-    mesh = make_mesh(parse_mesh(config.mesh))
     limit(1000)
     with (
         pytest.raises(UserError, match="out of memory: .* not even one sequence fits"),
-        memory_errors(config, define_model(config), mesh),
+        memory_errors(make_program(config)),
     ):
         jax.block_until_ready(jnp.ones(1 << 50, jnp.int8))
 
@@ -60,6 +57,6 @@ def test_other_errors_pass(mesh_config):
     config = mesh_config()
     with (
         pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
-        memory_errors(config, define_model(config), make_mesh(parse_mesh(config.mesh))),
+        memory_errors(make_program(config)),
     ):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_core.batches import IGNORED
-from gpt2_core.config import ModelConfig
+from gpt2_core.config import IGNORED, ModelConfig
+from gpt2_jax.definition import define
 from gpt2_jax.dropout import dropout, dropout_mask, unpack
-from gpt2_jax.model import Execution, define, padded_vocab_size
+from gpt2_jax.model import Execution, padded_vocab_size
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=31)
 TOKENS = np.random.default_rng(0).integers(31, size=(2, 8))

@@ -10,8 +10,9 @@ import pytest
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
 from gpt2_jax import norm_kernels
+from gpt2_jax.definition import define
 from gpt2_jax.layers import _layer_norm
-from gpt2_jax.model import Execution, define
+from gpt2_jax.model import Execution
 from gpt2_jax.norm_kernels import add_layer_norm, choose_norm_kernel
 
 EPSILON = 1e-5

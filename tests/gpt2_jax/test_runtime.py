@@ -10,7 +10,8 @@ from jaxlib import xla_client
 from gpt2_core.config import ModelConfig, dtype_of
 from gpt2_core.errors import UserError
 from gpt2_jax import runtime
-from gpt2_jax.model import Execution, define
+from gpt2_jax.definition import define
+from gpt2_jax.model import Execution
 
 PROGRAM = """
 import jax, jax.numpy as jnp

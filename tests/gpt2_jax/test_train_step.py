@@ -5,12 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_core.batches import IGNORED, Batch
-from gpt2_core.config import ModelConfig, OptimizerConfig, parse_mesh
+from gpt2_core.batches import Batch
+from gpt2_core.config import IGNORED, ModelConfig, OptimizerConfig
 from gpt2_jax.optimizer import clip_by_global_norm, make_optimizer
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train import define_model, new_state
-from gpt2_jax.train_step import make_train_step, put_batch
+from gpt2_jax.train_step import make_program
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257)
 
@@ -25,14 +23,11 @@ def batch_of(step: int, size: int = 8) -> Batch:
 
 def run(config, steps=4):
     """Losses and gradient norms of a few steps, and the state they lead to."""
-    mesh = make_mesh(parse_mesh(config.mesh))
-    definition = define_model(config)
-    state = new_state(config, definition, mesh, None)
-    step = make_train_step(definition, config, mesh)
-    found = []
-    with jax.set_mesh(mesh):
+    program = make_program(config)
+    state, found = program.initial_state(), []
+    with jax.set_mesh(program.mesh):
         for number in range(steps):
-            state, metrics = step(state, *put_batch(batch_of(number), config.accumulation, mesh), 1e-2)
+            state, metrics = program.train_step(state, *program.put_batch(batch_of(number)), 1e-2)
             found.append((float(metrics.loss), float(metrics.grad_norm)))
     return found, state
 
@@ -65,14 +60,12 @@ def test_every_mesh_computes_the_same_steps(x64, mesh_config, on_one_device, mes
 
 def test_the_step_compiles_once_and_donates_its_state(mesh_config):
     config = mesh_config(model=MODEL, mesh="data=2,fsdp=2,tensor=2")
-    mesh = make_mesh(parse_mesh(config.mesh))
-    definition = define_model(config)
-    step = make_train_step(definition, config, mesh)
-    first = state = new_state(config, definition, mesh, None)
-    with jax.set_mesh(mesh):
+    program = make_program(config)
+    first = state = program.initial_state()
+    with jax.set_mesh(program.mesh):
         for number in range(3):
-            state, _ = step(state, *put_batch(batch_of(number), 1, mesh), np.float32(1e-2))
-    assert step._cache_size() == 1
+            state, _ = program.train_step(state, *program.put_batch(batch_of(number)), np.float32(1e-2))
+    assert program.train_step._cache_size() == 1
     assert all(array.is_deleted() for array in jax.tree.leaves(first))
     assert int(state.step) == 3
 
@@ -80,13 +73,13 @@ def test_the_step_compiles_once_and_donates_its_state(mesh_config):
 def test_with_fsdp_each_device_holds_an_eighth(mesh_config):
     model = ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=257)
     config = mesh_config(model=model, mesh="fsdp=8")
-    mesh = make_mesh(parse_mesh(config.mesh))
-    state = new_state(config, define_model(config), mesh, None)
+    program = make_program(config)
+    state = program.initial_state()
     _, trained = run(mesh_config(model=MODEL, mesh="fsdp=8"), steps=1)
     for held in (state, trained):
         leaves = jax.tree.leaves((held.params, held.opt_state))
         total = sum(x.nbytes for x in leaves)
-        for device in mesh.devices.flat:
+        for device in program.mesh.devices.flat:
             own = sum(s.data.nbytes for x in leaves for s in x.addressable_shards if s.device == device)
             assert own <= total / 8 * 1.05
 
@@ -94,8 +87,7 @@ def test_with_fsdp_each_device_holds_an_eighth(mesh_config):
 def test_the_state_is_sharded_from_birth(mesh_config):
     # No device ever holds an array whole: each gets an eighth of every parameter and both its moments.
     config = mesh_config(model=MODEL, mesh="fsdp=8")
-    mesh = make_mesh(parse_mesh(config.mesh))
-    state = new_state(config, define_model(config), mesh, None)
+    state = make_program(config).initial_state()
     moments = state.opt_state[0]
     for tree in (state.params, moments.mu, moments.nu):
         for name, p in tree.items():
@@ -113,7 +105,8 @@ def test_decay_touches_matrices_only_and_not_the_vector_that_is_kept_as_a_matrix
 
 
 def define_model_params():
-    from gpt2_jax.model import Execution, define
+    from gpt2_jax.definition import define
+    from gpt2_jax.model import Execution
 
     definition = define(MODEL, Execution())
     return {name: jnp.ones(a.shape, a.dtype) for name, a in definition.abstract.items()}

@@ -3,8 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from gpt2_core.batches import IGNORED
-from gpt2_core.config import ModelConfig
+from gpt2_core.config import IGNORED, ModelConfig
 from gpt2_torch.model import GPT2, alibi_mask, alibi_slopes
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=31)

@@ -4,26 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_core import runlog
-from gpt2_core.batches import IGNORED
-from gpt2_core.config import ModelConfig, OptimizerConfig, from_yaml, to_yaml
+from gpt2_core.config import IGNORED, ModelConfig, OptimizerConfig, from_yaml, to_yaml
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import read_metrics
+from gpt2_core.run_folder import RunFolder, RunPlan, read_metrics
+from gpt2_torch import train as train_module
 from gpt2_torch.model import GPT2
 from gpt2_torch.optimizer import make_optimizer
-from gpt2_torch.train import (
-    accumulate_gradients,
-    pick_device,
-    resolve_precision,
-    set_matmul_precision,
-    train,
-    train_step,
-)
+from gpt2_torch.runtime import pick_device, resolve_precision, set_matmul_precision
+from gpt2_torch.train import accumulate_gradients, train, train_step
 
 
 def losses(folder, split="train"):
@@ -136,6 +131,22 @@ def test_it_stops_at_the_target_and_accumulates_as_its_devices_need(make_config)
     # Resumed, it has nothing left to do.
     resumed = train(make_config(optimizer=optimizer, checkpoint_interval=100, resume="newest", **settings))
     assert losses(resumed) == found
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_opens_tokens_and_weights_once(make_config, monkeypatch, rank):
+    opened = []
+    open_tokens = train_module.open_tokens
+    monkeypatch.setattr(train_module, "open_tokens", lambda config: opened.append("tokens") or open_tokens(config))
+    config = make_config()
+    # A second process gets the plan of the first.
+    plan = RunPlan(config, RunFolder(Path(config.run_dir)), checkpoint=None, continued=False)
+    monkeypatch.setattr(
+        train_module.dist, "broadcast_object_list", lambda sent: sent.__setitem__(0, plan) if rank else None
+    )
+    start = train_module.open_run(config, lambda config: opened.append("weights"), rank, processes=2)
+    assert opened == ["tokens", "weights"]
+    assert start.plan.config == config and len(start.tokens.train) == 1
 
 
 def test_two_processes_train_as_one(make_config, tmp_path):

@@ -112,7 +112,7 @@ def test_a_run_of_no_steps_can_be_resumed_and_trained_on(script, run, recipe, tm
         (("--model.n_head", "3"), "--model.n_embd 16: not divisible by n_head 3"),
         (("--run_dir", "taken", "--seed", "7"), "--run_dir taken: already holds a run of another configuration"),
         (("--resume", "--run_dir", "taken"), "taken was trained with model.n_layer 2, not 1"),
-        (("--resume", "--run_dir", "new"), "holds no run to go on with"),
+        (("--resume", "--run_dir", "new"), "holds no run to resume"),
         (("--init_from", "nowhere"), "nowhere: no such file or folder"),
         (("--precision", "tf32", "--device", "cpu"), "--precision tf32: needs an NVIDIA GPU of compute capability 8.0"),
     ],

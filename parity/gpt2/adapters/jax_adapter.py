@@ -21,18 +21,19 @@ import gpt2_jax.optimizer
 import gpt2_jax.train
 import gpt2_jax.train_step
 import gpt2_jax.weights
-from gpt2_core.batches import IGNORED, Batch
-from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig, check_mesh, parse_mesh
+from gpt2_core.batches import Batch
+from gpt2_core.config import IGNORED, ModelConfig, OptimizerConfig, ResolvedConfig, TrainConfig, resolved
 from gpt2_core.sampling import Sampling
 from gpt2_core.weights import Weights
 from gpt2_jax import checkpoints
 from gpt2_jax.attention import choose_kernel
 from gpt2_jax.capture import perturb, record, tapping
-from gpt2_jax.model import Definition, Execution, define, padded_vocab_size
+from gpt2_jax.definition import Definition, define
+from gpt2_jax.mesh import check_mesh, parse_mesh
+from gpt2_jax.model import Execution, padded_vocab_size
 from gpt2_jax.norm_kernels import choose_norm_kernel
 from gpt2_jax.runtime import matmul_precision
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train_step import abstract_state
+from gpt2_jax.train_step import Program
 from gpt2_jax.weights import from_canonical
 from parity.engine import dataflow
 from parity.gpt2.adapters.protocol import (
@@ -88,7 +89,7 @@ class JaxAdapter:
     def __init__(self, weights: Weights, dtype: str = "float64", programs: _Programs | None = None) -> None:
         self.weights, self.config, self.dtype = weights, weights.config, dtype
         self._given = programs
-        self._steps: dict[TrainConfig, tuple] = {}
+        self._trainings: dict[TrainConfig, Program] = {}
         self._initializers: dict[tuple[ModelConfig, str], Callable] = {}
 
     def make(self, weights: Weights, dtype: str = "float64") -> "JaxAdapter":
@@ -186,9 +187,8 @@ class JaxAdapter:
 
     def steps(self, config: TrainConfig, batches: Sequence[Batch]) -> Iterator[Step]:
         """The same, one at a time."""
-        mesh = make_mesh(parse_mesh(config.mesh))
-        definition, optimizer, step = self._train_step(_compiled_settings(config))
-        state = gpt2_jax.train_step.initial_state(definition, optimizer, mesh, seed=config.seed, params=self.params)
+        training = self._training(_compiled_settings(config))
+        state = training.initial_state(self.params)
 
         def canonical() -> State:
             trees = (state.params, state.opt_state[0].mu, state.opt_state[0].nu)
@@ -200,20 +200,18 @@ class JaxAdapter:
         for number, batch in enumerate(batches):
             rate = gpt2_jax.train.learning_rate(number, config.steps, config.optimizer)
             # Set for this step alone: between two steps the caller computes without the mesh.
-            with jax.set_mesh(mesh):
-                on_device = gpt2_jax.train_step.put_batch(batch, config.accumulation, mesh)
-                state, metrics = step(state, *on_device, np.asarray(rate, definition.execution.param_dtype))
+            with jax.set_mesh(training.mesh):
+                rate = np.asarray(rate, training.definition.execution.param_dtype)
+                state, metrics = training.train_step(state, *training.put_batch(batch), rate)
             yield Step(float(metrics.loss), float(metrics.grad_norm), canonical, embedding)
 
-    def _train_step(self, config: TrainConfig):
-        """The definition, the optimizer and the step that `config` asks for, compiled once for this adapter."""
-        if config not in self._steps:
+    def _training(self, config: TrainConfig) -> Program:
+        """What `config` asks to train, compiled once for this adapter."""
+        if config not in self._trainings:
             kernel = choose_kernel(config.attention, precision=config.precision, model=config.model)
-            definition = define(config.model, Execution(config.precision, kernel, config.scan_layers, config.remat))
-            optimizer = gpt2_jax.train_step.make_optimizer(config.optimizer, config.model)
-            step = gpt2_jax.train_step.make_train_step(definition, config, make_mesh(parse_mesh(config.mesh)))
-            self._steps[config] = definition, optimizer, step
-        return self._steps[config]
+            run = resolved(config, attention=kernel, norm_kernel="xla")
+            self._trainings[config] = gpt2_jax.train_step.make_program(run)
+        return self._trainings[config]
 
     def dropout_masks(self, config: TrainConfig, batches: Sequence[Batch]) -> Masks:
         """The masks that the train step draws at each step, for each part of its batch."""
@@ -326,10 +324,9 @@ class JaxAdapter:
 
     def evaluate(self, config: TrainConfig, batch: Batch) -> float:
         """The trainer's own evaluation of a batch, on the mesh and in the way that `config` says: the mean loss."""
-        mesh = make_mesh(parse_mesh(config.mesh))
-        definition = gpt2_jax.train.define_model(dataclasses.replace(config, norm_kernel="xla"))
-        with jax.set_mesh(mesh):
-            total = gpt2_jax.train_step.make_eval_step(definition, mesh)(self.params, *batch)
+        program = gpt2_jax.train_step.make_program(resolved(config, norm_kernel="xla"))
+        with jax.set_mesh(program.mesh):
+            total = program.eval_step(self.params, *batch)
         return float(total) / int((batch.targets != IGNORED).sum())
 
     def trainer(self) -> Trainer:
@@ -431,9 +428,10 @@ class JaxAdapter:
 
     def changed_by_mesh(self, config: ModelConfig, seed: int, mesh: str) -> list[str]:
         """The tensors that are drawn otherwise where they are born on a mesh."""
-        definition = define(config, Execution("float64"))
-        optimizer = gpt2_jax.train_step.make_optimizer(OptimizerConfig(), config)
-        state = gpt2_jax.train_step.initial_state(definition, optimizer, make_mesh(parse_mesh(mesh)), seed=seed)
+        run = ResolvedConfig(
+            model=config, precision="float64", seed=seed, mesh=mesh, attention="xla", norm_kernel="xla"
+        )
+        state = gpt2_jax.train_step.make_program(run).initial_state()
         return _unequal(state.params, self._initialized(config, seed))
 
     def _initialized(self, config: ModelConfig, seed: int, dtype: str = "float64") -> Arrays:
@@ -458,14 +456,11 @@ class JaxAdapter:
 
     def step_program(self, config: TrainConfig) -> dataflow.Graph:
         """Of a train step on the mesh that `config` says."""
-        mesh, definition = make_mesh(parse_mesh(config.mesh)), define(config.model, Execution(config.precision))
-        optimizer = gpt2_jax.train_step.make_optimizer(config.optimizer, config.model)
-        state = abstract_state(definition, optimizer, mesh)
+        training = gpt2_jax.train_step.make_program(resolved(config, norm_kernel="xla"))
         tokens = jax.ShapeDtypeStruct((1, config.batch_size, config.model.block_size), np.int32)
         rate = jax.ShapeDtypeStruct((), np.float32)
-        step = gpt2_jax.train_step.make_train_step(definition, config, mesh)
-        with jax.set_mesh(mesh):
-            return dataflow.trace(step, state, tokens, tokens, rate)
+        with jax.set_mesh(training.mesh):
+            return dataflow.trace(training.train_step, training.abstract_state, tokens, tokens, rate)
 
     def _canonical(self, params) -> Arrays:
         return gpt2_jax.weights.canonical_arrays(params, self.config)
@@ -516,10 +511,8 @@ def _unequal(found: Arrays, expected: Arrays) -> list[str]:
 
 
 def _state_of_checkpoint(checkpoint: Path, config: TrainConfig) -> TrainerState:
-    config = gpt2_jax.train.resolve(config)
-    mesh = make_mesh(gpt2_jax.train.parse_mesh(config.mesh))
-    adamw = gpt2_jax.optimizer.make_optimizer(config.optimizer, config.model)
-    state = checkpoints.restore(checkpoint, abstract_state(gpt2_jax.train.define_model(config), adamw, mesh))
+    program = gpt2_jax.train_step.make_program(gpt2_jax.train.resolve(config))
+    state = checkpoints.restore(checkpoint, program.abstract_state)
     trees = (state.params, state.opt_state[0].mu, state.opt_state[0].nu)
     return TrainerState(int(state.step), *(gpt2_jax.weights.canonical_arrays(tree, config.model) for tree in trees))
 

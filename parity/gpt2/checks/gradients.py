@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gpt2_core.batches import IGNORED, Batch
+from gpt2_core.batches import Batch
+from gpt2_core.config import IGNORED
 from parity.engine import divergence
 from parity.engine.adapter import lacking
 from parity.engine.evidence import Depth

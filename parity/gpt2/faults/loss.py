@@ -8,7 +8,7 @@ import gpt2_jax.loss
 import gpt2_jax.model
 import gpt2_jax.train_step
 import gpt2_torch.train
-from gpt2_core.batches import IGNORED
+from gpt2_core.config import IGNORED
 from parity.gpt2.faults.fault import fault
 
 

@@ -9,8 +9,7 @@ import gpt2_core.run_folder
 import gpt2_jax.train
 import gpt2_torch.checkpoints
 import gpt2_torch.train
-from gpt2_core.batches import IGNORED
-from gpt2_core.config import OptimizerConfig
+from gpt2_core.config import IGNORED, OptimizerConfig
 from parity.gpt2.faults.fault import fault, replacing
 
 

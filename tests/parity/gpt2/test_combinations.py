@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import gpt2_jax.generate
-from gpt2_core.batches import IGNORED
-from gpt2_core.config import MESH_AXES, ModelConfig, TrainConfig, parse_mesh
+from gpt2_core.config import IGNORED, ModelConfig, TrainConfig
+from gpt2_jax.mesh import MESH_AXES, parse_mesh
 from gpt2_jax.model import Execution
 from parity.engine.covering import all_pairs, covering_rows, pairs_of
 from parity.gpt2.adapters import both
