@@ -127,9 +127,8 @@ class Program:
         """
         config, axes = self.config, self.definition.logical_axes
         tokens, dropout = (None, "batch", None), config.model.dropout > 0
-        exchange_dtype = "bfloat16" if config.gradient_exchange == "bfloat16" else None
         sharded_loss_and_grads = per_shard(
-            functools.partial(loss_and_grads, self.definition, exchange_dtype=exchange_dtype),
+            functools.partial(loss_and_grads, self.definition, exchange_dtype=_exchange_dtype(config)),
             self.mesh,
             (_whole(axes), tokens, tokens, (None, "batch") if dropout else None),
             ((), {name: exchanged_axes(of_parameter, self.mesh) for name, of_parameter in axes.items()}),
@@ -207,6 +206,10 @@ def make_program(config: ResolvedConfig, devices: Sequence[jax.Device] | None = 
         define(config.model, execution),
         make_optimizer(config.optimizer, config.model),
     )
+
+
+def _exchange_dtype(config: ResolvedConfig) -> str | None:
+    return "bfloat16" if config.gradient_exchange == "bfloat16" else None
 
 
 def dropout_keys(seed: int, step: int | jax.Array, shape: tuple[int, int]) -> jax.Array:
