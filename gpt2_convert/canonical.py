@@ -8,7 +8,7 @@ from gpt2_convert.format import Format, Holds
 from gpt2_convert.source import Source
 from gpt2_core.config import model_from_dict
 from gpt2_core.errors import UserError
-from gpt2_core.weights import StoredArrays, Weights
+from gpt2_core.weights import LazyArrays, Weights
 from gpt2_core.weights.layouts import CANONICAL
 from gpt2_core.weights.safetensors import json_object, write_tensors
 
@@ -29,14 +29,14 @@ def read(source: Source) -> Weights:
         )
     config = model_from_dict(json_object(metadata.get("model", ""), f"{path}: its metadata 'model'"), str(path))
     arrays = CANONICAL.decode(tensors, config, str(path))
-    return Weights(config, StoredArrays(arrays), str(path), metadata.get("tokenizer") or None)
+    return Weights(config, LazyArrays(arrays), str(path), metadata.get("tokenizer") or None)
 
 
 def write(weights: Weights, path: Path) -> None:
     """Write `weights` to `path`; a reader of any framework finds the names and shapes that Hugging Face uses."""
     model = dataclasses.asdict(weights.config)
     metadata = {"format": _FORMAT, "model": json.dumps(model), "tokenizer": weights.tokenizer or ""}
-    write_tensors(path, CANONICAL.encode(weights.stored, weights.config), metadata)
+    write_tensors(path, CANONICAL.encode(weights.tensors, weights.config), metadata)
 
 
 FORMAT = Format(

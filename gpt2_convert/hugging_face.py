@@ -9,7 +9,7 @@ from gpt2_convert.source import Source
 from gpt2_core.config import ModelConfig, model_from_dict
 from gpt2_core.errors import UserError
 from gpt2_core.tokenizer import get_tokenizer, is_genuine, local_file
-from gpt2_core.weights import Stored, StoredArrays, Weights
+from gpt2_core.weights import LazyArrays, LazyTensor, Weights
 from gpt2_core.weights.layouts import Layout
 from gpt2_core.weights.safetensors import write_tensors
 
@@ -53,14 +53,14 @@ def read(source: Source) -> Weights:
     found = _open_shards(file) if file.path.name.endswith(".index.json") else _open(file)
     arrays = LAYOUT.decode(prefixed(found, LAYOUT.prefix, "lm_head.weight", file.path), config, str(file.path))
     written_here = file.safetensors[1].get(TOKENIZER_METADATA) if file.is_safetensors else None
-    return Weights(config, StoredArrays(arrays), str(source.folder), written_here or read_tokenizer(source))
+    return Weights(config, LazyArrays(arrays), str(source.folder), written_here or read_tokenizer(source))
 
 
 def write(weights: Weights, folder: Path) -> None:
     """A folder that transformers' GPT2LMHeadModel.from_pretrained loads."""
     folder.mkdir()
     metadata = {"format": "pt", TOKENIZER_METADATA: weights.tokenizer or ""}
-    write_tensors(folder / _WEIGHTS, LAYOUT.encode(weights.stored, weights.config), metadata)
+    write_tensors(folder / _WEIGHTS, LAYOUT.encode(weights.tensors, weights.config), metadata)
     write_description(weights, folder)
 
 
@@ -86,7 +86,7 @@ def write_description(weights: Weights, folder: Path, **more: Any) -> None:
         "activation_function": activation,
         **dict.fromkeys(_DROPOUTS, config.dropout),
         **ends,
-        "dtype": weights.stored["wte.weight"].dtype.name,
+        "dtype": weights.tensors["wte.weight"].dtype.name,
         **more,
     }
     _write_json(folder / CONFIG, described)
@@ -135,17 +135,17 @@ def _weights_file(source: Source) -> Source:
     raise UserError(f"{source.folder}: has {CONFIG} and no weights; expected {' or '.join(SOURCES)}")
 
 
-def _open(file: Source) -> dict[str, Stored]:
+def _open(file: Source) -> dict[str, LazyTensor]:
     if file.tensors is None:
         raise UserError(f"{file.path}: not a safetensors file or state dict, which has a tensor for each name")
     return file.tensors
 
 
-def _open_shards(index: Source) -> dict[str, Stored]:
+def _open_shards(index: Source) -> dict[str, LazyTensor]:
     path, places = index.path, index.json.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise UserError(f"{path}: has no «weight_map» from tensors to files")
-    found: dict[str, Stored] = {}
+    found: dict[str, LazyTensor] = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file or not file.endswith((".safetensors", ".bin")):
             raise UserError(f"{path}: names {file!r:.80}; expected a file of weights in the same folder")
@@ -162,9 +162,9 @@ def _open_shards(index: Source) -> dict[str, Stored]:
     return found
 
 
-def prefixed(found: dict[str, Stored], prefix: str, head: str, path: Path) -> dict[str, Stored]:
+def prefixed(found: dict[str, LazyTensor], prefix: str, head: str, path: Path) -> dict[str, LazyTensor]:
     """Names as the model with a head has them; the bare model's lack the prefix."""
-    named: dict[str, Stored] = {}
+    named: dict[str, LazyTensor] = {}
     for name, tensor in found.items():
         full = name if name.startswith(prefix) or name == head else prefix + name
         if full in named:

@@ -5,7 +5,7 @@ from pathlib import Path
 from gpt2_convert.format import Format, Holds
 from gpt2_convert.source import Source
 from gpt2_core.config import model_from_dict
-from gpt2_core.weights import StoredArrays, Weights
+from gpt2_core.weights import LazyArrays, Weights
 from gpt2_core.weights.layouts import JAX
 
 
@@ -20,7 +20,7 @@ def read(source: Source) -> Weights:
 
     config = model_from_dict(metadata["model"], str(source.folder))
     arrays = JAX.decode(open_parameters(source.folder), config, str(source.folder))
-    return Weights(config, StoredArrays(arrays), str(source.folder), metadata["tokenizer"])
+    return Weights(config, LazyArrays(arrays), str(source.folder), metadata["tokenizer"])
 
 
 def write(weights: Weights, path: Path) -> None:

@@ -14,9 +14,9 @@ from gpt2_convert.source import Source
 from gpt2_core.config import ModelConfig, model_from_dict
 from gpt2_core.errors import UserError
 from gpt2_core.files import writing
-from gpt2_core.weights.canonical import DTYPES, StoredArrays, Weights
+from gpt2_core.weights.canonical import DTYPES, LazyArrays, Weights
 from gpt2_core.weights.layouts import Layout
-from gpt2_core.weights.safetensors import stored_at, write_values
+from gpt2_core.weights.safetensors import lazy_tensor_at, write_values
 
 LAYOUT = Layout(
     "llmc",
@@ -44,7 +44,7 @@ def detect(source: Source) -> bool:
 def write(weights: Weights, path: Path) -> None:
     """Write `weights` as version 3 (float32) or 5 (bfloat16); raises UserError if they have more than one dtype."""
     config = weights.config
-    tensors = LAYOUT.encode(weights.stored, config)
+    tensors = LAYOUT.encode(weights.tensors, config)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1:
         raise UserError(
@@ -85,9 +85,9 @@ def read(source: Source) -> Weights:
     shapes = {name: place.shape for name, place in LAYOUT.placements(config).items()}
     found, offset = {}, HEADER_BYTES
     for name in _order(config):
-        found[name] = stored_at(path, offset, dtype, shapes[name])
+        found[name] = lazy_tensor_at(path, offset, dtype, shapes[name])
         offset += found[name].nbytes
-    return Weights(config, StoredArrays(LAYOUT.decode(found, config, str(path))), str(path))
+    return Weights(config, LazyArrays(LAYOUT.decode(found, config, str(path))), str(path))
 
 
 def _order(config: ModelConfig) -> Iterator[str]:
@@ -98,7 +98,7 @@ def _order(config: ModelConfig) -> Iterator[str]:
 
 
 def _notes(weights: Weights) -> list[str]:
-    if weights.stored["wte.weight"].dtype != DTYPES["bfloat16"]:
+    if weights.tensors["wte.weight"].dtype != DTYPES["bfloat16"]:
         return []
     return ["this is version 5, for llm.c's CUDA program; its CPU program reads version 3: --dtype float32"]
 

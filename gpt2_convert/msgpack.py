@@ -18,7 +18,7 @@ from gpt2_convert.format import GPT2, Format, Holds
 from gpt2_convert.source import Source
 from gpt2_core.errors import UserError
 from gpt2_core.files import writing
-from gpt2_core.weights import Stored, StoredArrays, Weights
+from gpt2_core.weights import LazyArrays, LazyTensor, Weights
 from gpt2_core.weights.layouts import Layout, Placement
 
 _WEIGHTS = "flax_model.msgpack"
@@ -61,7 +61,7 @@ def read(source: Source) -> Weights:
     arrays = LAYOUT.decode(found, config, str(path))
     written_here = source.file(hugging_face.CONFIG).json.get(hugging_face.TOKENIZER_METADATA)
     tokenizer = written_here if isinstance(written_here, str) else hugging_face.read_tokenizer(source)
-    return Weights(config, StoredArrays(arrays), str(source.folder), tokenizer)
+    return Weights(config, LazyArrays(arrays), str(source.folder), tokenizer)
 
 
 def write(weights: Weights, folder: Path) -> None:
@@ -69,14 +69,14 @@ def write(weights: Weights, folder: Path) -> None:
     from flax.traverse_util import unflatten_dict
 
     folder.mkdir()
-    tree = unflatten_dict(LAYOUT.encode(weights.stored, weights.config), sep="/")
+    tree = unflatten_dict(LAYOUT.encode(weights.tensors, weights.config), sep="/")
     with writing(folder / _WEIGHTS) as file:
         _write_tree(tree, file, msgpack.Packer())
     known = {} if weights.tokenizer is None else {hugging_face.TOKENIZER_METADATA: weights.tokenizer}
     hugging_face.write_description(weights, folder, **known)
 
 
-def _restore(path: Path) -> dict[str, Stored]:
+def _restore(path: Path) -> dict[str, LazyTensor]:
     """The arrays of a file, by the names on the way to them with slashes between."""
     from flax.serialization import msgpack_restore
     from flax.traverse_util import flatten_dict
@@ -92,7 +92,7 @@ def _restore(path: Path) -> dict[str, Stored]:
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray):
             raise UserError(f"{path}: {name:.80} isn't an array")
-    return {name: Stored(array.shape, array.dtype, lambda array=array: array) for name, array in arrays.items()}
+    return {name: LazyTensor(array.shape, array.dtype, lambda array=array: array) for name, array in arrays.items()}
 
 
 def _write_tree(tree: dict[str, Any], file: BinaryIO, packer: msgpack.Packer) -> None:

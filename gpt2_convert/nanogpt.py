@@ -12,7 +12,7 @@ from gpt2_convert.format import GPT2, GPT2_SIZES, MASKS, Format, Holds
 from gpt2_convert.source import Source
 from gpt2_core.config import model_from_dict
 from gpt2_core.errors import UserError
-from gpt2_core.weights import Stored, StoredArrays, Weights
+from gpt2_core.weights import LazyArrays, LazyTensor, Weights
 from gpt2_core.weights.layouts import Layout
 
 LAYOUT = Layout("nanogpt", prefix="transformer.", out_in=True, copies_head=True, buffers=MASKS, only=GPT2 | GPT2_SIZES)
@@ -52,7 +52,7 @@ def read(source: Source, mlp: str | None = None) -> Weights:
     tokenizer = ours.get("tokenizer")
     return Weights(
         config,
-        StoredArrays(LAYOUT.decode(found, config, str(path))),
+        LazyArrays(LAYOUT.decode(found, config, str(path))),
         str(path),
         tokenizer if isinstance(tokenizer, str) else None,
         notes,
@@ -68,7 +68,7 @@ def write(weights: Weights, path: Path) -> None:
 
     config = weights.config
     tensors: dict[str, Any] = {}
-    stored = LAYOUT.encode(weights.stored, config)
+    stored = LAYOUT.encode(weights.tensors, config)
     for name, tensor in stored.items():
         if name != "lm_head.weight":
             tensors[name] = to_tensor(tensor.read())
@@ -98,10 +98,10 @@ def _arguments(contents: dict, path: Path) -> tuple[dict[str, Any], str]:
     return given, program
 
 
-def _unwrapped(model: Mapping[str, Any], path: Path) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
+def _unwrapped(model: Mapping[str, Any], path: Path) -> dict[str, LazyTensor]:
+    found: dict[str, LazyTensor] = {}
     for name, tensor in model.items():
-        if not isinstance(tensor, Stored):
+        if not isinstance(tensor, LazyTensor):
             raise UserError(f"{path}: {name!s:.80} isn't a tensor")
         bare = str(name)
         while prefix := next((p for p in _WRAPPERS if bare.startswith(p)), None):

@@ -6,7 +6,7 @@ from typing import Any
 
 from gpt2_core.errors import UserError
 from gpt2_core.run_folder import metadata_path, read_metadata
-from gpt2_core.weights import Stored
+from gpt2_core.weights import LazyTensor
 from gpt2_core.weights.safetensors import json_object, open_tensors
 
 # What torch.save's files begin with: a zip archive's signature, or the pickled number that versions before 2020 wrote.
@@ -47,13 +47,13 @@ class Source:
         return self.head.startswith((TORCH_ZIP, TORCH_OLD))
 
     @functools.cached_property
-    def safetensors(self) -> tuple[dict[str, Stored], dict[str, str]]:
+    def safetensors(self) -> tuple[dict[str, LazyTensor], dict[str, str]]:
         """The tensors and the metadata of a safetensors file."""
         return open_tensors(self.path)
 
     @functools.cached_property
     def torch(self) -> Any:
-        """What torch.save wrote, with a `Stored` instead of each tensor."""
+        """What torch.save wrote, with a `LazyTensor` instead of each tensor."""
         from gpt2_convert.torch_files import open_torch_file
 
         return open_torch_file(self.path)
@@ -63,13 +63,13 @@ class Source:
         return json_object(self.path.read_bytes(), str(self.path))
 
     @property
-    def tensors(self) -> dict[str, Stored] | None:
+    def tensors(self) -> dict[str, LazyTensor] | None:
         """The tensors of a safetensors file, or of a torch.save file that holds a state dict; None of any other."""
         if self.is_safetensors:
             return self.safetensors[0]
         if not self.is_torch or not isinstance(self.torch, dict):
             return None
-        if not all(isinstance(tensor, Stored) for tensor in self.torch.values()):
+        if not all(isinstance(tensor, LazyTensor) for tensor in self.torch.values()):
             return None
         return {str(name): tensor for name, tensor in self.torch.items()}
 

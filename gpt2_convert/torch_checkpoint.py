@@ -8,7 +8,7 @@ from gpt2_convert.source import Source
 from gpt2_core.config import from_yaml, model_from_dict
 from gpt2_core.errors import UserError
 from gpt2_core.run_folder import metadata_of_weights, metadata_path
-from gpt2_core.weights import StoredArrays, Weights
+from gpt2_core.weights import LazyArrays, Weights
 from gpt2_core.weights.layouts import TORCH
 from gpt2_core.weights.safetensors import write_tensors
 
@@ -28,14 +28,14 @@ def read(source: Source) -> Weights:
     config = model_from_dict(metadata["model"], str(source.folder))
     file = source.file(_WEIGHTS)
     arrays = TORCH.decode(file.safetensors[0], config, str(file.path))
-    return Weights(config, StoredArrays(arrays), str(source.folder), metadata["tokenizer"])
+    return Weights(config, LazyArrays(arrays), str(source.folder), metadata["tokenizer"])
 
 
 def write(weights: Weights, folder: Path) -> None:
     """A checkpoint of `weights` alone, to start from and not to resume."""
     path = metadata_path(folder)
     path.parent.mkdir(parents=True)
-    write_tensors(folder / _WEIGHTS, TORCH.encode(weights.stored, weights.config), {"format": "pt"})
+    write_tensors(folder / _WEIGHTS, TORCH.encode(weights.tensors, weights.config), {"format": "pt"})
     path.write_text(json.dumps(metadata_of_weights(weights, "torch")))
 
 
@@ -50,7 +50,7 @@ def _read_state_dict(source: Source) -> Weights:
         )
     config = from_yaml(source.folder / _RECIPE)
     arrays = TORCH.decode(source.tensors, config.model, str(path))
-    return Weights(config.model, StoredArrays(arrays), str(path), config.data.tokenizer)
+    return Weights(config.model, LazyArrays(arrays), str(path), config.data.tokenizer)
 
 
 FORMAT = Format(

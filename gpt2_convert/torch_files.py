@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from gpt2_convert.source import TORCH_ZIP
 from gpt2_core.errors import UserError
-from gpt2_core.weights import DTYPES, Stored
-from gpt2_core.weights.safetensors import stored_at
+from gpt2_core.weights import DTYPES, LazyTensor
+from gpt2_core.weights.safetensors import lazy_tensor_at
 from gpt2_torch.weights import to_array
 
 _DTYPES = {
@@ -37,7 +37,7 @@ class GPTConfig:
 
 
 def open_torch_file(path: Path) -> Any:
-    """What torch.save wrote: containers and numbers as they are, a `Stored` instead of each tensor.
+    """What torch.save wrote: containers and numbers as they are, a `LazyTensor` instead of each tensor.
 
     Nothing is unpickled but tensors, plain containers and `GPTConfig`. Raises UserError for a file that holds anything
     else, or that isn't whole.
@@ -121,7 +121,7 @@ def _check_entries(path: Path) -> None:
 
 
 def _replace(value: Any, place: tuple, seen: dict, path: Path, source: Path | _OldFile) -> Any:
-    """`value` with a Stored in the place of each tensor; tensors that share their memory share the Stored."""
+    """`value` with a LazyTensor in the place of each tensor; tensors that share their memory share the LazyTensor."""
     if isinstance(value, Tensor):
         key = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype)
         if key not in seen:
@@ -140,7 +140,7 @@ def _items(value: Any):
     return enumerate(value) if isinstance(value, list | tuple) else ()
 
 
-def _stored(fake: FakeTensor, place: tuple, path: Path, source: Path | _OldFile) -> Stored:
+def _stored(fake: FakeTensor, place: tuple, path: Path, source: Path | _OldFile) -> LazyTensor:
     name = ".".join(map(str, place))
     if not isinstance(fake, FakeTensor) or fake.layout != torch.strided or fake.dtype not in _DTYPES:
         raise UserError(f"{path}: {name} is {fake.dtype}, {fake.layout}; expected {', '.join(DTYPES)}")
@@ -153,8 +153,8 @@ def _stored(fake: FakeTensor, place: tuple, path: Path, source: Path | _OldFile)
         raise UserError(f"{path}: {name} reaches beyond the end of the file")
     dtype = _DTYPES[fake.dtype]
     if isinstance(source, _OldFile):
-        return Stored(shape, dtype, lambda: source.read(place))
-    flat = stored_at(path, offset + begin, dtype, (span // item,))
+        return LazyTensor(shape, dtype, lambda: source.read(place))
+    flat = lazy_tensor_at(path, offset + begin, dtype, (span // item,))
     if fake.is_contiguous():
         return flat.map(shape, lambda a: a.reshape(shape))
     strides = tuple(s * item for s in fake.stride())

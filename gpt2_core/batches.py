@@ -13,12 +13,12 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from gpt2_core.config import IGNORED
+from gpt2_core.config import IGNORE_INDEX
 from gpt2_core.tokens import Source, Split, check_ids
 
 
 class Batch(NamedTuple):
-    """`inputs` and `targets` (B, T), int32; `targets` are the inputs that follow, or IGNORED."""
+    """`inputs` and `targets` (B, T), int32; `targets` are the inputs that follow, or IGNORE_INDEX."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -99,7 +99,7 @@ def evaluation_batches(
     """`sequences` windows spread evenly over a split (all, if it has fewer), in order, in batches of one shape.
 
     Evenly, because the first documents of a split may differ from the rest. Each source of a mixture provides a share
-    by weight, and one sequence at least. The last batch is padded with sequences whose targets are all IGNORED.
+    by weight, and one sequence at least. The last batch is padded with sequences whose targets are all IGNORE_INDEX.
     """
     sources = _sources(tokens)
     total = sum(source.weight for source in sources)
@@ -107,18 +107,18 @@ def evaluation_batches(
     windows = [
         window
         for source, share in zip([Windows(s, block_size) for s in sources], shares, strict=True)
-        for window in map(source.__getitem__, _spread(share, len(source)))
+        for window in map(source.__getitem__, _evenly_spaced(share, len(source)))
     ]
     for start in range(0, len(windows), batch_size):
         batch = np.zeros((batch_size, block_size + 1), np.int32)
-        targets = np.full((batch_size, block_size), IGNORED, np.int32)
+        targets = np.full((batch_size, block_size), IGNORE_INDEX, np.int32)
         for row, window in enumerate(windows[start : start + batch_size]):
             batch[row] = window
             targets[row] = batch[row, 1:]
         yield Batch(batch[:, :-1], targets)
 
 
-def _spread(count: int, of: int) -> list[int]:
+def _evenly_spaced(count: int, of: int) -> list[int]:
     """`count` numbers from 0 to below `of`, evenly spaced; all of them if there are fewer."""
     count = min(count, of)
     return [number * of // count for number in range(count)]

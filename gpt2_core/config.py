@@ -15,7 +15,7 @@ from gpt2_core.errors import UserError
 NEWEST = "newest"
 
 # A target of this id counts neither in the loss nor in its mean (PyTorch's ignore_index, with nanoGPT's value).
-IGNORED = -1
+IGNORE_INDEX = -1
 
 # The JAX model pads its vocabulary to a multiple of this: matrix units want it, and a mesh's tensor axis divides it.
 VOCABULARY_MULTIPLE = 128
@@ -384,7 +384,7 @@ def dtype_of(precision: str) -> str:
     return "float32" if precision == "tf32" else precision
 
 
-def accumulate(config: TrainConfig, devices: int) -> TrainConfig:
+def with_accumulation(config: TrainConfig, devices: int) -> TrainConfig:
     """The configuration with its accumulation computed from `device_batch_size`, if given, for so many devices.
 
     Raises UserError if the batch can't be split over them.

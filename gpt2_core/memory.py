@@ -21,19 +21,21 @@ Planner = Callable[[int, int], int]
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-def out_of_memory(config: ResolvedConfig, planner: Planner, *, ways: int, available: int, device: str) -> UserError:
-    """The error for a step of `config` that doesn't fit on one of the `ways` devices that share its batch."""
-    asked = config.microbatch_size // ways
+def out_of_memory(
+    config: ResolvedConfig, planner: Planner, *, num_shards: int, available: int, device: str
+) -> UserError:
+    """The error for a step of `config` that doesn't fit on one of the `num_shards` devices that share its batch."""
+    asked = config.microbatch_size // num_shards
     tokens = f"{asked} sequences of {config.model.block_size} tokens at once"
     needed = planner(asked, config.accumulation)
     given = f"--batch_size {config.batch_size} with --accumulation {config.accumulation}: " + (
-        f"{tokens} on each of {ways} devices" if ways > 1 else tokens
+        f"{tokens} on each of {num_shards} devices" if num_shards > 1 else tokens
     )
     words = f"out of memory: {given} need about {_gigabytes(needed)}, and there are {_gigabytes(available)} on {device}"
     fits = largest_fit(lambda n: planner(n, config.accumulation), available, below=asked, needed_below=needed)
     if fits:
-        choices = [f"--batch_size {fits * ways * config.accumulation}"]
-        accumulation = _smallest_accumulation(config, planner, ways, available, fits)
+        choices = [f"--batch_size {fits * num_shards * config.accumulation}"]
+        accumulation = _smallest_accumulation(config, planner, num_shards, available, fits)
         choices += [] if accumulation is None else [f"--accumulation {accumulation}"]
         return UserError(f"{words}; expected to fit: {' or '.join(choices)}")
     return UserError(
@@ -94,10 +96,10 @@ def peak_memory() -> int:
 
 
 def _smallest_accumulation(
-    config: ResolvedConfig, planner: Planner, ways: int, available: int, fits: int
+    config: ResolvedConfig, planner: Planner, num_shards: int, available: int, fits: int
 ) -> int | None:
     """The fewest parts, more than asked for, that the batch can be computed in and that fit."""
-    sequences = config.batch_size // ways
+    sequences = config.batch_size // num_shards
     for accumulation in range(config.accumulation + 1, sequences + 1):
         # More than one part needs a buffer for the sum of their gradients, so what fits may be less than `fits`.
         at_once = sequences // accumulation

@@ -90,7 +90,7 @@ def open_tokens(config: TrainConfig) -> TokenFolder:
     return folder
 
 
-def steps_of(config: ResolvedConfig, tokens: TokenFolder) -> ResolvedConfig:
+def with_steps(config: ResolvedConfig, tokens: TokenFolder) -> ResolvedConfig:
     """The configuration with its number of steps, where that was given in epochs (rounded up to a whole step)."""
     if config.epochs is None:
         return config

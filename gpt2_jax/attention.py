@@ -18,7 +18,7 @@ from gpt2_core.errors import UserError
 from gpt2_jax.alibi import Slopes, alibi_bias
 from gpt2_jax.capture import tap
 from gpt2_jax.dropout import drop, dropout_mask, unpack
-from gpt2_jax.products import wide_einsum
+from gpt2_jax.einsum import einsum_f32
 from gpt2_jax.runtime import has_accelerator, why_not_ampere
 from gpt2_jax.sharding import constrain, per_head_shard
 
@@ -205,7 +205,7 @@ def cached_attention(
 def _weights(q, k, mask, slopes, positions) -> jax.Array:
     """Softmax weights (B, H, T, S); `positions` are those of the queries, the keys' are 0 .. S - 1."""
     # The product accumulates and the softmax is taken in float32 at least, whatever the inputs.
-    scores = wide_einsum("bhtk,bhsk->bhts", q, k) / _score_divisor(q.shape[-1])
+    scores = einsum_f32("bhtk,bhsk->bhts", q, k) / _score_divisor(q.shape[-1])
     if slopes is not None:
         scores = scores + alibi_bias(slopes, positions, jnp.arange(k.shape[2]), scores.dtype)
     return jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)

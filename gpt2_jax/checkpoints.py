@@ -13,7 +13,7 @@ import tensorstore
 
 from gpt2_core.errors import UserError
 from gpt2_core.run_folder import RunFolder, metadata_of_weights
-from gpt2_core.weights import Stored, Weights
+from gpt2_core.weights import LazyTensor, Weights
 from gpt2_core.weights.layouts import JAX
 from gpt2_core.weights.safetensors import json_object
 from gpt2_jax.train_step import TrainState
@@ -72,7 +72,7 @@ def write_weights(weights: Weights, checkpoint: Path) -> Path:
     arrays as they are and copies at most `save_concurrent_gb` of them at a time, which must exceed the largest.
     Compression would hold a third copy of those, to make trained weights smaller by a tenth.
     """
-    stored = JAX.encode(weights.stored, weights.config)
+    stored = JAX.encode(weights.tensors, weights.config)
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):  # or float64 would become float32
         # One copied before the next is read, or the reading would run ahead.
         params = {name: jax.device_put(tensor.read()).block_until_ready() for name, tensor in stored.items()}
@@ -88,10 +88,10 @@ def write_weights(weights: Weights, checkpoint: Path) -> Path:
     return checkpoint
 
 
-def open_parameters(checkpoint: Path) -> dict[str, Stored]:
+def open_parameters(checkpoint: Path) -> dict[str, LazyTensor]:
     """The parameters of a checkpoint, in the dtype that is stored, each read when it is asked for."""
     return {
-        name: Stored(tuple(array.shape), array.dtype.numpy_dtype, functools.partial(_read, checkpoint, array))
+        name: LazyTensor(tuple(array.shape), array.dtype.numpy_dtype, functools.partial(_read, checkpoint, array))
         for name, array in _stored_parameters(checkpoint).items()
     }
 

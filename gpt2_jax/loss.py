@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from gpt2_core.config import IGNORED, VOCABULARY_MULTIPLE
+from gpt2_core.config import IGNORE_INDEX, VOCABULARY_MULTIPLE
 from gpt2_jax.sharding import constrain, is_tensor_parallel
 
 # Of a chunk's logits. Larger chunks need more memory; smaller ones read and write the head's gradient more often.
@@ -22,7 +22,7 @@ BLOCK = VOCABULARY_MULTIPLE
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def summed_cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, vocab_size: int) -> jax.Array:
-    """Sum over the targets that aren't IGNORED of -log softmax(x head^T)[target], in float32 at least.
+    """Sum over the targets that aren't IGNORE_INDEX of -log softmax(x head^T)[target], in float32 at least.
 
     The products take operands of x's dtype and accumulate in float32 at least. Rows of `head` from `vocab_size` on are
     padding and get no probability. Under differentiation the gradient is computed together with the loss, from the same
@@ -76,7 +76,7 @@ def _chunk_loss(x_BCD: jax.Array, targets_BC: jax.Array, head_VD: jax.Array, voc
     logits_BCV = jnp.einsum("bcd,vd->bcv", x_BCD, head_VD, preferred_element_type=_wide(x_BCD))
     logits_BCV = constrain(logits_BCV, "batch", None, "vocab")
     ids_V = jnp.arange(len(head_VD))
-    counts_BC1 = (targets_BC != IGNORED)[..., None]
+    counts_BC1 = (targets_BC != IGNORE_INDEX)[..., None]
     # A comparison instead of an index: it fuses, and it needs no gather over a sharded vocabulary.
     is_target_BCV = ids_V == targets_BC[..., None]
     logits_BCV = jnp.where(ids_V < vocab_size, logits_BCV, -jnp.inf)
@@ -161,7 +161,7 @@ def _chunks(x_BTD: jax.Array, targets_BT: jax.Array, rows: int) -> tuple[jax.Arr
     n = math.ceil(T / C)
     missing = n * C - T
     x_BTD = jnp.pad(x_BTD, ((0, 0), (0, missing), (0, 0)))
-    targets_BT = jnp.pad(targets_BT, ((0, 0), (0, missing)), constant_values=IGNORED)
+    targets_BT = jnp.pad(targets_BT, ((0, 0), (0, missing)), constant_values=IGNORE_INDEX)
     return x_BTD.reshape(B, n, C, D).transpose(1, 0, 2, 3), targets_BT.reshape(B, n, C).transpose(1, 0, 2)
 
 

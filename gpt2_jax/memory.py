@@ -53,4 +53,4 @@ def _out_of_memory(program: Program) -> UserError:
         return bytes_needed(smaller.compile_train_step())
 
     device = mesh.devices.flat[0].device_kind
-    return out_of_memory(config, planner, ways=shards, available=bytes_available(mesh), device=device)
+    return out_of_memory(config, planner, num_shards=shards, available=bytes_available(mesh), device=device)

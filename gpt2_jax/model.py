@@ -18,10 +18,10 @@ from gpt2_jax.alibi import alibi_slopes
 from gpt2_jax.attention import Kernel, cached_attention, causal_attention
 from gpt2_jax.capture import is_tapping, scope, tap
 from gpt2_jax.dropout import dropout, site
+from gpt2_jax.einsum import einsum_f32
 from gpt2_jax.layers import Embedding, LayerNorm, Linear, RMSNorm, add_norm, rounded_once
 from gpt2_jax.loss import summed_cross_entropy
 from gpt2_jax.norm_kernels import NormKernel
-from gpt2_jax.products import wide_einsum
 from gpt2_jax.rope import rotate
 from gpt2_jax.sharding import constrain
 
@@ -182,7 +182,7 @@ class GPT2(nnx.Module):
     def loss(
         self, tokens_BT: jax.Array, targets_BT: jax.Array, *, dropout_keys_B: jax.Array | None = None
     ) -> jax.Array:
-        """Summed cross-entropy of the targets that aren't IGNORED, in float32 at least."""
+        """Summed cross-entropy of the targets that aren't IGNORE_INDEX, in float32 at least."""
         x_BTD = self.hidden(tokens_BT, dropout_keys_B=dropout_keys_B)
         return summed_cross_entropy(x_BTD, self._head(), targets_BT, self.config.vocab_size)
 
@@ -211,7 +211,7 @@ class GPT2(nnx.Module):
         """The head's scores of the vocabulary."""
         head_VD = self._head().astype(x_BTD.dtype)
         # Sliced afterwards: slicing the head instead would copy it for each token that is generated.
-        return tap("logits", wide_einsum("btd,vd->btv", x_BTD, head_VD)[..., : self.config.vocab_size])
+        return tap("logits", einsum_f32("btd,vd->btv", x_BTD, head_VD)[..., : self.config.vocab_size])
 
     def decode(
         self, tokens_BT: jax.Array, start_B: jax.Array, caches: list[LayerCache]

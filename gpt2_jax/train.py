@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from gpt2_core.batches import TrainingBatches, evaluation_batches
-from gpt2_core.config import IGNORED, ResolvedConfig, TrainConfig, accumulate, resolved
+from gpt2_core.config import IGNORE_INDEX, ResolvedConfig, TrainConfig, resolved, with_accumulation
 from gpt2_core.due import Due, due_after, is_logged
 from gpt2_core.interrupt import interruptible
 from gpt2_core.run_folder import RunFolder, RunPlan, metadata_of, plan_run
@@ -17,7 +17,7 @@ from gpt2_core.runlog import RunLog, peak_flops
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
 from gpt2_core.tokenizer import get_tokenizer
-from gpt2_core.tokens import TokenFolder, open_tokens, steps_of
+from gpt2_core.tokens import TokenFolder, open_tokens, with_steps
 from gpt2_core.weights import Weights
 from gpt2_jax.attention import choose_kernel
 from gpt2_jax.checkpoints import CheckpointWriter, restore
@@ -34,7 +34,7 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     """Fill in what `auto` and left-out options mean on this machine; raises UserError for what it can't do."""
     precision = resolve_precision(config.precision)
     sizes = resolve_mesh(config)
-    config = accumulate(config, sizes["data"] * sizes["fsdp"])
+    config = with_accumulation(config, sizes["data"] * sizes["fsdp"])
     check_mesh(sizes, config)
     model = config.model
     kernel = choose_kernel(config.attention, precision=precision, model=model)
@@ -50,7 +50,7 @@ def train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None] =
     """
     config = resolve(asked)
     tokens = open_tokens(config)
-    plan = plan_run(steps_of(config, tokens), framework="jax", data_digest=tokens.digest)
+    plan = plan_run(with_steps(config, tokens), framework="jax", data_digest=tokens.digest)
     weights = None if plan.checkpoint else initial(plan.config)
     plan.begin()
 
@@ -184,7 +184,7 @@ class _Loop:
             sequences=self.config.eval_sequences,
         ):
             losses.append(eval_step(state.params, *batch))
-            count += int((batch.targets != IGNORED).sum())
+            count += int((batch.targets != IGNORE_INDEX).sum())
         self.log.evaluation(updates, math.fsum(map(float, losses)) / count)
 
     def write_sample(self, state: TrainState, updates: int) -> None:

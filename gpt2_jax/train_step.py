@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt2_core.batches import Batch
-from gpt2_core.config import IGNORED, ResolvedConfig, dtype_of
+from gpt2_core.config import IGNORE_INDEX, ResolvedConfig, dtype_of
 from gpt2_jax.definition import Definition, Params, define
 from gpt2_jax.mesh import parse_mesh
 from gpt2_jax.model import Execution
@@ -233,7 +233,7 @@ def loss_and_grads(
     Inside `gpt2_jax.sharding.per_shard` the batch is one shard's, and loss and gradients are those of all shards.
     Gradients are exchanged after the last part, however many there are, as `exchange_dtype` (None: as they are).
     """
-    count = sum_over_shards(jnp.sum(targets_ABT != IGNORED))
+    count = sum_over_shards(jnp.sum(targets_ABT != IGNORE_INDEX))
 
     def part_loss(params: Params, part: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
         inputs_BT, targets_BT, keys_B = part

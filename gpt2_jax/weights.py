@@ -13,7 +13,7 @@ from gpt2_core.weights.layouts import JAX
 
 def from_canonical(weights: Weights, dtype: str) -> dict[str, np.ndarray]:
     """Parameters as numpy arrays of `dtype`."""
-    return {n: t.read().astype(dtype) for n, t in JAX.encode(weights.stored, weights.config).items()}
+    return {n: t.read().astype(dtype) for n, t in JAX.encode(weights.tensors, weights.config).items()}
 
 
 def to_canonical(

@@ -41,7 +41,7 @@ def _out_of_memory(config: ResolvedConfig, device: torch.device, processes: int)
     def planner(sequences: int, accumulation: int) -> int:
         return bytes_needed(config, device.type, sequences, accumulation, processes)
 
-    return out_of_memory(config, planner, ways=processes, available=available, device=device.type)
+    return out_of_memory(config, planner, num_shards=processes, available=available, device=device.type)
 
 
 def bytes_needed(config: ResolvedConfig, device: str, sequences: int, accumulation: int, processes: int = 1) -> int:

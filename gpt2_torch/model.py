@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2_core.config import IGNORED, ModelConfig
+from gpt2_core.config import IGNORE_INDEX, ModelConfig
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -166,7 +166,7 @@ class GPT2(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V); with targets, the summed cross-entropy of those that aren't IGNORED instead."""
+        """Logits (B, T, V); with targets, the summed cross-entropy of those that aren't IGNORE_INDEX instead."""
         x_BTD = self.wte(tokens_BT)
         if self.config.position == "learned":
             x_BTD = x_BTD + self.wpe(torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
@@ -177,4 +177,6 @@ class GPT2(nn.Module):
         logits_BTV = F.linear(self.ln_f(x_BTD), head.weight)
         if targets_BT is None:
             return logits_BTV
-        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(
+            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from gpt2_core.config import ResolvedConfig, TrainConfig, accumulate, resolved
+from gpt2_core.config import ResolvedConfig, TrainConfig, resolved, with_accumulation
 from gpt2_core.errors import UserError
 
 
 def resolve(config: TrainConfig, device: torch.device, processes: int) -> ResolvedConfig:
     """Fill in what `auto` and left-out options mean on this device; raises UserError for what it can't do."""
     precision = resolve_precision(config.precision, device)
-    config = accumulate(config, processes)
+    config = with_accumulation(config, processes)
     if config.microbatch_size % processes:
         raise UserError(
             f"--batch_size {config.batch_size}: not divisible by accumulation {config.accumulation} x "

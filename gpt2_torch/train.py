@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_core.batches import Batch, TrainingBatches, evaluation_batches
-from gpt2_core.config import IGNORED, ResolvedConfig, TrainConfig
+from gpt2_core.config import IGNORE_INDEX, ResolvedConfig, TrainConfig
 from gpt2_core.due import Due, due_after, is_logged
 from gpt2_core.errors import UserError
 from gpt2_core.interrupt import interruptible
@@ -24,7 +24,7 @@ from gpt2_core.runlog import RunLog, peak_flops
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
 from gpt2_core.tokenizer import get_tokenizer
-from gpt2_core.tokens import TokenFolder, open_tokens, steps_of
+from gpt2_core.tokens import TokenFolder, open_tokens, with_steps
 from gpt2_core.weights import Weights
 from gpt2_torch import checkpoints
 from gpt2_torch.generate import generate
@@ -50,7 +50,7 @@ def accumulate_gradients(
     The batch is computed in `accumulation` parts; the mean is over all parts together, and over all processes.
     """
     processes = dist.get_world_size() if dist.is_initialized() else 1
-    count = (targets_BT != IGNORED).sum()
+    count = (targets_BT != IGNORE_INDEX).sum()
     if processes > 1:
         dist.all_reduce(count)
     total = torch.zeros((), device=inputs_BT.device, dtype=torch.float64 if _is_float64(model) else torch.float32)
@@ -106,7 +106,7 @@ def evaluate(
         inputs_BT, targets_BT = _to_device(batch, device)
         with autocast:
             total += model(inputs_BT, targets_BT).item()
-        count += int((batch.targets != IGNORED).sum())
+        count += int((batch.targets != IGNORE_INDEX).sum())
     model.train()
     return total / count
 
@@ -158,7 +158,7 @@ def open_run(
     if rank == 0:
         try:
             tokens = open_tokens(config)
-            plan = plan_run(steps_of(config, tokens), framework="torch", data_digest=tokens.digest)
+            plan = plan_run(with_steps(config, tokens), framework="torch", data_digest=tokens.digest)
             start = Start(plan, tokens, initial(plan.config) if plan.checkpoint is None else None)
             plan.begin()
             sent = [dataclasses.replace(plan)]  # without the lock of the folder, which can't be pickled

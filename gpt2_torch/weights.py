@@ -16,7 +16,7 @@ from gpt2_torch.model import GPT2
 
 def to_state_dict(weights: Weights) -> dict[str, Tensor]:
     """The state dict of a `GPT2`, sharing no memory with `weights`."""
-    return {name: to_tensor(t.read()) for name, t in TORCH.encode(weights.stored, weights.config).items()}
+    return {name: to_tensor(t.read()) for name, t in TORCH.encode(weights.tensors, weights.config).items()}
 
 
 def to_canonical(state: Mapping[str, Tensor], config: ModelConfig, source: str, tokenizer: str | None) -> Weights:

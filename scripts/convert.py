@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from gpt2_convert import FORMATS, described, open_weights, write_weights
 from gpt2_core.cli import Parser, run
 from gpt2_core.errors import RunError, UserError
-from gpt2_core.weights import DTYPES, Stored, StoredArrays, Weights
+from gpt2_core.weights import DTYPES, LazyArrays, LazyTensor, Weights
 
 
 def main(arguments: list[str]) -> None:
@@ -41,9 +41,9 @@ def main(arguments: list[str]) -> None:
         _verify(weights, target, options.to, console)
 
 
-def _mapped(weights: Weights, change: Callable[[str, Stored], Stored]) -> Weights:
+def _mapped(weights: Weights, change: Callable[[str, LazyTensor], LazyTensor]) -> Weights:
     return dataclasses.replace(
-        weights, arrays=StoredArrays({name: change(name, tensor) for name, tensor in weights.stored.items()})
+        weights, arrays=LazyArrays({name: change(name, tensor) for name, tensor in weights.tensors.items()})
     )
 
 
@@ -52,7 +52,7 @@ def _watched(weights: Weights, progress: Progress, console: Console, label: str)
     bar = progress.add_task(label, total=weights.nbytes)
     seen: set[str] = set()
 
-    def watch(name: str, tensor: Stored) -> Stored:
+    def watch(name: str, tensor: LazyTensor) -> LazyTensor:
         def see(array: np.ndarray) -> np.ndarray:
             if name not in seen:
                 seen.add(name)
@@ -69,8 +69,8 @@ def _watched(weights: Weights, progress: Progress, console: Console, label: str)
 def _verify(weights: Weights, target: Path, to: str, console: Console) -> None:
     """Read the result back, compare every bit, and run it in both frameworks; raises RunError on a difference."""
     back = open_weights(target, form=to)
-    for name, tensor in weights.stored.items():
-        there = back.stored[name]
+    for name, tensor in weights.tensors.items():
+        there = back.tensors[name]
         same = (tensor.dtype, tensor.shape) == (there.dtype, there.shape)
         if not same or not np.array_equal(*(np.ascontiguousarray(t.read()).view(np.uint8) for t in (tensor, there))):
             raise RunError(f"{target}: {name} didn't come back as it was written; don't use it")

@@ -14,7 +14,7 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class LazyTensor:
     """A tensor whose shape and dtype are known and whose values are read when they are asked for."""
 
     shape: tuple[int, ...]
@@ -25,28 +25,28 @@ class Stored:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def map(self, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]) -> "Stored":
+    def map(self, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]) -> "LazyTensor":
         """The tensor of this `shape` that `change` makes of this one, when it is read."""
-        return Stored(shape, self.dtype, lambda: change(self.read()))
+        return LazyTensor(shape, self.dtype, lambda: change(self.read()))
 
-    def astype(self, dtype: np.dtype) -> "Stored":
-        return self if dtype == self.dtype else Stored(self.shape, dtype, lambda: self.read().astype(dtype))
+    def astype(self, dtype: np.dtype) -> "LazyTensor":
+        return self if dtype == self.dtype else LazyTensor(self.shape, dtype, lambda: self.read().astype(dtype))
 
 
-class StoredArrays(Mapping[str, np.ndarray]):
+class LazyArrays(Mapping[str, np.ndarray]):
     """Arrays by name, each read anew when it is asked for: a model passes through memory one tensor at a time."""
 
-    def __init__(self, stored: Mapping[str, Stored]) -> None:
-        self.stored = dict(stored)
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        self.tensors = dict(tensors)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.stored[name].read()
+        return self.tensors[name].read()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self.stored)
+        return len(self.tensors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Weights:
 
     config: ModelConfig
     arrays: Mapping[str, np.ndarray]
-    """In memory, or `StoredArrays`."""
+    """In memory, or `LazyArrays`."""
     source: str = "weights"
     """Where they come from, for messages."""
     tokenizer: str | None = None
@@ -69,18 +69,18 @@ class Weights:
     """What a reader had to assume, for the user to know."""
 
     def __post_init__(self) -> None:
-        check_tensors(self.stored, self.config.parameter_shapes, self.source)
+        check_tensors(self.tensors, self.config.parameter_shapes, self.source)
 
     @property
-    def stored(self) -> dict[str, Stored]:
+    def tensors(self) -> dict[str, LazyTensor]:
         """The parameters' shapes and dtypes, without reading any that isn't in memory."""
-        if isinstance(self.arrays, StoredArrays):
-            return self.arrays.stored
-        return {n: Stored(a.shape, a.dtype, lambda a=a: a) for n, a in self.arrays.items()}
+        if isinstance(self.arrays, LazyArrays):
+            return self.arrays.tensors
+        return {n: LazyTensor(a.shape, a.dtype, lambda a=a: a) for n, a in self.arrays.items()}
 
     @property
     def nbytes(self) -> int:
-        return sum(stored.nbytes for stored in self.stored.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def astype(self, dtype: np.dtype | type) -> "Weights":
         return dataclasses.replace(self, arrays={n: a.astype(dtype) for n, a in self.arrays.items()})
@@ -96,7 +96,7 @@ class Weights:
         return dataclasses.replace(self, arrays=arrays)
 
 
-def check_tensors(found: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+def check_tensors(found: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     """Raise UserError unless `found` has the tensors of `shapes`, all and no other, in a dtype that is known."""
     if missing := [name for name in shapes if name not in found]:
         raise UserError(f"{source}: {_some(missing)} missing; a GPT-2 of this size has {len(shapes)} tensors")

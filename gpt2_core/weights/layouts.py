@@ -21,7 +21,7 @@ import numpy as np
 
 from gpt2_core.config import VOCABULARY_MULTIPLE, ModelConfig
 from gpt2_core.errors import UserError
-from gpt2_core.weights.canonical import Stored, check_tensors
+from gpt2_core.weights.canonical import LazyTensor, check_tensors
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -38,7 +38,7 @@ class Layout:
     """Before every name but the head's."""
     out_in: bool = False
     """Whether linear weights have the shape (out, in)."""
-    qkv_apart: bool = False
+    split_qkv: bool = False
     """Whether c_attn has an axis of its own for q, k and v."""
     copies_head: bool = False
     """Whether a tied head is stored a second time, as lm_head.weight."""
@@ -59,7 +59,7 @@ class Layout:
         stored_as = name if name == "lm_head.weight" else self.prefix + name
         if self.out_in and _LINEAR.search(name):
             return Placement(stored_as, shape[::-1], np.transpose, np.transpose)
-        if self.qkv_apart and ".c_attn." in name:
+        if self.split_qkv and ".c_attn." in name:
             apart = (*shape[:-1], 3, shape[-1] // 3)
             return Placement(stored_as, apart, lambda a: a.reshape(apart), lambda a: a.reshape(shape))
         if self.vocabulary_multiple > 1 and name in _PER_TOKEN:
@@ -72,7 +72,7 @@ class Layout:
             )
         return Placement(stored_as, shape, _unchanged, _unchanged)
 
-    def encode(self, tensors: Mapping[str, Stored], config: ModelConfig) -> dict[str, Stored]:
+    def encode(self, tensors: Mapping[str, LazyTensor], config: ModelConfig) -> dict[str, LazyTensor]:
         """Canonical tensors as this format stores them, by its names; raises UserError if it can't hold them."""
         self.check_holds(config)
         encoded = {}
@@ -88,7 +88,7 @@ class Layout:
                 )
         return encoded
 
-    def decode(self, found: Mapping[str, Stored], config: ModelConfig, source: str) -> dict[str, Stored]:
+    def decode(self, found: Mapping[str, LazyTensor], config: ModelConfig, source: str) -> dict[str, LazyTensor]:
         """Canonical tensors from what a file of this format holds; raises UserError, in the file's own names."""
         if config.n_layer > len(found):  # refused before a damaged header's number of layers is believed
             raise UserError(f"{source}: declares {config.n_layer} layers but has {len(found)} tensors")
@@ -126,7 +126,7 @@ class Placement:
 
 
 CANONICAL = Layout("safetensors")
-JAX = Layout("jax", qkv_apart=True, vocabulary_multiple=VOCABULARY_MULTIPLE)
+JAX = Layout("jax", split_qkv=True, vocabulary_multiple=VOCABULARY_MULTIPLE)
 TORCH = Layout("torch", out_in=True)
 
 
@@ -134,7 +134,7 @@ def _unchanged(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _same(a: Stored, b: Stored) -> bool:
+def _same(a: LazyTensor, b: LazyTensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return a is b or np.array_equal(*(np.ascontiguousarray(t.read()).view(np.uint8) for t in (a, b)))

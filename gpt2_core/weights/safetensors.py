@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from gpt2_core.errors import UserError
 from gpt2_core.files import writing
-from gpt2_core.weights.canonical import DTYPES, Stored
+from gpt2_core.weights.canonical import DTYPES, LazyTensor
 
 _DTYPES = {
     "F64": DTYPES["float64"],
@@ -26,7 +26,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, reading each tensor when its turn comes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
@@ -41,7 +41,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[s
         write_values(file, tensors.values())
 
 
-def write_values(file: BinaryIO, tensors: Iterable[Stored]) -> None:
+def write_values(file: BinaryIO, tensors: Iterable[LazyTensor]) -> None:
     """Write the tensors' values one after the other, row by row, little-endian."""
     for tensor in tensors:
         array = np.ascontiguousarray(tensor.read())
@@ -49,7 +49,7 @@ def write_values(file: BinaryIO, tensors: Iterable[Stored]) -> None:
         file.write(array.reshape(-1).view(np.uint8).data)
 
 
-def open_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def open_tensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The tensors and the metadata of any safetensors file; raises UserError if it isn't a whole one."""
     try:
         with safe_open(path, framework="numpy") as file:
@@ -64,14 +64,16 @@ def open_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
             raise UserError(f"{path}: {name} is {entry['dtype']}; expected {', '.join(DTYPES)}")
-        tensors[name] = stored_at(path, 8 + length + entry["data_offsets"][0], _DTYPES[entry["dtype"]], entry["shape"])
+        tensors[name] = lazy_tensor_at(
+            path, 8 + length + entry["data_offsets"][0], _DTYPES[entry["dtype"]], entry["shape"]
+        )
     return tensors, metadata
 
 
-def stored_at(path: Path, offset: int, dtype: np.dtype, shape: Iterable[int]) -> Stored:
+def lazy_tensor_at(path: Path, offset: int, dtype: np.dtype, shape: Iterable[int]) -> LazyTensor:
     """The tensor whose values begin `offset` bytes into a file; the caller has checked that they all lie in it."""
     shape = tuple(shape)
-    nbytes = Stored(shape, dtype, lambda: np.empty(0)).nbytes
+    nbytes = LazyTensor(shape, dtype, lambda: np.empty(0)).nbytes
 
     def read() -> np.ndarray:
         values = np.fromfile(path, np.uint8, nbytes, offset=offset)
@@ -79,7 +81,7 @@ def stored_at(path: Path, offset: int, dtype: np.dtype, shape: Iterable[int]) ->
             raise UserError(f"{path}: ends within a tensor; it has changed while it was read")
         return values.view(dtype).reshape(shape)
 
-    return Stored(shape, dtype, read)
+    return LazyTensor(shape, dtype, read)
 
 
 def json_object(text: str | bytes, source: str) -> dict[str, Any]:

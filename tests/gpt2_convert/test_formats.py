@@ -19,7 +19,7 @@ import gpt2_convert.torch_files
 from gpt2_convert import FORMATS, Holds, open_weights, read_initial_weights, read_weights, write_weights
 from gpt2_core.config import DataConfig, ModelConfig, TrainConfig, to_yaml
 from gpt2_core.errors import UserError
-from gpt2_core.weights import StoredArrays, Weights
+from gpt2_core.weights import LazyArrays, Weights
 from gpt2_torch.weights import to_state_dict
 from parity.gpt2.cases import random_weights
 
@@ -107,7 +107,7 @@ def test_an_interrupted_conversion_leaves_what_was_there(tmp_path, form):
     write_weights(before, path, form)
 
     changed = random_weights(CONFIG, seed=1)
-    stored = changed.stored
+    stored = changed.tensors
     last = "ln_f.bias"
 
     def interrupt():
@@ -115,7 +115,7 @@ def test_an_interrupted_conversion_leaves_what_was_there(tmp_path, form):
 
     stored[last] = dataclasses.replace(stored[last], read=interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_weights(dataclasses.replace(changed, arrays=StoredArrays(stored)), path, form, force=True)
+        write_weights(dataclasses.replace(changed, arrays=LazyArrays(stored)), path, form, force=True)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert identical(open_weights(path), before)
     write_weights(changed, path, form, force=True)
@@ -132,11 +132,11 @@ def test_a_full_disk_is_noticed_before_and_while_writing(tmp_path, monkeypatch):
     def full():
         raise OSError(28, "No space left on device")
 
-    stored = weights.stored
+    stored = weights.tensors
     stored["ln_f.bias"] = dataclasses.replace(stored["ln_f.bias"], read=full)
     for form in FORMATS:
         with pytest.raises(UserError, match=r"can't be written \(No space left on device\)"):
-            write_weights(dataclasses.replace(weights, arrays=StoredArrays(stored)), tmp_path / "a.safetensors", form)
+            write_weights(dataclasses.replace(weights, arrays=LazyArrays(stored)), tmp_path / "a.safetensors", form)
     assert not list(tmp_path.iterdir())
 
 

@@ -8,7 +8,7 @@ import pytest
 from gpt2_convert import FORMATS
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
-from gpt2_core.weights import Stored, Weights
+from gpt2_core.weights import LazyTensor, Weights
 
 JAX, TORCH, HUGGING_FACE, NANOGPT, LLMC = (FORMATS[n].layout for n in ("jax", "torch", "hf", "nanogpt", "llmc"))
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=4, vocab_size=11)
@@ -21,7 +21,7 @@ def make(config=CONFIG) -> Weights:
 
 
 def encoded(layout, weights) -> dict[str, np.ndarray]:
-    return {name: tensor.read() for name, tensor in layout.encode(weights.stored, weights.config).items()}
+    return {name: tensor.read() for name, tensor in layout.encode(weights.tensors, weights.config).items()}
 
 
 def test_linear_weights_are_in_out_for_conv1d_and_out_in_for_nn_linear():
@@ -53,7 +53,7 @@ def test_the_jax_layout_keeps_query_key_and_value_apart():
 @pytest.mark.parametrize("layout", [JAX, LLMC])
 def test_vocabularies_are_filled_up_with_zeros_and_cut_again(layout):
     weights = make()
-    found = layout.encode(weights.stored, CONFIG)
+    found = layout.encode(weights.tensors, CONFIG)
     rows = found["wte.weight"].read()
     assert rows.shape == (128, 8) and not rows[11:].any()
     back = layout.decode(found, CONFIG, "x")
@@ -62,17 +62,17 @@ def test_vocabularies_are_filled_up_with_zeros_and_cut_again(layout):
 
 def test_nanogpt_stores_the_tied_head_again_and_refuses_another():
     weights = make()
-    found = NANOGPT.encode(weights.stored, CONFIG)
+    found = NANOGPT.encode(weights.tensors, CONFIG)
     assert found["lm_head.weight"] is found["transformer.wte.weight"]
     changed = weights.arrays["wte.weight"].copy()
     changed[3, 3] += 1
     for name in ("lm_head.weight", "transformer.wte.weight"):
         with pytest.raises(UserError, match="lm_head.weight differs from transformer.wte.weight"):
-            NANOGPT.decode(found | {name: Stored(changed.shape, changed.dtype, lambda: changed)}, CONFIG, "x")
+            NANOGPT.decode(found | {name: LazyTensor(changed.shape, changed.dtype, lambda: changed)}, CONFIG, "x")
 
 
 def test_missing_surplus_and_misshapen_tensors_are_named_as_the_file_names_them():
-    found = NANOGPT.encode(make().stored, CONFIG)
+    found = NANOGPT.encode(make().tensors, CONFIG)
     name = "transformer.h.1.mlp.c_fc.weight"
     odd = found[name].map((8, 32), np.transpose)
     for change, words in (
@@ -109,9 +109,9 @@ def test_each_format_holds_the_architectures_it_can_say_and_names_the_setting_it
     weights = make(config)
     for layout in (form.layout for form in FORMATS.values()):
         if layout.format in holders:
-            back = layout.decode(layout.encode(weights.stored, config), config, "x")
+            back = layout.decode(layout.encode(weights.tensors, config), config, "x")
             assert all((back[name].read() == array).all() for name, array in weights.arrays.items())
         else:
             (option,) = changes
             with pytest.raises(UserError, match=f"--to {layout.format}: can't hold {option} "):
-                layout.encode(weights.stored, config)
+                layout.encode(weights.tensors, config)

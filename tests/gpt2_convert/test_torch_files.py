@@ -8,11 +8,11 @@ import torch
 
 from gpt2_convert.torch_files import open_torch_file
 from gpt2_core.errors import UserError
-from gpt2_core.weights import Stored
+from gpt2_core.weights import LazyTensor
 
 
 def read(value):
-    if isinstance(value, Stored):
+    if isinstance(value, LazyTensor):
         return value.read()
     return {k: read(v) for k, v in value.items()} if isinstance(value, dict) else value
 

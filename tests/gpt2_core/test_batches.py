@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gpt2_core.batches import TrainingBatches, evaluation_batches
-from gpt2_core.config import IGNORED
+from gpt2_core.config import IGNORE_INDEX
 from gpt2_core.errors import UserError
 from gpt2_core.tokens import Source
 
@@ -97,10 +97,10 @@ def test_evaluation_reads_windows_from_all_over_in_order_and_ignores_the_filling
     windows = [start // T for start in inputs[:10, 0].tolist()]
     assert windows == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]
     assert (targets[:10] == inputs[:10] + 1).all()
-    assert (targets[10:] == IGNORED).all()
+    assert (targets[10:] == IGNORE_INDEX).all()
     everything = list(evaluation_batches(TOKENS, block_size=T, batch_size=4, sequences=99))
     targets = np.concatenate([b.targets for b in everything])
-    assert targets[targets != IGNORED].tolist() == list(range(1, 31 * T + 1))
+    assert targets[targets != IGNORE_INDEX].tolist() == list(range(1, 31 * T + 1))
 
 
 def test_evaluation_takes_each_sources_share_of_a_mixture():

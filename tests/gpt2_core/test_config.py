@@ -9,11 +9,11 @@ from gpt2_core.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
-    accumulate,
     differences,
     from_dict,
     resolved,
     to_yaml,
+    with_accumulation,
 )
 from gpt2_core.errors import UserError
 
@@ -111,7 +111,7 @@ def test_rope_needs_an_even_head():
     [(512, 32, 1, 16), (512, 32, 8, 2), (512, 64, 8, 1), (96, 7, 4, 4), (8, 99, 2, 1)],
 )
 def test_accumulation_is_the_least_that_fits_the_devices(batch, fits, devices, parts):
-    config = accumulate(TrainConfig(batch_size=batch, device_batch_size=fits), devices)
+    config = with_accumulation(TrainConfig(batch_size=batch, device_batch_size=fits), devices)
     assert config.accumulation == parts
     share = config.microbatch_size // devices
     assert share * devices * parts == batch and share <= fits
@@ -122,4 +122,4 @@ def test_a_batch_is_counted_in_tokens_too():
     with pytest.raises(UserError, match="--batch_tokens 5000: not a multiple of model.block_size 1024; use 5120"):
         TrainConfig(batch_tokens=5000)
     with pytest.raises(UserError, match="--batch_size 512: not divisible by the 3 devices that share it; use 510"):
-        accumulate(TrainConfig(batch_size=512, device_batch_size=8), 3)
+        with_accumulation(TrainConfig(batch_size=512, device_batch_size=8), 3)

@@ -42,16 +42,16 @@ def test_the_sentence_names_what_was_typed_what_there_is_and_what_fits(make_conf
     def planner(sequences, accumulation):
         return 1_000_000_000 * (2 + sequences + (accumulation > 1))
 
-    error = out_of_memory(config, planner, ways=4, available=7_000_000_000, device="H200")
+    error = out_of_memory(config, planner, num_shards=4, available=7_000_000_000, device="H200")
     assert str(error) == (
         "out of memory: --batch_size 64 with --accumulation 2: 8 sequences of 16 tokens at once on each of 4 devices "
         "need about 11.0 GB, and there are 7.0 GB on H200; expected to fit: --batch_size 32 or --accumulation 4"
     )
     # In one part as many as 5 would fit; in several, 4.
     config = make_config(batch_size=20)
-    error = out_of_memory(config, planner, ways=1, available=7_000_000_000, device="H200")
+    error = out_of_memory(config, planner, num_shards=1, available=7_000_000_000, device="H200")
     assert str(error).endswith("expected to fit: --batch_size 5 or --accumulation 5")
-    error = out_of_memory(config, planner, ways=1, available=2_000_000_000, device="H200")
+    error = out_of_memory(config, planner, num_shards=1, available=2_000_000_000, device="H200")
     assert "not even one sequence fits" in str(error)
 
 

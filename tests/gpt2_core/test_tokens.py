@@ -8,7 +8,7 @@ import pytest
 
 from gpt2_core.config import DataConfig, ModelConfig
 from gpt2_core.errors import UserError
-from gpt2_core.tokens import open_tokens, steps_of
+from gpt2_core.tokens import open_tokens, with_steps
 
 TINY_SHAKESPEARE = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare.txt"
 
@@ -128,12 +128,12 @@ def test_a_mixture_is_named_by_folders_and_weights(make_config):
 def test_epochs_become_steps(make_config):
     tokens = open_tokens(make_config())
     windows = sum((len(shard) - 1) // 16 for shard in tokens.train[0].shards)
-    config = steps_of(make_config(epochs=2.5, batch_size=8), tokens)
+    config = with_steps(make_config(epochs=2.5, batch_size=8), tokens)
     assert config.steps == -(-2.5 * windows // 8)
-    assert steps_of(make_config(steps=7), tokens).steps == 7
+    assert with_steps(make_config(steps=7), tokens).steps == 7
     mixed = dataclasses.replace(tokens, train=tokens.train * 2)
     with pytest.raises(UserError, match="--epochs 1.0: a mixture has no epochs"):
-        steps_of(make_config(epochs=1.0), mixed)
+        with_steps(make_config(epochs=1.0), mixed)
 
 
 def test_tinyshakespeare_has_its_known_number_of_gpt2_tokens(make_config):

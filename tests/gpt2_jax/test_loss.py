@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import gpt2_jax.loss
-from gpt2_core.config import IGNORED
+from gpt2_core.config import IGNORE_INDEX
 from gpt2_jax.loss import summed_cross_entropy
 from gpt2_jax.mesh import parse_mesh
 from gpt2_jax.sharding import make_mesh, sharding
@@ -21,8 +21,8 @@ def inputs(dtype=np.float64):
     x_BTD = generator.standard_normal((B, T, D)).astype(dtype)
     head_VD = generator.standard_normal((PADDED, D)).astype(dtype)  # padding rows that aren't zero must not matter
     targets_BT = generator.integers(0, V, (B, T))
-    targets_BT[0, 3:] = IGNORED
-    targets_BT[5] = IGNORED
+    targets_BT[0, 3:] = IGNORE_INDEX
+    targets_BT[5] = IGNORE_INDEX
     return x_BTD, head_VD, targets_BT
 
 
@@ -30,7 +30,7 @@ def by_torch(x_BTD, head_VD, targets_BT):
     """The loss and both gradients, by PyTorch's own cross-entropy over the real vocabulary."""
     x, head = (torch.from_numpy(a).requires_grad_() for a in (x_BTD, head_VD))
     logits = (x @ head[:V].T).flatten(0, 1)
-    loss = F.cross_entropy(logits, torch.from_numpy(targets_BT).flatten(), ignore_index=IGNORED, reduction="sum")
+    loss = F.cross_entropy(logits, torch.from_numpy(targets_BT).flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     (loss / 7).backward()
     return loss.item() / 7, x.grad.numpy(), head.grad.numpy()
 
@@ -146,7 +146,7 @@ def unfused(x_BTD, head_VD, targets_BT, vocab_size):
     losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.take_along_axis(
         logits_BTV, targets_BT[..., None], axis=-1
     ).squeeze(-1)
-    return jnp.sum(jnp.where(targets_BT == IGNORED, 0.0, losses_BT))
+    return jnp.sum(jnp.where(targets_BT == IGNORE_INDEX, 0.0, losses_BT))
 
 
 def compiled(loss, batch=8, block=1024, width=768, rows=50304):

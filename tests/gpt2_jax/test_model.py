@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_core.config import IGNORED, ModelConfig
+from gpt2_core.config import IGNORE_INDEX, ModelConfig
 from gpt2_jax.definition import define
 from gpt2_jax.dropout import dropout, dropout_mask, unpack
 from gpt2_jax.model import Execution, padded_vocab_size
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=31)
 TOKENS = np.random.default_rng(0).integers(31, size=(2, 8))
-TARGETS = np.where(np.arange(8) < 6, np.roll(TOKENS, -1, axis=1), IGNORED)
+TARGETS = np.where(np.arange(8) < 6, np.roll(TOKENS, -1, axis=1), IGNORE_INDEX)
 
 
 def build(config=CONFIG, **execution):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpt2_core.batches import Batch
-from gpt2_core.config import IGNORED, ModelConfig, OptimizerConfig
+from gpt2_core.config import IGNORE_INDEX, ModelConfig, OptimizerConfig
 from gpt2_jax.optimizer import clip_by_global_norm, make_optimizer
 from gpt2_jax.train_step import make_program
 
@@ -17,7 +17,7 @@ def batch_of(step: int, size: int = 8) -> Batch:
     generator = np.random.default_rng(step)
     windows = generator.integers(257, size=(size, 17)).astype(np.int32)
     targets = windows[:, 1:].copy()
-    targets[0, : 5 + step] = IGNORED  # not equally many count in each part
+    targets[0, : 5 + step] = IGNORE_INDEX  # not equally many count in each part
     return Batch(windows[:, :-1], targets)
 
 

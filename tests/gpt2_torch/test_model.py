@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from gpt2_core.config import IGNORED, ModelConfig
+from gpt2_core.config import IGNORE_INDEX, ModelConfig
 from gpt2_torch.model import GPT2, alibi_mask, alibi_slopes
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=31)
@@ -81,8 +81,8 @@ def test_initial_weights_have_gpt2s_standard_deviations():
 
 def test_the_loss_is_the_sum_over_the_targets_that_count(model):
     tokens, targets = torch.randint(31, (2, 8)), torch.randint(31, (2, 8))
-    targets[0, 3:] = IGNORED
+    targets[0, 3:] = IGNORE_INDEX
     logp = model(tokens).log_softmax(-1)
-    kept = [(b, t) for b in range(2) for t in range(8) if targets[b, t] != IGNORED]
+    kept = [(b, t) for b in range(2) for t in range(8) if targets[b, t] != IGNORE_INDEX]
     expected = -sum(logp[b, t, targets[b, t]] for b, t in kept)
     assert model(tokens, targets).item() == pytest.approx(expected.item(), rel=1e-13)

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_core import runlog
-from gpt2_core.config import IGNORED, ModelConfig, OptimizerConfig, from_yaml, to_yaml
+from gpt2_core.config import IGNORE_INDEX, ModelConfig, OptimizerConfig, from_yaml, to_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.run_folder import RunFolder, RunPlan, read_metrics
 from gpt2_torch import train as train_module
@@ -63,8 +63,8 @@ def test_accumulation_changes_memory_not_the_gradient(accumulation):
     torch.manual_seed(0)
     model = GPT2(ModelConfig(1, 2, 16, 8, 31)).double()
     inputs, targets = torch.randint(31, (2, 4, 8))
-    targets[0, :7] = IGNORED
-    targets[3, 2:] = IGNORED
+    targets[0, :7] = IGNORE_INDEX
+    targets[3, 2:] = IGNORE_INDEX
 
     def gradient(parts):
         model.zero_grad()

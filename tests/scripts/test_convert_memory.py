@@ -11,7 +11,7 @@ import pytest
 from gpt2_convert import FORMATS
 from gpt2_convert.canonical import write as write_safetensors
 from gpt2_core.config import PRESETS, ModelConfig
-from gpt2_core.weights import Stored, StoredArrays, Weights
+from gpt2_core.weights import LazyArrays, LazyTensor, Weights
 
 ROOT = Path(__file__).parents[2]
 # Beside the model and its largest tensor: the interpreter, the frameworks, what their allocators keep back.
@@ -25,8 +25,8 @@ def synthetic(config: ModelConfig) -> Weights:
     def make(shape):
         return lambda: generator.standard_normal(shape, dtype=np.float32)
 
-    stored = {n: Stored(s, np.dtype(np.float32), make(s)) for n, s in config.parameter_shapes.items()}
-    return Weights(config, StoredArrays(stored), "synthetic weights")
+    stored = {n: LazyTensor(s, np.dtype(np.float32), make(s)) for n, s in config.parameter_shapes.items()}
+    return Weights(config, LazyArrays(stored), "synthetic weights")
 
 
 def peak_memory(folder: Path, *arguments: str) -> int:

@@ -22,7 +22,7 @@ import gpt2_jax.train
 import gpt2_jax.train_step
 import gpt2_jax.weights
 from gpt2_core.batches import Batch
-from gpt2_core.config import IGNORED, ModelConfig, OptimizerConfig, ResolvedConfig, TrainConfig, resolved
+from gpt2_core.config import IGNORE_INDEX, ModelConfig, OptimizerConfig, ResolvedConfig, TrainConfig, resolved
 from gpt2_core.sampling import Sampling
 from gpt2_core.weights import Weights
 from gpt2_jax import checkpoints
@@ -327,7 +327,7 @@ class JaxAdapter:
         program = gpt2_jax.train_step.make_program(resolved(config, norm_kernel="xla"))
         with jax.set_mesh(program.mesh):
             total = program.eval_step(self.params, *batch)
-        return float(total) / int((batch.targets != IGNORED).sum())
+        return float(total) / int((batch.targets != IGNORE_INDEX).sum())
 
     def trainer(self) -> Trainer:
         """The command's `train`, looked up when it is called: a planted mistake may have replaced it."""

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from gpt2_core.batches import Batch
-from gpt2_core.config import IGNORED, ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.config import IGNORE_INDEX, ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.sampling import Sampling
 from parity.engine import divergence
 from parity.engine.adapter import lacking
@@ -217,7 +217,7 @@ def uneven_batch(case: Case, model: ModelConfig, step: int) -> Batch:
     windows[7 :: 2 * T + 3] = model.vocab_size - 1
     targets = windows[1:].reshape(BATCH_SIZE, T).copy()
     for row in range(BATCH_SIZE):
-        targets[row, : T * (BATCH_SIZE - 1 - row) // (BATCH_SIZE - 1)] = IGNORED
+        targets[row, : T * (BATCH_SIZE - 1 - row) // (BATCH_SIZE - 1)] = IGNORE_INDEX
     return Batch(windows[:-1].reshape(BATCH_SIZE, T).astype(np.int32), targets.astype(np.int32))
 
 

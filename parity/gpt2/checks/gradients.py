@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gpt2_core.batches import Batch
-from gpt2_core.config import IGNORED
+from gpt2_core.config import IGNORE_INDEX
 from parity.engine import divergence
 from parity.engine.adapter import lacking
 from parity.engine.evidence import Depth
@@ -68,5 +68,5 @@ def uneven_batch(case: Case) -> Batch:
     inputs = windows[:-1].reshape(4, T)
     targets = windows[1:].reshape(4, T).copy()
     for row in range(1, 4):
-        targets[row, : row * T // 5] = IGNORED
+        targets[row, : row * T // 5] = IGNORE_INDEX
     return Batch(np.ascontiguousarray(inputs), targets)

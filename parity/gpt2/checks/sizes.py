@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt2_core.batches import Batch
-from gpt2_core.config import IGNORED, ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.config import IGNORE_INDEX, ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.weights import Weights
 from parity.engine.adapter import Capability, lacking
@@ -129,14 +129,14 @@ def _cross_entropy(candidate: Adapter, B: int, T: int, V: int, rows: int) -> Com
     D = 6
     x_BTD, head_VD = generator.standard_normal((B, T, D)), generator.standard_normal((rows, D))
     targets_BT = generator.integers(0, V, (B, T))
-    targets_BT[:, 1 :: B + 1] = IGNORED
+    targets_BT[:, 1 :: B + 1] = IGNORE_INDEX
 
     # As in training, the loss is divided by something after it is summed.
     evaluated, trained, *grads = candidate.cross_entropy(x_BTD, head_VD, targets_BT, V, divisor=7)
     x, head = (torch.from_numpy(a).requires_grad_() for a in (x_BTD, head_VD))
     logits = F.linear(x, head[:V]).flatten(0, 1)
     expected = (
-        F.cross_entropy(logits, torch.from_numpy(targets_BT).flatten(), ignore_index=IGNORED, reduction="sum") / 7
+        F.cross_entropy(logits, torch.from_numpy(targets_BT).flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / 7
     )
     names = ("loss, evaluated", "loss, differentiated", "gradient of x", "gradient of the head")
     expected_grads = torch.autograd.grad(expected, (x, head))

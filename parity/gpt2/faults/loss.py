@@ -8,7 +8,7 @@ import gpt2_jax.loss
 import gpt2_jax.model
 import gpt2_jax.train_step
 import gpt2_torch.train
-from gpt2_core.config import IGNORED
+from gpt2_core.config import IGNORE_INDEX
 from parity.gpt2.faults.fault import fault
 
 
@@ -22,7 +22,7 @@ def loss_over_targets_shifted_twice(loss):
     """the data is shifted, and the model's loss shifts again (Hugging Face's does)"""
 
     def wrong(self, tokens, targets, **options):
-        again = jnp.concatenate([targets[:, 1:], jnp.full_like(targets[:, :1], IGNORED)], axis=1)
+        again = jnp.concatenate([targets[:, 1:], jnp.full_like(targets[:, :1], IGNORE_INDEX)], axis=1)
         return loss(self, tokens, again, **options)
 
     return wrong
@@ -41,7 +41,7 @@ def mean_of_means(accumulate):
     def wrong(model, inputs, targets, *, accumulation=1, autocast=None):
         total = 0.0
         for i, t in zip(inputs.chunk(accumulation), targets.chunk(accumulation), strict=True):
-            loss = model(i, t) / (t != IGNORED).sum() / accumulation
+            loss = model(i, t) / (t != IGNORE_INDEX).sum() / accumulation
             loss.backward()
             total = total + loss.detach()
         return total
@@ -65,7 +65,7 @@ def padded_vocabulary_inside_the_softmax(loss):
     "a mean over every target",
     check="gradients",
     place="ln_f: relative difference 2.8e-01, 0.71875 times as large in JAX as in PyTorch",
-    seam=(gpt2_jax.train_step, "IGNORED"),
+    seam=(gpt2_jax.train_step, "IGNORE_INDEX"),
 )
 def a_mean_over_every_target(ignored):
     """the train step divides by the size of the batch, padding too: every gradient is too small by one factor"""
@@ -86,6 +86,6 @@ def last_tokens_of_a_sequence_left_out_of_the_loss(chunks):
         targets = jnp.asarray(targets)
         C = gpt2_jax.loss._chunk_length(*targets.shape, rows * x.dtype.itemsize)
         whole = targets.shape[1] // C * C
-        return chunks(x, targets.at[:, whole:].set(IGNORED), rows)
+        return chunks(x, targets.at[:, whole:].set(IGNORE_INDEX), rows)
 
     return wrong

@@ -191,7 +191,7 @@ def gradients_exchanged_as_they_are_computed(_):
     "a product at JAX's default precision",
     check="precision",
     place="products that may be done in TF32",
-    seam=(gpt2_jax.model, "wide_einsum"),
+    seam=(gpt2_jax.model, "einsum_f32"),
 )
 def a_product_at_jax_default_precision(_):
     """precision=DEFAULT written at one product: TF32 on a GPU, and nothing to see on a CPU"""

@@ -9,7 +9,7 @@ import gpt2_core.run_folder
 import gpt2_jax.train
 import gpt2_torch.checkpoints
 import gpt2_torch.train
-from gpt2_core.config import IGNORED, OptimizerConfig
+from gpt2_core.config import IGNORE_INDEX, OptimizerConfig
 from parity.gpt2.faults.fault import fault, replacing
 
 
@@ -29,7 +29,7 @@ def windows_left_out(length):
     "validation reads the beginning only",
     check="trainer",
     place="validation after 0 updates, loss",
-    seam=(gpt2_core.batches, "_spread"),
+    seam=(gpt2_core.batches, "_evenly_spaced"),
 )
 def validation_reads_the_beginning_only(_):
     """the first sequences of the split in the place of some from all over it, by both trainers"""
@@ -56,12 +56,12 @@ def evaluation_averages_batches(evaluate):
     "padding counts in the mean",
     check="trainer",
     place="JAX, interrupted and resumed: figures validation after 0 updates",
-    seam=(gpt2_jax.train, "IGNORED"),
+    seam=(gpt2_jax.train, "IGNORE_INDEX"),
 )
 def padding_counts_in_the_mean(_):
     """the summed loss over the number of targets, those that are ignored included"""
 
-    return IGNORED - 1
+    return IGNORE_INDEX - 1
 
 
 @fault(
@@ -109,7 +109,7 @@ def the_last_part_loss_is_logged(accumulate):
     def wrong(model, inputs, targets, *, accumulation=1, autocast=None):
         accumulate(model, inputs, targets, accumulation=accumulation, autocast=autocast)
         inputs, targets = inputs.chunk(accumulation)[-1], targets.chunk(accumulation)[-1]
-        return model(inputs, targets).detach() / (targets != IGNORED).sum()
+        return model(inputs, targets).detach() / (targets != IGNORE_INDEX).sum()
 
     return wrong
 

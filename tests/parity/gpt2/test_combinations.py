@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gpt2_jax.generate
-from gpt2_core.config import IGNORED, ModelConfig, TrainConfig
+from gpt2_core.config import IGNORE_INDEX, ModelConfig, TrainConfig
 from gpt2_jax.mesh import MESH_AXES, parse_mesh
 from gpt2_jax.model import Execution
 from parity.engine.covering import all_pairs, covering_rows, pairs_of
@@ -63,7 +63,7 @@ def test_every_row_is_a_training_that_can_be_run():
 
 def test_targets_count_unevenly_over_shards_and_parts():
     _, targets = combinations.uneven_batch(case_of(), ModelConfig(block_size=11, vocab_size=257), 0)
-    counts = (targets != IGNORED).sum(axis=1)
+    counts = (targets != IGNORE_INDEX).sum(axis=1)
     assert counts[0] == 0 and counts[-1] == 11
     for parts in (2, 4):
         assert len(set(counts.reshape(parts, -1).sum(axis=1))) == parts

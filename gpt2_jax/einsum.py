@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def wide_einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def einsum_f32(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """`einsum(spec, x, y)` accumulated and returned in float32 at least, for bfloat16 operands too.
 
     Its gradient is rounded to the operands' dtype before the products of the backward pass, as PyTorch's autocast does.
@@ -17,7 +17,7 @@ def wide_einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _forward(spec, x, y):
-    return wide_einsum(spec, x, y), (x, y)
+    return einsum_f32(spec, x, y), (x, y)
 
 
 def _backward(spec, operands, g):
@@ -28,4 +28,4 @@ def _backward(spec, operands, g):
     return jnp.einsum(f"{out},{of_y}->{of_x}", g, y), jnp.einsum(f"{out},{of_x}->{of_y}", g, x)
 
 
-wide_einsum.defvjp(_forward, _backward)
+einsum_f32.defvjp(_forward, _backward)
