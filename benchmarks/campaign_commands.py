@@ -116,7 +116,7 @@ def _docstrings() -> Iterator[str]:
 
 
 def _curve(run: Path) -> dict[str, Any]:
-    from gpt2_core.config import from_yaml
+    from gpt2_core.config.io import from_yaml
 
     config = from_yaml(run / "config.yaml")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

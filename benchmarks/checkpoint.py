@@ -14,8 +14,9 @@ from rich.table import Table
 from benchmarks.measure import Session, positive, sides, write_json
 from benchmarks.trainings import JaxTraining, TorchTraining, add_json, add_options, configuration, with_sizes
 from gpt2_core.cli import Parser
-from gpt2_core.config import PRESETS, from_dict
-from gpt2_core.run_folder import RunFolder, metadata_of
+from gpt2_core.config import PRESETS
+from gpt2_core.config.io import from_dict
+from gpt2_core.runs.folder import RunFolder, metadata_of
 
 SIDES = {"jax": "benchmarks.checkpoint:jax_session", "torch": "benchmarks.checkpoint:torch_session"}
 

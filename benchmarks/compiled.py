@@ -22,7 +22,7 @@ from gpt2_core.cli import Parser
 from gpt2_core.config import PRESETS, ModelConfig, TrainConfig
 from gpt2_core.errors import RunError, UserError
 from gpt2_core.files import write_atomically
-from gpt2_core.runlog import peak_flops
+from gpt2_core.runs.log import peak_flops
 
 # Without a GPU nothing can be autotuned, and Triton's matrix products would get arbitrary tiles.
 _FLAGS = ("--xla_gpu_enable_triton_gemm=false",)

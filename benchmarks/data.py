@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import positive, write_json
-from gpt2_core.batches import TrainingBatches
 from gpt2_core.cli import Parser
-from gpt2_core.corpora import Corpus, Document, in_pieces
+from gpt2_core.data.batches import TrainingBatches
+from gpt2_core.data.corpora import Corpus, Document, in_pieces
+from gpt2_core.data.prepare import Settings, prepare
+from gpt2_core.data.token_files import map_tokens
+from gpt2_core.data.tokenizer import get_tokenizer
+from gpt2_core.data.tokens import Source
 from gpt2_core.errors import UserError
-from gpt2_core.prepare import Settings, prepare
-from gpt2_core.token_files import map_tokens
-from gpt2_core.tokenizer import get_tokenizer
-from gpt2_core.tokens import Source
 
 _BATCH_TOKENS = 1 << 16
 _SIZES = (10**6, 10**7, 10**9, 10**10)

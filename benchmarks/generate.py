@@ -18,7 +18,8 @@ from rich.table import Table
 
 from benchmarks.measure import Session, interleave, positive, ratio, sides, write_json
 from gpt2_core.cli import Parser
-from gpt2_core.config import ModelConfig, dtype_of, model_from_dict
+from gpt2_core.config import ModelConfig, dtype_of
+from gpt2_core.config.io import model_from_dict
 from gpt2_core.errors import UserError
 from gpt2_core.sampling import Sampling
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_core.cli import run
-from gpt2_core.config import from_dict
+from gpt2_core.config.io import from_dict
 from gpt2_jax.mesh import parse_mesh
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from benchmarks.requirements import missing
 from benchmarks.variants import FLAGS, VARIANTS, jax_side, torch_side
-from gpt2_core.config import PRESETS, ModelConfig, TrainConfig, differences
+from gpt2_core.config import PRESETS, ModelConfig, TrainConfig
+from gpt2_core.config.io import differences
 
 # What importing each side takes.
 _JAX = ("jax", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "safetensors", "ml_dtypes")

@@ -14,10 +14,11 @@ from benchmarks.measure import Session, interleave, positive, ratio, sides, writ
 from benchmarks.rates import jax_matmul, torch_matmul
 from benchmarks.trainings import JaxTraining, TorchTraining, add_json, add_options, configuration, with_sizes
 from gpt2_core.cli import Parser
-from gpt2_core.config import PRESETS, TrainConfig, from_dict
+from gpt2_core.config import PRESETS, TrainConfig
+from gpt2_core.config.io import from_dict
 from gpt2_core.errors import UserError
 from gpt2_core.memory import peak_memory
-from gpt2_core.runlog import peak_flops
+from gpt2_core.runs.log import peak_flops
 
 
 def main(arguments: list[str]) -> None:

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gpt2_core.batches import Batch
 from gpt2_core.cli import Parser
 from gpt2_core.config import PRESETS, ModelConfig, TrainConfig
+from gpt2_core.data.batches import Batch
 from gpt2_core.errors import UserError
 from gpt2_core.weights.layouts import JAX
 

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from benchmarks import train
 from benchmarks.measure import Session, ratio
-from gpt2_core.config import TrainConfig, from_dict
+from gpt2_core.config import TrainConfig
+from gpt2_core.config.io import from_dict
 from gpt2_core.errors import RunError
 
 

@@ -10,9 +10,10 @@ from gpt2_convert import hub
 from gpt2_convert.format import Format, Holds
 from gpt2_convert.registry import FORMATS, described, detect
 from gpt2_convert.source import Source
-from gpt2_core.config import TrainConfig, differences
+from gpt2_core.config import TrainConfig
+from gpt2_core.config.io import differences
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import RunFolder, metadata_path
+from gpt2_core.runs.folder import RunFolder, metadata_path
 from gpt2_core.weights import Weights
 
 __all__ = ["FORMATS", "Holds", "described", "open_weights", "read_initial_weights", "read_weights", "write_weights"]

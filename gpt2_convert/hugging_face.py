@@ -6,9 +6,10 @@ from typing import Any
 
 from gpt2_convert.format import GPT2, MASKS, Format, Holds
 from gpt2_convert.source import Source
-from gpt2_core.config import ModelConfig, model_from_dict
+from gpt2_core.config import ModelConfig
+from gpt2_core.config.io import model_from_dict
+from gpt2_core.data.tokenizer import get_tokenizer, is_genuine, local_file
 from gpt2_core.errors import UserError
-from gpt2_core.tokenizer import get_tokenizer, is_genuine, local_file
 from gpt2_core.weights import LazyArrays, LazyTensor, Weights
 from gpt2_core.weights.layouts import Layout
 from gpt2_core.weights.safetensors import write_tensors

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gpt2_convert.format import Format, Holds
 from gpt2_convert.source import Source
-from gpt2_core.config import model_from_dict
+from gpt2_core.config.io import model_from_dict
 from gpt2_core.weights import LazyArrays, Weights
 from gpt2_core.weights.layouts import JAX
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from gpt2_convert.format import GPT2, GPT2_SIZES, Format, Holds
 from gpt2_convert.source import Source
-from gpt2_core.config import ModelConfig, model_from_dict
+from gpt2_core.config import ModelConfig
+from gpt2_core.config.io import model_from_dict
 from gpt2_core.errors import UserError
 from gpt2_core.files import writing
 from gpt2_core.weights.canonical import DTYPES, LazyArrays, Weights

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpt2_convert.format import GPT2, GPT2_SIZES, MASKS, Format, Holds
 from gpt2_convert.source import Source
-from gpt2_core.config import model_from_dict
+from gpt2_core.config.io import model_from_dict
 from gpt2_core.errors import UserError
 from gpt2_core.weights import LazyArrays, LazyTensor, Weights
 from gpt2_core.weights.layouts import Layout

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import metadata_path, read_metadata
+from gpt2_core.runs.folder import metadata_path, read_metadata
 from gpt2_core.weights import LazyTensor
 from gpt2_core.weights.safetensors import json_object, open_tensors
 

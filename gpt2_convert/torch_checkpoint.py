@@ -5,9 +5,9 @@ from pathlib import Path
 
 from gpt2_convert.format import Format, Holds
 from gpt2_convert.source import Source
-from gpt2_core.config import from_yaml, model_from_dict
+from gpt2_core.config.io import from_yaml, model_from_dict
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import metadata_of_weights, metadata_path
+from gpt2_core.runs.folder import metadata_of_weights, metadata_path
 from gpt2_core.weights import LazyArrays, Weights
 from gpt2_core.weights.layouts import TORCH
 from gpt2_core.weights.safetensors import write_tensors

@@ -18,16 +18,11 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from gpt2_core.config import (
-    GROUPS,
-    NEWEST,
-    PRESETS,
-    TrainConfig,
-    to_yaml,
-)
+from gpt2_core.config import GROUPS, NEWEST, PRESETS, TrainConfig
+from gpt2_core.config.io import to_yaml
+from gpt2_core.data.tokenizer import vocab_size
 from gpt2_core.errors import RunError, UserError
-from gpt2_core.tokenizer import vocab_size
-from gpt2_core.trackers import require as require_tracker
+from gpt2_core.runs.trackers import require as require_tracker
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 

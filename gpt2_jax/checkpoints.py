@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import RunFolder, metadata_of_weights
+from gpt2_core.runs.folder import RunFolder, metadata_of_weights
 from gpt2_core.weights import LazyTensor, Weights
 from gpt2_core.weights.layouts import JAX
 from gpt2_core.weights.safetensors import json_object

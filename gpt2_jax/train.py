@@ -8,16 +8,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 import numpy as np
 
-from gpt2_core.batches import TrainingBatches, evaluation_batches
 from gpt2_core.config import IGNORE_INDEX, ResolvedConfig, TrainConfig, resolved, with_accumulation
-from gpt2_core.due import Due, due_after, is_logged
-from gpt2_core.interrupt import interruptible
-from gpt2_core.run_folder import RunFolder, RunPlan, metadata_of, plan_run
-from gpt2_core.runlog import RunLog, peak_flops
+from gpt2_core.data.batches import TrainingBatches, evaluation_batches
+from gpt2_core.data.tokenizer import get_tokenizer
+from gpt2_core.data.tokens import TokenFolder, open_tokens, with_steps
+from gpt2_core.runs.due import Due, due_after, is_logged
+from gpt2_core.runs.folder import RunFolder, RunPlan, metadata_of, plan_run
+from gpt2_core.runs.interrupt import interruptible
+from gpt2_core.runs.log import RunLog, peak_flops
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
-from gpt2_core.tokenizer import get_tokenizer
-from gpt2_core.tokens import TokenFolder, open_tokens, with_steps
 from gpt2_core.weights import Weights
 from gpt2_jax.attention import choose_kernel
 from gpt2_jax.checkpoints import CheckpointWriter, restore

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt2_core.batches import Batch
 from gpt2_core.config import IGNORE_INDEX, ResolvedConfig, dtype_of
+from gpt2_core.data.batches import Batch
 from gpt2_jax.definition import Definition, Params, define
 from gpt2_jax.mesh import parse_mesh
 from gpt2_jax.model import Execution

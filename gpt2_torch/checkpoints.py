@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import metadata_path
+from gpt2_core.runs.folder import metadata_path
 
 
 def save(

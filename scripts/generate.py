@@ -11,10 +11,10 @@ import numpy as np
 from gpt2_convert import read_weights
 from gpt2_core.cli import Parser, run
 from gpt2_core.config import check_seed
+from gpt2_core.data.tokenizer import NAMES, Tokenizer, get_tokenizer, stream_text, vocab_size
 from gpt2_core.errors import UserError
 from gpt2_core.memory import keep_freed_memory
 from gpt2_core.sampling import Sampling, uniforms
-from gpt2_core.tokenizer import NAMES, Tokenizer, get_tokenizer, stream_text, vocab_size
 from gpt2_core.weights import Weights
 
 

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from gpt2_core import corpora, tokenizer
 from gpt2_core.cli import Parser, run
 from gpt2_core.config import DataConfig, check_seed
+from gpt2_core.data import corpora, tokenizer
+from gpt2_core.data.prepare import SHARD_TOKENS, Settings, prepare
 from gpt2_core.errors import UserError
-from gpt2_core.prepare import SHARD_TOKENS, Settings, prepare
 
 
 def main(arguments: list[str]) -> None:

@@ -10,7 +10,7 @@ import yaml
 from gpt2_convert import read_initial_weights, write_weights
 from gpt2_core.cli import parse_train_config
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import read_metrics
+from gpt2_core.runs.folder import read_metrics
 from parity.gpt2.cases import random_weights
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"), key=lambda path: path.stem)

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import numpy as np
 
 from gpt2_core.config import DataConfig, ModelConfig
-from gpt2_core.corpora import get_corpus
+from gpt2_core.data.corpora import get_corpus
+from gpt2_core.data.tokenizer import Tokenizer, get_tokenizer
 from gpt2_core.errors import UserError
-from gpt2_core.tokenizer import Tokenizer, get_tokenizer
 from gpt2_core.weights import Weights
 from parity.engine.evidence import Evidence
 

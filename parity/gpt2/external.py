@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_core.config import differences
+from gpt2_core.config.io import differences
 from gpt2_core.errors import UserError
 from gpt2_core.weights import Weights
 from parity.engine import divergence

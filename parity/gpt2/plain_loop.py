@@ -1,8 +1,8 @@
 """What a training run must come to, by a plain loop that shares no line with the trainers' own.
 
 The model is the PyTorch reference's, which `forward` and `gradients` compare, and the order of the windows is
-`gpt2_core.batches`', which `wrong_batches` holds to the text. Learning rates, clipping, decay, evaluation, sampling and
-what is due after which step are written here once more.
+`gpt2_core.data.batches`', which `wrong_batches` holds to the text. Learning rates, clipping, decay, evaluation,
+sampling and what is due after which step are written here once more.
 """
 
 import collections
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gpt2_core.batches import Batch, TrainingBatches
 from gpt2_core.config import TrainConfig
-from gpt2_core.tokenizer import get_tokenizer
-from gpt2_core.tokens import Source
+from gpt2_core.data.batches import Batch, TrainingBatches
+from gpt2_core.data.tokenizer import get_tokenizer
+from gpt2_core.data.tokens import Source
 from gpt2_core.weights import Weights
 from gpt2_torch.model import GPT2
 from gpt2_torch.weights import build

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from gpt2_core.batches import Batch
 from gpt2_core.config import TrainConfig
+from gpt2_core.data.batches import Batch
 from gpt2_core.weights import Weights
 from parity.engine import divergence
 from parity.engine.divergence import Divergence

@@ -44,7 +44,7 @@ def test_the_driver_is_asked_for_facts_and_clocks(tool, monkeypatch, tmp_path):
 
 
 def test_the_runs_curve_is_read_from_its_folder(make_config, tmp_path):
-    from gpt2_core.config import to_yaml
+    from gpt2_core.config.io import to_yaml
 
     config = make_config(reference_curve={0: 10.97, 50: 5.25})
     (tmp_path / "config.yaml").write_text(to_yaml(config))

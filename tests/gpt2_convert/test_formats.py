@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import gpt2_convert.source
 import gpt2_convert.torch_files
 from gpt2_convert import FORMATS, Holds, open_weights, read_initial_weights, read_weights, write_weights
-from gpt2_core.config import DataConfig, ModelConfig, TrainConfig, to_yaml
+from gpt2_core.config import DataConfig, ModelConfig, TrainConfig
+from gpt2_core.config.io import to_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.weights import LazyArrays, Weights
 from gpt2_torch.weights import to_state_dict

@@ -3,7 +3,7 @@ import torch
 
 from gpt2_convert import open_weights, write_weights
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import RunFolder
+from gpt2_core.runs.folder import RunFolder
 from gpt2_torch.train import train
 from gpt2_torch.weights import build
 

@@ -9,12 +9,10 @@ from gpt2_core.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
-    differences,
-    from_dict,
     resolved,
-    to_yaml,
     with_accumulation,
 )
+from gpt2_core.config.io import differences, from_dict, to_yaml
 from gpt2_core.errors import UserError
 
 

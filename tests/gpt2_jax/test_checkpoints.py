@@ -7,7 +7,7 @@ import pytest
 from gpt2_convert import open_weights, write_weights
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import RunFolder, metadata_of
+from gpt2_core.runs.folder import RunFolder, metadata_of
 from gpt2_jax.checkpoints import CheckpointWriter, restore
 from gpt2_jax.train_step import make_program
 

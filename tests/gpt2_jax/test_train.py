@@ -4,9 +4,10 @@ import shutil
 import jax
 import pytest
 
-from gpt2_core.config import OptimizerConfig, from_yaml
+from gpt2_core.config import OptimizerConfig
+from gpt2_core.config.io import from_yaml
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import read_metrics
+from gpt2_core.runs.folder import read_metrics
 from gpt2_jax import train as train_module
 from gpt2_jax.train import resolve, train
 from gpt2_jax.train_step import Metrics

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_core.batches import Batch
 from gpt2_core.config import IGNORE_INDEX, ModelConfig, OptimizerConfig
+from gpt2_core.data.batches import Batch
 from gpt2_jax.optimizer import clip_by_global_norm, make_optimizer
 from gpt2_jax.train_step import make_program
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_core import runlog
-from gpt2_core.config import IGNORE_INDEX, ModelConfig, OptimizerConfig, from_yaml, to_yaml
+from gpt2_core.config import IGNORE_INDEX, ModelConfig, OptimizerConfig
+from gpt2_core.config.io import from_yaml, to_yaml
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import RunFolder, RunPlan, read_metrics
+from gpt2_core.runs import log as runlog
+from gpt2_core.runs.folder import RunFolder, RunPlan, read_metrics
 from gpt2_torch import train as train_module
 from gpt2_torch.model import GPT2
 from gpt2_torch.optimizer import make_optimizer

@@ -132,7 +132,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_overwritten(run, recipe, tmp_p
 @pytest.fixture
 def taken(make_config, tmp_path):
     """A run folder, without the time it takes to train one."""
-    from gpt2_core.run_folder import plan_run
+    from gpt2_core.runs.folder import plan_run
 
     plan_run(make_config("taken", precision="float32"), framework="jax", data_digest="d").begin()
 

@@ -21,8 +21,8 @@ import gpt2_jax.optimizer
 import gpt2_jax.train
 import gpt2_jax.train_step
 import gpt2_jax.weights
-from gpt2_core.batches import Batch
 from gpt2_core.config import IGNORE_INDEX, ModelConfig, OptimizerConfig, ResolvedConfig, TrainConfig, resolved
+from gpt2_core.data.batches import Batch
 from gpt2_core.sampling import Sampling
 from gpt2_core.weights import Weights
 from gpt2_jax import checkpoints

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 
 from gpt2_core.config import ModelConfig, TrainConfig
-from gpt2_core.run_folder import RunFolder
+from gpt2_core.runs.folder import RunFolder
 from gpt2_core.weights import Weights
 from parity.engine import adapter
 from parity.engine.adapter import Capability

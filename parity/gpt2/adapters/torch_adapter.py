@@ -21,9 +21,10 @@ import gpt2_torch.model
 import gpt2_torch.optimizer
 import gpt2_torch.train
 import gpt2_torch.weights
-from gpt2_core.batches import Batch
-from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig, to_yaml
-from gpt2_core.run_folder import RunFolder
+from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.config.io import to_yaml
+from gpt2_core.data.batches import Batch
+from gpt2_core.runs.folder import RunFolder
 from gpt2_core.sampling import Sampling
 from gpt2_core.weights import Weights
 from gpt2_torch.weights import build
@@ -298,7 +299,7 @@ def _by_two_processes(config: TrainConfig, initial: Callable) -> RunFolder:
 _PROCESS = """
 import sys
 from pathlib import Path
-from gpt2_core.config import from_yaml
+from gpt2_core.config.io import from_yaml
 from gpt2_torch.train import train
 from gpt2_convert import read_initial_weights
 train(from_yaml(Path(sys.argv[1])), read_initial_weights)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from gpt2_core.batches import Batch
 from gpt2_core.config import IGNORE_INDEX, ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.data.batches import Batch
 from gpt2_core.sampling import Sampling
 from parity.engine import divergence
 from parity.engine.adapter import lacking

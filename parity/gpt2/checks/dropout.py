@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import scipy.stats
 
-from gpt2_core.batches import Batch, TrainingBatches
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.data.batches import Batch, TrainingBatches
 from parity.engine import divergence
 from parity.engine.adapter import lacking
 from parity.engine.independence import aligned, displaced, first_surprise, two_sided

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gpt2_core.batches import Batch
 from gpt2_core.config import IGNORE_INDEX
+from gpt2_core.data.batches import Batch
 from parity.engine import divergence
 from parity.engine.adapter import lacking
 from parity.engine.evidence import Depth

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gpt2_core.batches import TrainingBatches
 from gpt2_core.config import OptimizerConfig, TrainConfig
+from gpt2_core.data.batches import TrainingBatches
 from gpt2_core.weights import Weights
 from parity.engine.adapter import lacking
 from parity.engine.evidence import Curves

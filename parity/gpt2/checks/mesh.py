@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gpt2_core.batches import TrainingBatches
 from gpt2_core.config import OptimizerConfig, TrainConfig
+from gpt2_core.data.batches import TrainingBatches
 from gpt2_core.errors import UserError
 from parity.engine.adapter import lacking
 from parity.engine.results import Result, Skipped

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator, Sequence
 import jax
 import numpy as np
 
-from gpt2_core.batches import Batch
 from gpt2_core.config import ModelConfig, TrainConfig
+from gpt2_core.data.batches import Batch
 from gpt2_core.weights import Weights
 from parity.engine import dataflow
 from parity.engine.adapter import lacking

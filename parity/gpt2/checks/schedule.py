@@ -17,8 +17,8 @@ import optax
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from gpt2_core.batches import Batch
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.data.batches import Batch
 from parity.engine.adapter import lacking
 from parity.engine.results import Result, Skipped
 from parity.gpt2 import limits

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gpt2_core.batches import Batch
 from gpt2_core.config import IGNORE_INDEX, ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.data.batches import Batch
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.weights import Weights
 from parity.engine.adapter import Capability, lacking

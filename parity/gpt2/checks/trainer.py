@@ -21,11 +21,11 @@ from unittest import mock
 import jax
 import numpy as np
 
-import gpt2_core.runlog
+import gpt2_core.runs.log
 import gpt2_torch.train
 from gpt2_convert import read_initial_weights, write_weights
 from gpt2_core.config import NEWEST, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from gpt2_core.run_folder import RunFolder, read_metadata, read_metrics
+from gpt2_core.runs.folder import RunFolder, read_metadata, read_metrics
 from gpt2_core.weights import Weights
 from gpt2_torch.model import GPT2
 from gpt2_torch.weights import build
@@ -305,7 +305,7 @@ def _named(setting: Setting, config: TrainConfig, title: str) -> TrainConfig:
 
 def _run(trainer: Trainer, config: TrainConfig, interrupt_at: int | None = None) -> bool:
     """Train without a word; whether Ctrl-C, as the batch of `interrupt_at` is logged, ended it."""
-    log, pressed = gpt2_core.runlog.RunLog.train, False
+    log, pressed = gpt2_core.runs.log.RunLog.train, False
 
     def pressing(self, step: int, **figures: float) -> None:
         nonlocal pressed
@@ -317,9 +317,9 @@ def _run(trainer: Trainer, config: TrainConfig, interrupt_at: int | None = None)
     with (
         contextlib.redirect_stdout(io.StringIO()),
         # No number hangs on either, and each takes longer than all the steps.
-        mock.patch.object(gpt2_core.runlog, "draw_curves"),
+        mock.patch.object(gpt2_core.runs.log, "draw_curves"),
         mock.patch.object(gpt2_torch.train, "check_memory"),
-        mock.patch.object(gpt2_core.runlog.RunLog, "train", pressing),
+        mock.patch.object(gpt2_core.runs.log.RunLog, "train", pressing),
     ):
         try:
             trainer.train(config, read_initial_weights)

@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from gpt2_convert import FORMATS, Holds, open_weights, write_weights
-from gpt2_core.config import ModelConfig, differences
+from gpt2_core.config import ModelConfig
+from gpt2_core.config.io import differences
 from gpt2_core.errors import UserError
 from gpt2_core.weights import DTYPES, Weights
 from parity.engine.adapter import lacking

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-import gpt2_core.batches
-import gpt2_core.run_folder
+import gpt2_core.data.batches
+import gpt2_core.runs.folder
 import gpt2_jax.train
 import gpt2_torch.checkpoints
 import gpt2_torch.train
@@ -17,7 +17,7 @@ from parity.gpt2.faults.fault import fault, replacing
     "windows left out",
     check="trainer",
     place="windows left out",
-    seam=(gpt2_core.batches.Windows, "__len__"),
+    seam=(gpt2_core.data.batches.Windows, "__len__"),
 )
 def windows_left_out(length):
     """range(0, len(tokens) - 2 * T, T): the last window of the text is never trained on, whichever framework"""
@@ -29,7 +29,7 @@ def windows_left_out(length):
     "validation reads the beginning only",
     check="trainer",
     place="validation after 0 updates, loss",
-    seam=(gpt2_core.batches, "_evenly_spaced"),
+    seam=(gpt2_core.data.batches, "_evenly_spaced"),
 )
 def validation_reads_the_beginning_only(_):
     """the first sequences of the split in the place of some from all over it, by both trainers"""
@@ -185,7 +185,7 @@ def a_resumed_run_begins_the_schedule_again(run):
     "a resumed run keeps what it does again in the log",
     check="trainer",
     place="logged steps",
-    seam=(gpt2_core.run_folder, "_cut_metrics"),
+    seam=(gpt2_core.runs.folder, "_cut_metrics"),
 )
 def a_resumed_run_keeps_what_it_does_again_in_the_log(_):
     """steps after the checkpoint are there twice"""
@@ -197,13 +197,13 @@ def a_resumed_run_keeps_what_it_does_again_in_the_log(_):
     "the best checkpoint is the one with the largest loss",
     check="trainer",
     place="best 12, where [5, 12] and 5 are due",
-    seam=(gpt2_core.run_folder.RunFolder, "best_step"),
+    seam=(gpt2_core.runs.folder.RunFolder, "best_step"),
 )
 def the_best_checkpoint_is_the_one_with_the_largest_loss(best_step):
     """max in the place of min, as for an accuracy"""
 
     def wrong(self):
-        losses = {r["step"]: r["loss"] for r in gpt2_core.run_folder.read_metrics(self.metrics) if r["split"] == "val"}
+        losses = {r["step"]: r["loss"] for r in gpt2_core.runs.folder.read_metrics(self.metrics) if r["split"] == "val"}
         return max(self.steps(), key=losses.__getitem__, default=None)
 
     return wrong
@@ -213,7 +213,7 @@ def the_best_checkpoint_is_the_one_with_the_largest_loss(best_step):
     "checkpoints are never removed",
     check="trainer",
     place="kept [5, 10, 12]",
-    seam=(gpt2_core.run_folder.RunFolder, "remove_obsolete"),
+    seam=(gpt2_core.runs.folder.RunFolder, "remove_obsolete"),
 )
 def checkpoints_are_never_removed(_):
     """the disk fills up some days into the run"""

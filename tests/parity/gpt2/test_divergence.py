@@ -11,8 +11,8 @@ import pytest
 
 import gpt2_jax.model
 import gpt2_jax.train_step
-from gpt2_core.batches import Batch
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.data.batches import Batch
 from parity.engine import divergence
 from parity.engine.results import relative_norm, relative_to_largest
 from parity.gpt2 import diagnosis

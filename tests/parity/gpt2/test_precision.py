@@ -11,8 +11,8 @@ import gpt2_jax.layers
 import gpt2_jax.loss
 import gpt2_jax.model
 import parity.engine.precision
-from gpt2_core.batches import TrainingBatches
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.data.batches import TrainingBatches
 from gpt2_core.weights import Weights
 from parity.gpt2.adapters import both
 from parity.gpt2.adapters.jax_adapter import JaxAdapter

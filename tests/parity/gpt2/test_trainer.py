@@ -9,9 +9,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
-import gpt2_core.batches
+import gpt2_core.data.batches
 import gpt2_torch.train
-from gpt2_core.run_folder import RunFolder
+from gpt2_core.runs.folder import RunFolder
 from parity.engine.results import Skipped
 from parity.gpt2 import plain_loop
 from parity.gpt2.adapters import both
@@ -76,12 +76,12 @@ WRONG_BATCHES = {
 def test_windows_that_are_not_the_texts_are_seen(setting, name):
     assert plain_loop.wrong_batches(setting.text, setting.config)[1] == []
     attribute, make = WRONG_BATCHES[name]
-    windows = gpt2_core.batches.Windows
+    windows = gpt2_core.data.batches.Windows
     with mock.patch.object(windows, attribute, make(getattr(windows, attribute))):
         assert "windows left out" in plain_loop.wrong_batches(setting.text, setting.config)[1][0]
 
 
-class Changed(gpt2_core.batches.TrainingBatches):
+class Changed(gpt2_core.data.batches.TrainingBatches):
     """Batches with a mistake, which `change` makes of (right batch, batches, step)."""
 
     def __getitem__(self, step):
@@ -105,7 +105,7 @@ def test_batches_that_are_not_the_epochs_are_seen(setting, change, words):
 
 
 def test_orders_and_processes_are_looked_at(setting):
-    real = gpt2_core.batches.TrainingBatches
+    real = gpt2_core.data.batches.TrainingBatches
 
     def unseeded(*arguments, seed, **options):
         return real(*arguments, seed=0, **options)

@@ -1,7 +1,7 @@
 """The tokens that a run trains on: opened, checked, and written first if a corpus isn't on disk yet.
 
 A token folder holds `train-00000.bin`, `val-00000.bin`, ... (raw little-endian ids) and `index.json`
-(`gpt2_core.prepare` writes it); `verified.json` notes which of its files have been checked against their sha256.
+(`gpt2_core.data.prepare` writes it); `verified.json` notes which of its files have been checked against their sha256.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_core import token_files
 from gpt2_core.config import ResolvedConfig, TrainConfig, parse_mixture
-from gpt2_core.corpora import get_corpus
+from gpt2_core.data import token_files
+from gpt2_core.data.corpora import get_corpus
+from gpt2_core.data.prepare import SPLITS, VERSION, Settings, is_unfinished, prepare
+from gpt2_core.data.tokenizer import get_tokenizer, vocab_size
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
-from gpt2_core.prepare import SPLITS, VERSION, Settings, is_unfinished, prepare
-from gpt2_core.tokenizer import get_tokenizer, vocab_size
 
 _SAMPLE = 1 << 20  # tokens checked for ids beyond the vocabulary, in each shard of unknown origin
 

@@ -3,8 +3,8 @@ import time
 import pytest
 
 from gpt2_core.errors import RunError
-from gpt2_core.run_folder import RunFolder, plan_run, read_metrics
-from gpt2_core.runlog import RunLog, peak_flops
+from gpt2_core.runs.folder import RunFolder, plan_run, read_metrics
+from gpt2_core.runs.log import RunLog, peak_flops
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gpt2_core import prepare as module
 from gpt2_core.config import DataConfig
-from gpt2_core.corpora import UnreachableError, get_corpus
+from gpt2_core.data import prepare as module
+from gpt2_core.data.corpora import UnreachableError, get_corpus
+from gpt2_core.data.prepare import Settings, is_validation, prepare
+from gpt2_core.data.tokenizer import get_tokenizer
 from gpt2_core.errors import UserError
-from gpt2_core.prepare import Settings, is_validation, prepare
-from gpt2_core.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parents[2]
 END = 256
@@ -101,8 +101,8 @@ def test_killed_at_random_and_started_again_it_writes_the_same_bytes(lines, tmp_
     # Small batches, committed at once and tokenised slowly, so that a kill falls into every part of the work.
     program = (
         "import sys, time; sys.path.insert(0, {root!r})\n"
-        "from gpt2_core import prepare as m; from gpt2_core.config import DataConfig\n"
-        "from gpt2_core.corpora import get_corpus; from gpt2_core.tokenizer import get_tokenizer\n"
+        "from gpt2_core.data import prepare as m; from gpt2_core.config import DataConfig\n"
+        "from gpt2_core.data.corpora import get_corpus; from gpt2_core.data.tokenizer import get_tokenizer\n"
         "m._BATCH, m._COMMIT_SECONDS = 20_000, 0.0\n"
         "tokenise = m._tokenise\n"
         "m._tokenise = lambda *a: (time.sleep(0.01), tokenise(*a))[1]\n"

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from gpt2_core.config import PRESETS, ModelConfig, TrainConfig
-from gpt2_core.summary import model_table, parameters_by_module, training_bytes
+from gpt2_core.runs.summary import model_table, parameters_by_module, training_bytes
 
 ROPE = ModelConfig(position="rope", mlp="swiglu", norm="rmsnorm", bias=False, tie_embeddings=False, qk_norm=True)
 

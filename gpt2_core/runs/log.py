@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gpt2_core.config import ResolvedConfig
 from gpt2_core.errors import RunError
 from gpt2_core.files import write_atomically
-from gpt2_core.run_folder import RECENT, RunFolder, read_metrics
-from gpt2_core.summary import model_table
-from gpt2_core.trackers import Tracker, open_tracker
+from gpt2_core.runs.folder import RECENT, RunFolder, read_metrics
+from gpt2_core.runs.summary import model_table
+from gpt2_core.runs.trackers import Tracker, open_tracker
 
 # Dense bfloat16 matrix rates from NVIDIA's datasheets, in FLOP/s, by what the driver calls the device. TF32's are half
 # as high in each of them (A100: 156, H100 PCIe: 378, H100 and H200: 494.7 TFLOP/s).

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from gpt2_core.interrupt import interruptible
+from gpt2_core.runs.interrupt import interruptible
 
 
 @pytest.fixture(autouse=True)

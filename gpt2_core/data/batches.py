@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from gpt2_core.config import IGNORE_INDEX
-from gpt2_core.tokens import Source, Split, check_ids
+from gpt2_core.data.tokens import Source, Split, check_ids
 
 
 class Batch(NamedTuple):

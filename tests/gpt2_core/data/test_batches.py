@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from gpt2_core.batches import TrainingBatches, evaluation_batches
 from gpt2_core.config import IGNORE_INDEX
+from gpt2_core.data.batches import TrainingBatches, evaluation_batches
+from gpt2_core.data.tokens import Source
 from gpt2_core.errors import UserError
-from gpt2_core.tokens import Source
 
 T, B = 4, 6
 TOKENS = np.arange(31 * T + 3, dtype=np.uint16)  # 31 windows, and a rest that fills none

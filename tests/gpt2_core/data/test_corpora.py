@@ -10,11 +10,11 @@ import time
 import numpy as np
 import pytest
 
-from gpt2_core import corpora
 from gpt2_core.config import DataConfig
-from gpt2_core.corpora import get_corpus, in_pieces
+from gpt2_core.data import corpora
+from gpt2_core.data.corpora import get_corpus, in_pieces
+from gpt2_core.data.tokenizer import get_tokenizer
 from gpt2_core.errors import UserError
-from gpt2_core.tokenizer import get_tokenizer
 
 TEXTS = ["one\ntwo", "drei vier – fünf", "", "six"]
 

@@ -2,9 +2,9 @@ import socket
 
 import pytest
 
-from gpt2_core import tokenizer as module
+from gpt2_core.data import tokenizer as module
+from gpt2_core.data.tokenizer import get_tokenizer, stream_text, vocab_size
 from gpt2_core.errors import UserError
-from gpt2_core.tokenizer import get_tokenizer, stream_text, vocab_size
 
 TEXTS = ["", "def f(x):\n    return x", "naïve café 🦜 中文 <|endoftext|>", "\x00\xff tab\t"]
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from gpt2_core.config import DataConfig, ModelConfig
+from gpt2_core.data.tokens import open_tokens, with_steps
 from gpt2_core.errors import UserError
-from gpt2_core.tokens import open_tokens, with_steps
 
 TINY_SHAKESPEARE = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare.txt"
 

@@ -6,7 +6,7 @@ import pytest
 
 from gpt2_core.config import OptimizerConfig
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import RunFolder, metadata_of, metadata_path, plan_run, read_metrics, recent_training_loss
+from gpt2_core.runs.folder import RunFolder, metadata_of, metadata_path, plan_run, read_metrics, recent_training_loss
 
 
 def begin(config):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.console import Console
 
-from gpt2_core import tokenizer
+from gpt2_core.data import tokenizer
 from gpt2_core.errors import UserError
 
 _HEADER_BYTES = 256 * 4

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from gpt2_core import token_files
 from gpt2_core.config import DataConfig, ModelConfig, TrainConfig
+from gpt2_core.data import token_files
+from gpt2_core.data.tokens import open_tokens
 from gpt2_core.errors import UserError
-from gpt2_core.tokens import open_tokens
 
 IDS = np.random.default_rng(0).integers(0, 50257, 5_000)
 

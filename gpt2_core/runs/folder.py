@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt2_core.config import NEWEST, ResolvedConfig, TrainConfig, differences, from_yaml, to_yaml
+from gpt2_core.config import NEWEST, ResolvedConfig, TrainConfig
+from gpt2_core.config.io import differences, from_yaml, to_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
 from gpt2_core.weights import Weights

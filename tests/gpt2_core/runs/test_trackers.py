@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_core import trackers
 from gpt2_core.errors import UserError
-from gpt2_core.run_folder import RunFolder
-from gpt2_core.runlog import RunLog
+from gpt2_core.runs import trackers
+from gpt2_core.runs.folder import RunFolder
+from gpt2_core.runs.log import RunLog
 
 LOSSES = [3.0, 2.5, 2.25]
 
@@ -108,7 +108,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(make_config, monkeypatch, cap
         def close(self):
             raise AssertionError("it was let go")
 
-    monkeypatch.setattr("gpt2_core.runlog.open_tracker", lambda folder, config: Failing())
+    monkeypatch.setattr("gpt2_core.runs.log.open_tracker", lambda folder, config: Failing())
     folder = logged_run(make_config, "wandb")
     assert capsys.readouterr().out.count("warning: --track wandb has failed (gone); going on without it") == 1
     assert (folder / "metrics.jsonl").read_text().count("\n") == 4

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from gpt2_core.config import TrainConfig
-from gpt2_core.due import Due, due_after, is_logged
+from gpt2_core.runs.due import Due, due_after, is_logged
 
 CONFIG = TrainConfig(steps=12, eval_interval=3, checkpoint_interval=6, sample_interval=4, log_interval=5)
 

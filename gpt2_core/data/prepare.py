@@ -25,10 +25,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from gpt2_core.corpora import Corpus, Document, UnreachableError
+from gpt2_core.data.corpora import Corpus, Document, UnreachableError
+from gpt2_core.data.tokenizer import Tokenizer
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
-from gpt2_core.tokenizer import Tokenizer
 
 VERSION = 2
 SPLITS = ("train", "val")

@@ -1,0 +1,1 @@
+"""From text to batches: corpora, tokenizers, token files, and the order in which training reads them."""
