@@ -1,6 +1,6 @@
 """The list of weight formats, which drives detection, help and error messages."""
 
-from gpt2_convert import canonical, hugging_face, jax_checkpoint, llmc, nanogpt, torch_checkpoint
+from gpt2_convert import canonical, hugging_face, jax_checkpoint, llmc, msgpack, nanogpt, torch_checkpoint
 from gpt2_convert.format import Format
 from gpt2_convert.source import Source
 from gpt2_core.errors import UserError
@@ -9,7 +9,7 @@ from gpt2_core.errors import UserError
 # it by what lies beside it. A new format goes to the end.
 FORMATS: dict[str, Format] = {
     module.FORMAT.name: module.FORMAT
-    for module in (jax_checkpoint, torch_checkpoint, hugging_face, nanogpt, llmc, canonical)
+    for module in (jax_checkpoint, torch_checkpoint, hugging_face, nanogpt, llmc, canonical, msgpack)
 }
 
 

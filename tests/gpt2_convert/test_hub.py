@@ -22,10 +22,10 @@ COMMIT = "0" * 39 + "1"
 
 
 @pytest.fixture
-def server(tmp_path):
-    """The repository me/tiny; gives the address and the list of files that were sent."""
+def server(tmp_path, request):
+    """The repository me/tiny, with weights in the test's format; gives the address and the list of files sent."""
     folder = tmp_path / "served"
-    write_weights(random_weights(CONFIG), folder, "hf")
+    write_weights(random_weights(CONFIG), folder, request.param)
     (folder / "tf_model.h5").write_bytes(b"another framework's")
     sent: list[str] = []
 
@@ -78,6 +78,15 @@ def convert(tmp_path, address: str, name: str, target: str, *options: str) -> tu
     return done.returncode, done.stderr
 
 
+@pytest.mark.parametrize("server", ["msgpack"], indirect=True)
+def test_a_repository_that_has_weights_for_flax_alone_is_read(tmp_path, server):
+    address, sent, _ = server
+    code, err = convert(tmp_path, address, "me/tiny", "a.safetensors")
+    assert code == 0, err
+    assert {"config.json", "flax_model.msgpack"} <= set(sent) and "tf_model.h5" not in sent
+
+
+@pytest.mark.parametrize("server", ["hf"], indirect=True)
 def test_a_model_is_fetched_by_its_name_and_kept(tmp_path, server):
     address, sent, running = server
     code, err = convert(tmp_path, address, "me/tiny", "a.safetensors")

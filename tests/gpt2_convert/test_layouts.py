@@ -1,5 +1,7 @@
 """The layout of each format against what is known of each format from elsewhere."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -29,6 +31,15 @@ def test_linear_weights_are_in_out_for_conv1d_and_out_in_for_nn_linear():
     assert (encoded(HUGGING_FACE, weights)["transformer.h.0.mlp.c_fc.weight"] == canonical).all()
     for layout, prefix in ((TORCH, ""), (NANOGPT, "transformer."), (LLMC, "")):
         assert (encoded(layout, weights)[f"{prefix}h.0.mlp.c_fc.weight"] == canonical.T).all()
+
+
+def test_flax_stores_every_matrix_transposed_and_calls_it_kernel():
+    weights = make(dataclasses.replace(CONFIG, tie_embeddings=False))
+    found = encoded(FORMATS["msgpack"].layout, weights)
+    for name in ("h.0.attn.c_attn", "h.1.attn.c_proj", "h.0.mlp.c_fc", "h.1.mlp.c_proj"):
+        assert (found[f"transformer/{name.replace('.', '/')}/kernel"] == weights.arrays[f"{name}.weight"].T).all()
+    assert (found["lm_head/kernel"] == weights.arrays["lm_head.weight"].T).all()
+    assert (found["transformer/wpe/embedding"] == weights.arrays["wpe.weight"]).all()
 
 
 def test_the_jax_layout_keeps_query_key_and_value_apart():
@@ -79,13 +90,13 @@ def test_missing_surplus_and_misshapen_tensors_are_named_as_the_file_names_them(
 @pytest.mark.parametrize(
     ("changes", "holders"),
     [
-        ({}, {"safetensors", "jax", "torch", "hf", "nanogpt", "llmc"}),
-        ({"mlp": "gelu_exact"}, {"safetensors", "jax", "torch", "hf", "nanogpt"}),
+        ({}, {"safetensors", "jax", "torch", "hf", "msgpack", "nanogpt", "llmc"}),
+        ({"mlp": "gelu_exact"}, {"safetensors", "jax", "torch", "hf", "msgpack", "nanogpt"}),
         ({"bias": False}, {"safetensors", "jax", "torch", "nanogpt"}),
-        ({"tie_embeddings": False}, {"safetensors", "jax", "torch", "hf"}),
-        ({"mlp_width": 20}, {"safetensors", "jax", "torch", "hf"}),
-        ({"mlp_width": 32}, {"safetensors", "jax", "torch", "hf", "nanogpt", "llmc"}),
-        ({"layer_norm_epsilon": 1e-6}, {"safetensors", "jax", "torch", "hf"}),
+        ({"tie_embeddings": False}, {"safetensors", "jax", "torch", "hf", "msgpack"}),
+        ({"mlp_width": 20}, {"safetensors", "jax", "torch", "hf", "msgpack"}),
+        ({"mlp_width": 32}, {"safetensors", "jax", "torch", "hf", "msgpack", "nanogpt", "llmc"}),
+        ({"layer_norm_epsilon": 1e-6}, {"safetensors", "jax", "torch", "hf", "msgpack"}),
         ({"position": "rope"}, {"safetensors", "jax", "torch"}),
         ({"mlp": "swiglu"}, {"safetensors", "jax", "torch"}),
         ({"norm": "rmsnorm"}, {"safetensors", "jax", "torch"}),
