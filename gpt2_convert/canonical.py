@@ -27,7 +27,7 @@ def read(source: Source) -> Weights:
         raise UserError(
             f"{path}: a safetensors file without this project's metadata; expected one that scripts/convert.py wrote"
         )
-    config = model_from_dict(json_object(metadata.get("model", ""), f"{path}: its metadata «model»"), str(path))
+    config = model_from_dict(json_object(metadata.get("model", ""), f"{path}: its metadata 'model'"), str(path))
     arrays = CANONICAL.decode(tensors, config, str(path))
     return Weights(config, StoredArrays(arrays), str(path), metadata.get("tokenizer") or None)
 

@@ -91,7 +91,7 @@ class Layout:
     def decode(self, found: Mapping[str, Stored], config: ModelConfig, source: str) -> dict[str, Stored]:
         """Canonical tensors from what a file of this format holds; raises UserError, in the file's own names."""
         if config.n_layer > len(found):  # refused before a damaged header's number of layers is believed
-            raise UserError(f"{source}: {config.n_layer} layers are said and {len(found)} tensors there")
+            raise UserError(f"{source}: declares {config.n_layer} layers but has {len(found)} tensors")
         places = self.placements(config)
         kept = {name: tensor for name, tensor in found.items() if not re.fullmatch(self.buffers, name)}
         head, embedding = kept.get("lm_head.weight"), kept.get(self.prefix + "wte.weight")
