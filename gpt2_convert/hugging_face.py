@@ -145,7 +145,7 @@ def _open(file: Source) -> dict[str, LazyTensor]:
 def _open_shards(index: Source) -> dict[str, LazyTensor]:
     path, places = index.path, index.json.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise UserError(f"{path}: has no «weight_map» from tensors to files")
+        raise UserError(f"{path}: has no 'weight_map' from tensors to files")
     found: dict[str, LazyTensor] = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file or not file.endswith((".safetensors", ".bin")):
@@ -169,7 +169,7 @@ def prefixed(found: dict[str, LazyTensor], prefix: str, head: str, path: Path) -
     for name, tensor in found.items():
         full = name if name.startswith(prefix) or name == head else prefix + name
         if full in named:
-            raise UserError(f"{path}: {full} is there twice, with and without «{prefix}»")
+            raise UserError(f"{path}: {full} is there twice, with and without '{prefix}'")
         named[full] = tensor
     return named
 

@@ -6,7 +6,8 @@ stores (in, out); an untied head is an nn.Dense, which stores (in, out). flax.se
 an array as an extension type of shape, dtype and bytes, or as several where it exceeds 1 GiB. Nothing is unpickled.
 """
 
-import mmap
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,14 +19,36 @@ from gpt2_convert.format import GPT2, Format, Holds
 from gpt2_convert.source import Source
 from gpt2_core.errors import UserError
 from gpt2_core.files import writing
-from gpt2_core.weights import LazyArrays, LazyTensor, Weights
+from gpt2_core.weights import DTYPES, LazyArrays, LazyTensor, Weights
 from gpt2_core.weights.layouts import Layout, Placement
+from gpt2_core.weights.safetensors import lazy_tensor_at
 
 _WEIGHTS = "flax_model.msgpack"
 _PREFIX = "transformer/"
 _LEAVES = {"wte": "embedding", "wpe": "embedding", "ln_1": "scale", "ln_2": "scale", "ln_f": "scale"}
 # One of these is a file's first key: a model with a head has the first two, a bare one the others.
 _MODULES = (b"transformer", b"lm_head", b"wte", b"wpe", b"h", b"ln_f")
+
+_DTYPES = {dtype.name: dtype for dtype in (*DTYPES.values(), np.dtype(np.float16))}
+# The first byte of a msgpack value (github.com/msgpack/msgpack/blob/master/spec.md), as far as such files have them. It
+# has a small number or length in it: the first and last such byte, the kind, what the first stands for.
+_SHORT = (
+    (0x00, 0x7F, "number", 0),
+    (0x80, 0x8F, "map", 0),
+    (0x90, 0x9F, "array", 0),
+    (0xA0, 0xBF, "string", 0),
+    (0xC2, 0xC3, "number", 0),  # false and true
+    (0xD8, 0xD8, "extension", 16),
+)
+# Or it says how many bytes after it have the number or length.
+_LONG = {
+    **{0xC4 + i: ("bytes", 1 << i) for i in range(3)},
+    **{0xC7 + i: ("extension", 1 << i) for i in range(3)},
+    **{0xCC + i: ("number", 1 << i) for i in range(4)},
+    **{0xD9 + i: ("string", 1 << i) for i in range(3)},
+    **{0xDC + i: ("array", 2 << i) for i in range(2)},
+    **{0xDE + i: ("map", 2 << i) for i in range(2)},
+}
 
 
 class _FlaxLayout(Layout):
@@ -54,10 +77,10 @@ def detect(source: Source) -> bool:
 
 
 def read(source: Source) -> Weights:
-    """The weights of a folder, or of the folder that a file lies in; the file is read whole."""
+    """The weights of a folder, or of the folder that a file lies in."""
     config = hugging_face.read_config(source)
     path = source.path if source.path.is_file() else source.folder / _WEIGHTS
-    found = hugging_face.prefixed(_restore(path), _PREFIX, "lm_head/kernel", path)
+    found = hugging_face.prefixed(_open(path), _PREFIX, "lm_head/kernel", path)
     arrays = LAYOUT.decode(found, config, str(path))
     written_here = source.file(hugging_face.CONFIG).json.get(hugging_face.TOKENIZER_METADATA)
     tokenizer = written_here if isinstance(written_here, str) else hugging_face.read_tokenizer(source)
@@ -76,23 +99,82 @@ def write(weights: Weights, folder: Path) -> None:
     hugging_face.write_description(weights, folder, **known)
 
 
-def _restore(path: Path) -> dict[str, LazyTensor]:
+def _open(path: Path) -> dict[str, LazyTensor]:
     """The arrays of a file, by the names on the way to them with slashes between."""
-    from flax.serialization import msgpack_restore
-    from flax.traverse_util import flatten_dict
-
+    size = path.stat().st_size
     try:
-        # Mapped, since the arrays are copies: read into memory, the file would be there twice.
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            arrays = flatten_dict(msgpack_restore(content), sep="/")
+        with path.open("rb") as file:
+            found = dict(_flatten(_next(file, path, size)))
+            if file.tell() != size:
+                raise ValueError("it goes on after its end")
     except Exception as error:
         # Damaged files end in any kind of error.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: not a whole file of flax.serialization ({reason:.200})") from error
-    for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):
-            raise UserError(f"{path}: {name:.80} isn't an array")
-    return {name: LazyTensor(array.shape, array.dtype, lambda array=array: array) for name, array in arrays.items()}
+    for name, array in found.items():
+        if not isinstance(array, LazyTensor):
+            raise UserError(f"{path}: {name or 'the whole':.80} isn't an array")
+    return found
+
+
+def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, inside in value.items():
+        yield from _flatten(inside, f"{name}/{key}" if name else str(key))
+
+
+def _next(file: BinaryIO, path: Path, size: int) -> Any:
+    """The msgpack value that begins here, with a `LazyTensor` instead of each array, whose values are skipped."""
+    kind, number = _begin(file)
+    if kind == "number":
+        return number
+    if kind == "array":
+        return [_next(file, path, size) for _ in range(number)]
+    if kind == "map":
+        value = {_next(file, path, size): _next(file, path, size) for _ in range(number)}
+        return _joined(value) if "__msgpack_chunked_array__" in value else value
+    if number > size - file.tell():
+        raise ValueError("it ends within a value")
+    if kind == "extension":
+        if file.read(1) != b"\x01":
+            raise ValueError("it holds what isn't an array")
+        return _array(file, path, size)
+    content = file.read(number)
+    return content.decode() if kind == "string" else content
+
+
+def _begin(file: BinaryIO) -> tuple[str, int]:
+    """The kind of the value that begins here, and the number itself or the value's length."""
+    byte = file.read(1)[0]
+    for first, last, kind, least in _SHORT:
+        if first <= byte <= last:
+            return kind, least + byte - first
+    kind, width = _LONG[byte]
+    return kind, int.from_bytes(file.read(width), "big")
+
+
+def _array(file: BinaryIO, path: Path, size: int) -> LazyTensor:
+    """What flax.serialization writes of an array: [shape, name of the dtype, bytes in rows]."""
+    if _begin(file) != ("array", 3):
+        raise ValueError("an array isn't shape, dtype and bytes")
+    shape, name = _next(file, path, size), _next(file, path, size)
+    kind, nbytes = _begin(file)
+    stored = lazy_tensor_at(path, file.tell(), _DTYPES[name], shape)
+    if kind != "bytes" or nbytes != stored.nbytes or nbytes > size - file.tell():
+        raise ValueError("an array's bytes aren't those of its shape")
+    file.seek(nbytes, 1)
+    return stored
+
+
+def _joined(value: dict[str, Any]) -> LazyTensor:
+    """An array of more than 1 GiB, which is written in parts."""
+    shape, parts = tuple(value["shape"].values()), list(value["chunks"].values())
+    dtype = parts[0].dtype
+    if {part.dtype for part in parts} != {dtype} or sum(math.prod(part.shape) for part in parts) != math.prod(shape):
+        raise ValueError("the parts of an array don't make its shape")
+    return LazyTensor(shape, dtype, lambda: np.concatenate([part.read() for part in parts]).reshape(shape))
 
 
 def _write_tree(tree: dict[str, Any], file: BinaryIO, packer: msgpack.Packer) -> None:

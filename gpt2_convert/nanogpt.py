@@ -34,7 +34,7 @@ def read(source: Source, mlp: str | None = None) -> Weights:
     file says, or else what the program that wrote it computes, which `notes` then tells."""
     path, contents = source.path, source.torch
     if not isinstance(contents, dict) or not isinstance(contents.get("model"), dict):
-        raise UserError(f"{path}: not a checkpoint of nanoGPT, which has the weights under «model»")
+        raise UserError(f"{path}: not a checkpoint of nanoGPT, which has the weights under 'model'")
     arguments, program = _arguments(contents, path)
     ours = contents.get(_OURS)
     ours = ours if isinstance(ours, dict) else {}
@@ -90,7 +90,7 @@ def _arguments(contents: dict, path: Path) -> tuple[dict[str, Any], str]:
     elif type(contents.get("config")).__name__ == "GPTConfig":  # the one class that is unpickled
         given, program = vars(contents["config"]), "build-nanogpt"
     else:
-        raise UserError(f"{path}: neither nanoGPT's «model_args» nor build-nanogpt's «config» is in it")
+        raise UserError(f"{path}: neither nanoGPT's 'model_args' nor build-nanogpt's 'config' is in it")
     if unknown := [str(name) for name in given if name not in _ARGUMENTS]:
         raise UserError(f"{path}: its model has {', '.join(unknown[:3])}, which nanoGPT's models don't")
     if missing := [name for name in _SIZES if name not in given]:

@@ -121,7 +121,7 @@ def _check_entries(path: Path) -> None:
 
 
 def _replace(value: Any, place: tuple, seen: dict, path: Path, source: Path | _OldFile) -> Any:
-    """`value` with a LazyTensor in the place of each tensor; tensors that share their memory share the LazyTensor."""
+    """`value` with a LazyTensor instead of each tensor; tensors that share their memory share the LazyTensor."""
     if isinstance(value, Tensor):
         key = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype)
         if key not in seen:

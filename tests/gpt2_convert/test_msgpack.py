@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import tracemalloc
 
 import flax.serialization
 import ml_dtypes
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
+from parity.subjects import random_weights
 
 from gpt2_convert import open_weights, write_weights
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
 from gpt2_torch.weights import build
-from parity.gpt2.cases import random_weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -83,7 +84,7 @@ def test_a_bare_model_and_arrays_in_several_chunks_are_read(theirs, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("chunk", [1 << 30, 200])
+@pytest.mark.parametrize("chunk", [1 << 30, 94])  # 94: the last part of wte has one number in bfloat16
 def test_what_is_written_is_what_flax_serializes(tmp_path, monkeypatch, dtype, chunk):
     """Byte for byte, though one array is in memory at a time."""
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", chunk)
@@ -102,7 +103,21 @@ def test_what_is_written_is_what_flax_serializes(tmp_path, monkeypatch, dtype, c
     assert due.keys() < found.keys() and len(found) == len(weights.arrays)
     assert all(found[n].dtype == dtype and found[n].tobytes() == a.tobytes() for n, a in due.items())
     assert content == flax.serialization.msgpack_serialize(tree, in_place=True)
-    assert open_weights(tmp_path / "m").tokenizer == "bytes"
+    back = open_weights(tmp_path / "m")
+    assert back.tokenizer == "bytes"
+    assert all(back.arrays[name].tobytes() == array.tobytes() for name, array in weights.arrays.items())
+
+
+def test_a_file_is_read_one_array_at_a_time(tmp_path):
+    weights = random_weights(CONFIG)
+    write_weights(weights, tmp_path / "m", "msgpack")
+    open_weights(tmp_path / "m")  # whatever is imported for it, isn't counted below
+    tracemalloc.start()
+    opened = open_weights(tmp_path / "m")
+    assert all(opened.arrays[name].tobytes() == array.tobytes() for name, array in weights.arrays.items())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < weights.nbytes / 2 + 100_000
 
 
 def test_beside_pytorchs_weights_flaxs_are_left(tmp_path):
