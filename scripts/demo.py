@@ -72,7 +72,7 @@ def _step(what: str, *command: str) -> None:
     print(f"\n== {what}: python {shlex.join(command)}", flush=True)
     code = subprocess.run([sys.executable, *command]).returncode
     if code:
-        raise RunError(f"demo: «{what}» ended with exit code {code}; its message is above")
+        raise RunError(f"demo: '{what}' ended with exit code {code}; its message is above")
 
 
 if __name__ == "__main__":

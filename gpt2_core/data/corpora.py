@@ -53,7 +53,7 @@ class _OnTheHub(NamedTuple):
     streaming: bool
     """Tokenised while it is downloaded, in place of a copy on disk first."""
     articles: bool = False
-    """Rows are lines, and a document begins at a line like « = Title = »."""
+    """Rows are lines, and a document begins at a line like ' = Title = '."""
 
 
 _HUB = {
@@ -492,7 +492,7 @@ def _skip(file: BinaryIO, count: int) -> None:
 
 
 def _articles(lines: Iterator[str]) -> Iterator[str]:
-    """Lines joined into articles; a heading of the first level (« = Title = ») begins one."""
+    """Lines joined into articles; a heading of the first level (' = Title = ') begins one."""
     article: list[str] = []
     for line in lines:
         if re.fullmatch(r" = [^=].*[^=] = \n?", line) and article:

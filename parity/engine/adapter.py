@@ -26,7 +26,7 @@ class Capability:
     """Something that an adapter may be able to do."""
 
     words: str
-    """What an adapter without it has none of: «KV cache»."""
+    """What an adapter without it has none of: 'KV cache'."""
     methods: tuple[str, ...]
 
     def of(self, adapter: Adapter) -> bool:
@@ -38,8 +38,8 @@ class Capability:
 
 
 def lacking(check: str, what: str, *asked: tuple[Adapter, Capability]) -> Skipped | None:
-    """The skipped case, if one of these adapters lacks what `what` asks of it: «logits on a mesh: PyTorch has no mesh
-    of devices (its adapter has no devices)». None if they have everything."""
+    """The skipped case, if one of these adapters lacks what `what` asks of it: 'logits on a mesh: PyTorch has no mesh
+    of devices (its adapter has no devices)'. None if they have everything."""
     for adapter, capability in asked:
         if missing := capability.missing(adapter):
             return Skipped(check, f"{what}: {adapter.name} has no {capability.words} ({', '.join(missing)})")

@@ -175,7 +175,7 @@ def _outvars(x: Any) -> list:
 
 
 def _place(equation: Any) -> str:
-    """«attention.py, _weights»: the innermost function that is neither JAX's nor Flax's."""
+    """'attention.py, _weights': the innermost function that is neither JAX's nor Flax's."""
     traceback = equation.source_info.traceback
     for frame in traceback.frames if traceback else ():
         if "site-packages" not in frame.file_name and not frame.file_name.startswith("<"):

@@ -47,7 +47,7 @@ def _divergence(
 
 
 def _not_finite(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
-    """«JAX has nan at [0, 3], 5 of 64 values aren't finite» for each side that has such values."""
+    """'JAX has nan at [0, 3], 5 of 64 values aren't finite' for each side that has such values."""
     found = []
     for side, array in arrays:
         wrong = np.argwhere(~np.isfinite(array))
@@ -73,7 +73,7 @@ def _factor(ours: np.ndarray, theirs: np.ndarray) -> float | None:
 
 
 def first_beyond(found: Iterable[Divergence], limit: float, in_words: Callable[[str], str] = str) -> str:
-    """«block 2, mlp activation: relative difference 3.1e-04; everything before agrees to 2e-16», or the largest
+    """'block 2, mlp activation: relative difference 3.1e-04; everything before agrees to 2e-16', or the largest
     difference where all stay within the limit. `in_words` says a value's name for people."""
     found = list(found)
     before = 0.0

@@ -27,7 +27,7 @@ def at_least(logs: np.ndarray) -> float:
 
 
 def ratio_in_words(logs: np.ndarray) -> str:
-    """«0.95 +- 0.03»: the mean of these logarithms of ratios and its standard error."""
+    """'0.95 +- 0.03': the mean of these logarithms of ratios and its standard error."""
     ratio, spread = math.exp(np.mean(logs)), np.std(logs, ddof=1) / math.sqrt(len(logs))
     return f"{ratio:.2f} +- {ratio * spread:.2f}"
 

@@ -76,7 +76,7 @@ _LONGEST = 300  # characters of a message; XLA's can be pages
 
 
 def in_words(error: Exception, packages: Collection[str] = ()) -> str:
-    """«ValueError: the message (gpt2_jax/model.py:12)»: the innermost line of one of the packages, given by name."""
+    """'ValueError: the message (gpt2_jax/model.py:12)': the innermost line of one of the packages, given by name."""
     message = " ".join(str(error).split())
     message = message if len(message) <= _LONGEST else message[: _LONGEST - 3] + "..."
     lines = [

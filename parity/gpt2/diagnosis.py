@@ -28,9 +28,9 @@ class Site(NamedTuple):
     values: Values
     """Those before it, on which both sides agree."""
     block: str
-    """«h.2.», or nothing outside of the blocks."""
+    """'h.2.', or nothing outside of the blocks."""
     kind: str
-    """The value's name in its block: «mlp.activation»."""
+    """The value's name in its block: 'mlp.activation'."""
     weights: Weights
     tokens_BT: np.ndarray
 
@@ -60,7 +60,7 @@ def hint(
     weights: Weights,
     tokens_BT: np.ndarray,
 ) -> str:
-    """«; JAX looks like tanh GELU, and the configuration asks for mlp gelu_exact».
+    """'; JAX looks like tanh GELU, and the configuration asks for mlp gelu_exact'.
 
     Nothing where no formula is known, or both sides have what it gives.
 

@@ -6,7 +6,7 @@ from parity.engine import divergence
 
 
 def in_words(name: str) -> str:
-    """«h.2.mlp.activation» as «block 2, mlp activation», and «first moment of h.2...» likewise."""
+    """'h.2.mlp.activation' as 'block 2, mlp activation', and 'first moment of h.2...' likewise."""
     what, of, name = name.rpartition(" of ")
     parts = name.split(".")
     words = f"block {parts[1]}, {' '.join(parts[2:])}" if parts[0] == "h" else " ".join(parts)

@@ -40,8 +40,8 @@ def first_divergence(
     plainly: TrainConfig,
     batches: Sequence[Batch],
 ) -> str:
-    """«step 7: loss: relative difference 3.1e-08; everything before agrees to 2e-16; forward at the weights before it:
-    block 0, mlp activation: ...».
+    """'step 7: loss: relative difference 3.1e-08; everything before agrees to 2e-16; forward at the weights before it:
+    block 0, mlp activation: ...'.
 
     Both train once more from `weights` on `batches`, the candidate as `config` says and the reference as `plainly`. A
     value that differs in the step is looked for in the forward and the backward pass of its batch, at the weights
