@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-MESH   ?= 8
+MESH   ?=
 CUDA   ?=
 comma  := ,
 EXTRAS := dev$(if $(CUDA),$(comma)cuda$(CUDA))
@@ -29,7 +29,7 @@ endif
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python scripts/demo.py --mesh $(MESH)
+	$(BIN)/python scripts/demo.py $(if $(MESH),--mesh $(MESH))
 
 # Two processes: compiling, which is most of what tests do, uses one core at a time.
 test: $(STAMP)

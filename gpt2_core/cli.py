@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import warnings
+from argparse import Action
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,11 @@ class Parser(ArgumentParser):
             if not option.startswith("-"):
                 return f"{option}: not expected here; see --help"
             return f"{option}: no such option{self._suggestion(option)}; see --help"
+        if missing := re.search(r"arguments are required: (.+)", message):
+            required = (f"{self._typed(n)} is required ({self._expected(n)})" for n in missing[1].split(", "))
+            return f"{'; '.join(required)}; add what is missing, or see --help"
+        if bare := re.match(r"argument --(\S+): expected one argument", message):
+            return f"--{bare[1]}: expected a value after it ({self._expected('--' + bare[1])}); see --help"
         wrong = re.search(r'Parser key "([^"]+)":\s*(?:.*?)Expected an? (.+?)\. Got value: (.*)', message, re.S)
         if wrong:
             name, expected, value = wrong[1], _type_in_words(wrong[2]), wrong[3].strip()
@@ -85,6 +91,18 @@ class Parser(ArgumentParser):
         if union:
             return f"--{union[1]} {union[3].strip()}: expected {_type_in_words(union[2])}"
         return " ".join(message.split())
+
+    def _action(self, name: str) -> Action:
+        return next(action for action in self._actions if name in (action.dest, *action.option_strings))
+
+    def _typed(self, name: str) -> str:
+        """How a person types the argument `name`: --weights, or SOURCE for one that goes by its position."""
+        return next(iter(self._action(name).option_strings), name.upper())
+
+    def _expected(self, name: str) -> str:
+        """The first sentence of an argument's help."""
+        sentence = re.split(r"\.(?:\s|$)", self._action(name).help)[0]
+        return sentence if sentence[1:2].isupper() else sentence[0].lower() + sentence[1:]
 
     def _suggestion(self, option: str) -> str:
         known = [name for action in self._actions for name in action.option_strings]

@@ -66,8 +66,9 @@ class ModelConfig:
     """Dropout rate of embeddings, attention weights and residual branches, 0 to below 1."""
     layer_norm_epsilon: float = 1e-5
     """Added to the variance (rmsnorm: the mean square) in every norm."""
-    position: Literal["learned", "rope"] = "learned"
-    """How a token knows its place: a learned embedding for each, or rotary embeddings of queries and keys."""
+    position: Literal["learned", "rope", "alibi"] = "learned"
+    """How the model knows positions: learned position embeddings, rotary embeddings of queries and keys (rope), or
+    attention scores that fall linearly with the distance between query and key (alibi)."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rope_pairs: Literal["half", "interleaved"] = "half"
@@ -270,9 +271,9 @@ class TrainConfig:
     """JAX: devices to train on: a number (data parallel) or axis=n,... with the axes data, fsdp, tensor. Left out:
     all visible accelerators, else one CPU device. Without accelerators, virtual CPU devices are made."""
     attention: Literal["auto", "cudnn", "recompute", "xla"] = "auto"
-    """JAX: attention kernel: cudnn (flash attention of NVIDIA GPUs, bfloat16, no dropout), or in every dtype xla (keeps
-    the weights for the backward pass) or recompute (computes them again, in much less memory); auto takes cudnn where
-    it works, else xla on CPU and recompute on accelerators, and prints which."""
+    """JAX: attention kernel: cudnn (flash attention of NVIDIA GPUs, bfloat16, no dropout, no alibi), or in every dtype
+    xla (keeps the weights for the backward pass) or recompute (computes them again, in much less memory); auto takes
+    cudnn where it works, else xla on CPU and recompute on accelerators, and prints which."""
     norm_kernel: Literal["auto", "triton", "xla"] = "auto"
     """JAX: layer norm kernel: triton (one pass over memory for a layer norm and the addition before it, on NVIDIA GPUs)
     or xla (everywhere, every dtype); auto takes triton where it works and prints which."""

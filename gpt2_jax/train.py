@@ -46,7 +46,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     config = accumulate(config, sizes["data"] * sizes["fsdp"])
     check_mesh(sizes, config)
     model = config.model
-    kernel = choose_kernel(config.attention, precision=precision, dropout=model.dropout, head_size=model.head_size)
+    kernel = choose_kernel(config.attention, precision=precision, model=model)
     norm_kernel = choose_norm_kernel(config.norm_kernel, precision=precision, norm=model.norm)
     return dataclasses.replace(
         config, precision=precision, mesh=format_mesh(sizes), attention=kernel, norm_kernel=norm_kernel

@@ -34,6 +34,30 @@ def rotate(x_BHTK: Tensor, theta: float, pairs: str) -> Tensor:
     return rotated.to(x_BHTK.dtype)
 
 
+def alibi_slopes(n_head: int) -> list[float]:
+    """Slopes of ALiBi (Press et al. 2022, section 3): a geometric sequence from 2^(-8/n_head), which is its ratio too.
+
+    For a number of heads that is no power of two, as in the paper's released code (`get_slopes` in
+    github.com/ofirpress/attention_with_linear_biases): the slopes of the power of two below, then every other slope of
+    twice that power.
+    """
+    if n_head & (n_head - 1) == 0:
+        return [2.0 ** (-8 * i / n_head) for i in range(1, n_head + 1)]
+    below = 1 << (n_head.bit_length() - 1)
+    return alibi_slopes(below) + alibi_slopes(2 * below)[::2][: n_head - below]
+
+
+def alibi_mask(q_BHTK: Tensor) -> Tensor:
+    """What ALiBi adds to the scores (1, H, T, T): -slope (query position - key position), and -inf for later keys."""
+    H, T = q_BHTK.shape[1:3]
+    dtype = torch.promote_types(q_BHTK.dtype, torch.float32)
+    slopes_H = torch.tensor(alibi_slopes(H), dtype=dtype, device=q_BHTK.device)
+    positions_T = torch.arange(T, device=q_BHTK.device)
+    distance_TT = positions_T[:, None] - positions_T
+    bias_HTT = -slopes_H[:, None, None] * distance_TT
+    return bias_HTT.masked_fill(distance_TT < 0, float("-inf"))[None].to(q_BHTK.dtype)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and what precedes it (Vaswani et al. 2017)."""
 
@@ -60,9 +84,15 @@ class CausalSelfAttention(nn.Module):
         if config.position == "rope":
             q_BHTK = rotate(q_BHTK, config.rope_theta, config.rope_pairs)
             k_BHTK = rotate(k_BHTK, config.rope_theta, config.rope_pairs)
+        mask_1HTT = alibi_mask(q_BHTK) if config.position == "alibi" else None
         # softmax(q k^T / sqrt(K) + causal mask) v, in one fused kernel where there is one.
         out_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BHTK, v_BHTK, is_causal=True, dropout_p=config.dropout if self.training else 0.0
+            q_BHTK,
+            k_BHTK,
+            v_BHTK,
+            attn_mask=mask_1HTT,
+            is_causal=mask_1HTT is None,
+            dropout_p=config.dropout if self.training else 0.0,
         )
         out_BTD = out_BHTK.transpose(1, 2).reshape(B, T, D)
         return self.resid_dropout(self.c_proj(out_BTD))

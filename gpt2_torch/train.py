@@ -175,6 +175,7 @@ def _train(
                 metadata = metadata_of(config, step, "torch", tokens.digest)
                 checkpoints.save(folder.checkpoints / str(step), model.state_dict(), metadata, optimizer)
                 folder.remove_obsolete(config.keep_checkpoints)
+                log.draw_curves()
 
     def write_text(step: int) -> None:
         if rank == 0:

@@ -39,6 +39,7 @@ MODEL: dict[str, dict[str, dict]] = {
         "rope interleaved, base 100": {"position": "rope", "rope_pairs": "interleaved", "rope_theta": 100.0},
         "learned positions": {},
         "rope": {"position": "rope"},
+        "alibi": {"position": "alibi"},
     },
     "mlp": {"swiglu": {"mlp": "swiglu"}, "tanh gelu": {}, "exact gelu": {"mlp": "gelu_exact"}},
     "norm": {"rms norm": {"norm": "rmsnorm"}, "layer norm": {}},

@@ -191,8 +191,22 @@ def _rotated(x_BHTK: np.ndarray, theta: float, pairs: str, first: int) -> np.nda
     return out
 
 
+def _slopes(n: int) -> np.ndarray:
+    """ALiBi's (Press et al. 2022), of n heads: those beyond a power of two lie between the others."""
+    power = 2 ** int(math.log2(n))
+    head = np.arange(n)
+    return np.where(head < power, 2.0 ** (-8 * (head + 1) / power), 2.0 ** (-8 * (head - power + 0.5) / power))
+
+
 def _attention(
-    at: Site, *, scale: str = "head", mask: int = 0, axis: int = -1, fill: float = -math.inf, names: str = "qkv"
+    at: Site,
+    *,
+    scale: str = "head",
+    mask: int = 0,
+    axis: int = -1,
+    fill: float = -math.inf,
+    names: str = "qkv",
+    slopes: Callable[[int], np.ndarray] | None = None,
 ) -> np.ndarray:
     q, k, v = (at.value(f"attn.{name}") for name in names)
     T, config = q.shape[2], at.config
@@ -203,6 +217,9 @@ def _attention(
         "square": config.head_size,
     }[scale]
     scores = q @ k.swapaxes(-1, -2) / divisor
+    if slopes is not None or config.position == "alibi":
+        slopes_H11 = (slopes or _slopes)(config.n_head)[:, None, None]
+        scores = scores - slopes_H11 * (np.arange(T)[:, None] - np.arange(T))
     seen = np.tril(np.ones((T, T), bool), mask)
     seen[0, 0] = True
     scores = np.where(seen, scores, fill if fill == -math.inf else scores + fill)
@@ -327,6 +344,13 @@ _ATTENTION = _Row(
         "an additive mask of -10,000": _but(_attention, fill=-1e4),
         "queries and keys swapped": _but(_attention, names="kqv"),
         "keys and values swapped": _but(_attention, names="qvk"),
+        "attention without ALiBi's biases": _but(_attention, slopes=np.zeros),
+        "attention with ALiBi's biases": _but(_attention, slopes=_slopes),
+        "ALiBi's biases with the wrong sign": _but(_attention, slopes=lambda n: -_slopes(n)),
+        "ALiBi's slopes from one": _but(_attention, slopes=lambda n: 2.0 ** (-8 * np.arange(n) / n)),
+        "ALiBi's slopes by the rule for powers of two": _but(
+            _attention, slopes=lambda n: 2.0 ** (-8 * np.arange(1, n + 1) / n)
+        ),
     },
 )
 _ACTIVATION = _Row(

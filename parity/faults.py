@@ -155,7 +155,7 @@ def _mask(offset: int) -> Patch:
 
 
 def _additive_mask(weights):
-    def wrong(q, k, mask):
+    def wrong(q, k, mask, *_):
         scores = jnp.einsum("bhtk,bhsk->bhts", q, k) / math.sqrt(q.shape[-1])
         return jax.nn.softmax(scores + jnp.where(mask, 0.0, -1e4), axis=-1)
 
@@ -246,7 +246,7 @@ def _narrow_residual(add_norm):
 
 
 def _narrow_softmax(weights):
-    def wrong(q, k, mask):
+    def wrong(q, k, mask, *_):
         scores = jnp.einsum("bhtk,bhsk->bhts", q, k) * (q.shape[-1] ** -0.5)
         return jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
 
@@ -609,6 +609,14 @@ def _default_base_when_decoding(rotate):
     return wrong
 
 
+def _slopes_of_the_first_shard(slopes):
+    def wrong(n_head):
+        shards = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+        return slopes(n_head // shards) * shards
+
+    return wrong
+
+
 def _clip_to_nothing(clip):
     def wrong(grads, clip_norm):
         norm = optax.tree.norm(grads)
@@ -700,6 +708,7 @@ def _layers_alike(init):
 
 
 _ROPE = dataclasses.replace(MODEL, position="rope")
+_ALIBI = dataclasses.replace(MODEL, position="alibi")
 _SWIGLU = dataclasses.replace(MODEL, mlp="swiglu")
 _sqrt = math.sqrt
 
@@ -1133,6 +1142,49 @@ FAULTS = (
             lambda rotate: lambda x, p, c: rotate(x, p, dataclasses.replace(c, rope_pairs="interleaved")),
         ),
         model=_ROPE,
+    ),
+    Fault(
+        "ALiBi's slopes from one",
+        "2^(-8h/n) for heads counted from zero, where the paper's first slope is 2^(-8/n) "
+        "(github.com/paiml/aprender/pull/2143)",
+        "forward",
+        "block 0, attn out",
+        replacing(gpt2_jax.model, "alibi_slopes", lambda _: lambda n: tuple(2.0 ** (-8 * h / n) for h in range(n))),
+        model=_ALIBI,
+    ),
+    Fault(
+        "ALiBi's slopes by the rule for powers of two",
+        "one geometric sequence whatever the number of heads (github.com/ml-explore/mlx/pull/3071)",
+        "forward",
+        "block 0, attn out",
+        replacing(
+            gpt2_jax.model, "alibi_slopes", lambda _: lambda n: tuple(2.0 ** (-8 * h / n) for h in range(1, n + 1))
+        ),
+        model=dataclasses.replace(_ALIBI, n_head=3, n_embd=18),
+    ),
+    Fault(
+        "ALiBi's biases with the wrong sign",
+        "key minus query or query minus key: the farther token counts more",
+        "forward",
+        "block 0, attn out",
+        replacing(gpt2_jax.attention, "alibi_bias", lambda bias: lambda *given: -bias(*given)),
+        model=_ALIBI,
+    ),
+    Fault(
+        "ALiBi's slopes of the first shard's heads on every shard",
+        "slopes made for the heads that a device holds, and not cut out of those of all heads",
+        "mesh",
+        "data=2, fsdp=2, tensor=2",
+        replacing(gpt2_jax.model, "alibi_slopes", _slopes_of_the_first_shard),
+        model=_ALIBI,
+    ),
+    Fault(
+        "decoding without ALiBi's biases",
+        "the attention that trains adds them, the one that reads the KV cache is other code",
+        "generation",
+        "block 0, attn out",
+        replacing(gpt2_jax.model, "cached_attention", lambda attend: lambda q, k, v, p, slopes: attend(q, k, v, p)),
+        model=_ALIBI,
     ),
     Fault(
         "SwiGLU's gate and value swapped",

@@ -50,11 +50,16 @@ def check(subject: Subject) -> Iterator[Result]:
     block_size = subject.weights.config.block_size
     tokens_BT = subject.tokens[: 2 * block_size].reshape(2, block_size)
     for pieces in ([block_size], [block_size // 2, *[1] * (block_size - block_size // 2)]):
-        cached, whole = ours.decoded_logits(tokens_BT, pieces), ours.logits(tokens_BT)
-        difference = relative_to_largest(cached, whole)
-        where = "" if difference <= LIMIT_LOGITS else _cache_differs(ours, tokens_BT, pieces, cached, whole)
-        case = f"JAX: KV cache against recomputation, in {len(pieces)} piece{'s' if len(pieces) > 1 else ''}"
-        yield Result("generation", case, difference, LIMIT_LOGITS, where)
+        yield compare_cache(ours, tokens_BT, pieces)
+
+
+def compare_cache(ours: JaxSide, tokens_BT: np.ndarray, pieces: list[int]) -> Result:
+    """Logits of tokens given to the KV cache in pieces of these lengths, against those without a cache."""
+    cached, whole = ours.decoded_logits(tokens_BT, pieces), ours.logits(tokens_BT)
+    difference = relative_to_largest(cached, whole)
+    where = "" if difference <= LIMIT_LOGITS else _cache_differs(ours, tokens_BT, pieces, cached, whole)
+    case = f"JAX: KV cache against recomputation, in {len(pieces)} piece{'s' if len(pieces) > 1 else ''}"
+    return Result("generation", case, difference, LIMIT_LOGITS, where)
 
 
 def compare_tokens(case: str, a: np.ndarray, b: np.ndarray, explain: Callable[[int, int], str]) -> Result:

@@ -111,7 +111,7 @@ class JaxSide:
 
     def __init__(self, weights: Weights, dtype: str = "float64") -> None:
         self.config = weights.config
-        kernel = choose_kernel("auto", precision=dtype, dropout=self.config.dropout, head_size=self.config.head_size)
+        kernel = choose_kernel("auto", precision=dtype, model=self.config)
         norm = choose_norm_kernel("auto", precision=dtype, norm=self.config.norm)
         self.definition = define(weights.config, Execution(dtype, kernel, norm=norm))
         self.params = from_canonical(weights, self.definition.execution.param_dtype)
@@ -216,12 +216,7 @@ class JaxSide:
     def _train_step(self, config: TrainConfig):
         """The definition, the optimizer and the step that `config` asks for, compiled once for this side."""
         if config not in self._steps:
-            kernel = choose_kernel(
-                config.attention,
-                precision=config.precision,
-                dropout=config.model.dropout,
-                head_size=config.model.head_size,
-            )
+            kernel = choose_kernel(config.attention, precision=config.precision, model=config.model)
             definition = define(config.model, Execution(config.precision, kernel, config.scan_layers, config.remat))
             optimizer = gpt2_jax.train_step.make_optimizer(config.optimizer, config.model)
             step = gpt2_jax.train_step.make_train_step(definition, config, make_mesh(parse_mesh(config.mesh)))
@@ -558,8 +553,10 @@ class _GivenMasks(TorchFunctionMode):
             return _dropped(args[0], next(self._sites)[0], p) if training and p > 0 else args[0]
         if function is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0) > 0:
             q, k, v = args
-            future = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-            scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(future, -math.inf)
+            scores, bias = q @ k.mT / math.sqrt(q.shape[-1]), kwargs.get("attn_mask")
+            if bias is None:
+                bias = torch.full(scores.shape[-2:], -math.inf, dtype=q.dtype, device=q.device).triu(1)
+            scores = scores + bias
             mask = _joined(next(self._sites), scores.shape)
             return _dropped(scores.softmax(dim=-1), mask, kwargs["dropout_p"]) @ v
         return function(*args, **kwargs)

@@ -71,9 +71,12 @@ def _attention(subject: Subject) -> Iterator[Result]:
             K = 5 if T % 2 else 6
             case = f"attention {kernel}, dropout {rate}: {what} ({T}), heads of {K}"
             yield _compared(case, _attended(kernel, rate, (2, 3, T, K)))
+    for kernel, rate in subject.at((), [("xla", 0.0), ("recompute", 0.3)]):
+        case = f"attention {kernel}, dropout {rate}, ALiBi: {blocks} blocks ({short})"
+        yield _compared(case, _attended(kernel, rate, (2, 3, short, 6), slopes=(0.5, 0.125, 0.25)))
 
 
-def _attended(kernel: str, rate: float, shape: tuple[int, ...]) -> Compared:
+def _attended(kernel: str, rate: float, shape: tuple[int, ...], slopes: tuple[float, ...] | None = None) -> Compared:
     generator = np.random.default_rng(0)
     q, k, v, dout = (generator.standard_normal(shape) for _ in range(4))
     keys_B = jax.random.split(jax.random.key(0), shape[0]) if rate > 0 else None
@@ -87,7 +90,7 @@ def _attended(kernel: str, rate: float, shape: tuple[int, ...]) -> Compared:
             return value
 
         def attend(q, k, v):
-            return gpt2_jax.attention.causal_attention(q, k, v, kernel=kernel, rate=rate, key=keys_B)
+            return gpt2_jax.attention.causal_attention(q, k, v, kernel=kernel, rate=rate, key=keys_B, slopes=slopes)
 
         with tapping(keep):
             attend(q, k, v)
@@ -102,6 +105,9 @@ def _attended(kernel: str, rate: float, shape: tuple[int, ...]) -> Compared:
         row += mask.shape[2]
     tensors = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
     scores = tensors[0] @ tensors[1].mT / shape[-1] ** 0.5
+    if slopes is not None:
+        distance = torch.arange(shape[2])[:, None] - torch.arange(shape[2])
+        scores = scores - torch.tensor(slopes, dtype=torch.float64)[:, None, None] * distance
     weights = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf).softmax(dim=-1)
     out = (weights * torch.from_numpy(kept) / (1 - rate)) @ tensors[2]
     grads = torch.autograd.grad(out, tensors, torch.from_numpy(dout))

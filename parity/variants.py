@@ -1,12 +1,12 @@
-"""Check `variants`: every architectural option by itself through `forward` and `gradients`, and all at once through a
-loss curve too. `combinations` has them two by two."""
+"""Check `variants`: every architectural option by itself through `forward` and `gradients`, those of positions through
+the KV cache, and all at once through a loss curve. `combinations` has them two by two."""
 
 import dataclasses
 import math
 from collections.abc import Iterator
 
 from gpt2_core.config import ModelConfig
-from parity import forward, gradients
+from parity import forward, generation, gradients
 from parity.sides import JaxSide, TorchSide
 from parity.subjects import random_weights
 from parity.suite import Result, Subject, guarded, load
@@ -15,6 +15,8 @@ _BASE = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=25
 OPTIONS: dict[str, dict] = {
     "rope, half pairs": {"position": "rope"},
     "rope, interleaved pairs": {"position": "rope", "rope_pairs": "interleaved"},
+    # Slopes of a power of two of heads, and two beyond it, which no float32 holds exactly.
+    "ALiBi, 10 heads": {"position": "alibi", "n_head": 10, "n_embd": 40},
     "exact GELU": {"mlp": "gelu_exact"},
     "SwiGLU": {"mlp": "swiglu"},
     "SwiGLU, 40 wide": {"mlp": "swiglu", "mlp_width": 40},
@@ -49,6 +51,9 @@ def check(subject: Subject) -> Iterator[Result]:
         else:
             # `combinations` trains them.
             parts = {"forward": guarded("forward", _one_pass), "gradients": guarded("gradients", _one_gradient)}
+            if "position" in OPTIONS[name]:
+                # Decoding counts positions by itself, and few rows of `combinations` decode each kind of them.
+                parts["generation"] = guarded("generation", _one_cache)
         for part, run in parts.items():
             # The first that failed (a NaN is larger than nothing), or the one nearest to its limit.
             worst = max(run(variant), key=lambda r: r.measured / (r.limit or 1.0) if r.passed else math.inf)
@@ -59,6 +64,12 @@ def _one_pass(subject: Subject) -> Iterator[Result]:
     T = subject.weights.config.block_size
     tokens_BT = subject.tokens[: 2 * T].reshape(2, T)
     yield forward.compare(JaxSide(subject.weights), TorchSide(subject.weights), tokens_BT, f"2 x {T} tokens")
+
+
+def _one_cache(subject: Subject) -> Iterator[Result]:
+    T = subject.weights.config.block_size
+    tokens_BT = subject.tokens[: 2 * T].reshape(2, T)
+    yield generation.compare_cache(JaxSide(subject.weights), tokens_BT, [T // 2, *[1] * (T - T // 2)])
 
 
 def _one_gradient(subject: Subject) -> Iterator[Result]:

@@ -11,18 +11,26 @@ from gpt2_core.cli import Parser, run
 from gpt2_core.errors import RunError
 
 PROMPT = "def "
+VIRTUAL_DEVICES = 8  # on a machine without accelerators, so that it trains on a mesh all the same
 
 
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="demo.py", description="Train the quickstart recipe, compare, generate.")
-    parser.add_argument("--mesh", type=str, default="8", help="Devices to train on, as train_jax.py's --mesh.")
+    parser.add_argument(
+        "--mesh",
+        type=str,
+        help=f"Devices to train on, as train_jax.py's --mesh. Left out: all accelerators, else {VIRTUAL_DEVICES} "
+        "virtual CPU devices.",
+    )
     options = parser.parse(arguments)
+    mesh = options.mesh or (None if _has_accelerator() else str(VIRTUAL_DEVICES))
     run_dir = _free_folder(Path("runs/demo"))
     if run_dir.name != "demo":
         print(f"found the runs of earlier demos beside {run_dir}; training anew into {run_dir}")
     report = Path("parity_report")
     start = time.perf_counter()
-    _step("train in JAX", "scripts/train_jax.py", "--mesh", options.mesh, "--run_dir", str(run_dir))
+    on_mesh = ("--mesh", mesh) if mesh else ()  # without it train_jax.py takes all accelerators
+    _step("train in JAX", "scripts/train_jax.py", *on_mesh, "--run_dir", str(run_dir))
     _step(
         "compare with PyTorch on the trained weights",
         "parity/compare.py", "--quick", "--weights", str(run_dir), "--report", str(report),
@@ -38,11 +46,21 @@ def main(arguments: list[str]) -> None:
         ("configuration", run_dir / "config.yaml"),
         ("metrics", run_dir / "metrics.jsonl"),
         ("curves", run_dir / "curves.png"),
+        ("samples", run_dir / "samples"),
         ("checkpoints", run_dir / "checkpoints"),
         ("parity report", report / "index.html"),
         ("its figures", report / "report.json"),
     ):
         print(f"  {what:14} {path}")
+
+
+def _has_accelerator() -> bool:
+    # In a process of its own: one that has looked keeps most of a GPU's memory.
+    program = "from gpt2_jax.runtime import has_accelerator; print(has_accelerator())"
+    found = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    if found.returncode:
+        raise RunError(f"demo: JAX doesn't find its devices (exit code {found.returncode}); its message is above")
+    return found.stdout.strip() == "True"
 
 
 def _free_folder(base: Path) -> Path:

@@ -14,7 +14,7 @@ from gpt2_core.config import check_seed
 from gpt2_core.errors import UserError
 from gpt2_core.memory import keep_freed_memory
 from gpt2_core.sampling import Sampling, uniforms
-from gpt2_core.tokenizer import get_tokenizer, stream_text
+from gpt2_core.tokenizer import NAMES, Tokenizer, get_tokenizer, stream_text, vocab_size
 from gpt2_core.weights import Weights
 
 
@@ -33,11 +33,7 @@ def main(arguments: list[str]) -> None:
 
         configure(options.precision)
     weights = read_weights(options.weights, options.checkpoint)
-    tokenizer = get_tokenizer(weights.tokenizer or "gpt2")
-    if tokenizer.vocab_size > weights.config.vocab_size:
-        raise UserError(
-            f"{weights.source}: {weights.config.vocab_size} ids are too few for the tokenizer {tokenizer.name}"
-        )
+    tokenizer = choose_tokenizer(weights, options.tokenizer)
     try:
         prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
     except UnicodeEncodeError as error:
@@ -55,6 +51,29 @@ def main(arguments: list[str]) -> None:
             sys.stdout.write(text)
             sys.stdout.flush()
         print(flush=True)
+
+
+def choose_tokenizer(weights: Weights, asked: str | None) -> Tokenizer:
+    """The tokenizer that is recorded with the weights; where none is, the one asked for, else GPT-2's.
+
+    Raises UserError if one is recorded and another is asked for, and if it has more ids than the model.
+    """
+    if asked and weights.tokenizer not in (None, asked):
+        raise UserError(
+            f"--tokenizer {asked}: {weights.source} was trained with the tokenizer {weights.tokenizer}; leave "
+            "--tokenizer out"
+        )
+    name, ids = asked or weights.tokenizer or "gpt2", weights.config.vocab_size
+    if vocab_size(name) > ids:
+        says = f"--tokenizer {asked}: " if asked else ""
+        unknown = "" if asked or weights.tokenizer else " doesn't say which tokenizer it was trained with, and"
+        fitting = [known for known in NAMES if vocab_size(known) <= ids]
+        use = f"use --tokenizer {' or '.join(fitting)}" if fitting else "no tokenizer that --tokenizer takes has so few"
+        raise UserError(
+            f"{says}{weights.source}{unknown} has {ids} ids, too few for the {vocab_size(name)} of the tokenizer "
+            f"{name}; {use}"
+        )
+    return get_tokenizer(name)
 
 
 Generate = Callable[[list[list[int]], np.ndarray, Sampling], Iterator[list[int]]]
@@ -100,6 +119,12 @@ def _parser() -> Parser:
         type=str,
         required=True,
         help="A path in any format that convert.py reads, or a name of the Hugging Face Hub (gpt2).",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Literal[NAMES],
+        help="Tokenizer of weights whose file doesn't name theirs, as llm.c's and nanoGPT's own don't. Left out: the "
+        "recorded one, else gpt2.",
     )
     parser.add_argument("--prompt", type=str, default="", help="Text to go on from. Left out: the start of a document.")
     parser.add_argument("--backend", type=Literal["jax", "torch"], default="jax", help="Framework that computes.")

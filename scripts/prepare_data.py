@@ -24,7 +24,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--path", type=str, help="File, folder or pattern, for text, jsonl and parquet.")
     parser.add_argument("--field", type=str, default="text", help="Where the text is in a line or row.")
     parser.add_argument("--tokenizer", type=str, default="gpt2", help=f"One of {', '.join(tokenizer.NAMES)}.")
-    parser.add_argument("--out", type=str, help="Folder for the tokens: new, empty, or this command's own.")
+    parser.add_argument(
+        "--out", type=str, required=True, help="Folder for the tokens: new, empty, or this command's own."
+    )
     parser.add_argument("--validation_fraction", type=float, default=0.01, help="Share of the documents held back.")
     parser.add_argument("--seed", type=int, default=1337, help="Seed of which documents are held back.")
     parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="Tokens in a shard.")
@@ -32,8 +34,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--cache_dir", type=str, default="data", help="Where a downloaded text is kept.")
     options = parser.parse(arguments)
 
-    if options.out is None:
-        raise UserError("--out: name the folder that the tokens are to be written to")
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers {options.workers}: must be 1 or more")
     check_seed(options.seed)

@@ -21,7 +21,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 from gpt2_core.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=257)
+MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257)
 
 
 @pytest.fixture(scope="session")

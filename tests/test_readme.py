@@ -35,7 +35,7 @@ def checkout(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("scripts", "parity", "configs"):
         (folder / name).symlink_to(ROOT / name)
-    done = _run(folder, "python scripts/demo.py --mesh 8")
+    done = _run(folder, "python scripts/demo.py")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -60,6 +60,14 @@ def test_the_demo_compares_with_every_check_and_all_pass(checkout):
 
     report = json.loads((checkout / "parity_report" / "report.json").read_text(encoding="utf-8"))
     assert report["passed"] and {case["check"] for case in report["checks"]} == set(CHECKS)
+
+
+@pytest.mark.slow
+def test_the_demos_run_has_all_that_the_readme_promises(checkout):
+    run = checkout / "runs" / "demo"
+    assert all((run / name).is_file() for name in ("config.yaml", "metrics.jsonl", "curves.png"))
+    assert all(any((run / name).iterdir()) for name in ("samples", "checkpoints"))
+    assert "mesh: data=8,fsdp=1,tensor=1" in (run / "config.yaml").read_text()
 
 
 @pytest.mark.slow

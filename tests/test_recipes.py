@@ -9,6 +9,7 @@ import yaml
 
 from gpt2_convert import read_initial_weights, write_weights
 from gpt2_core.cli import parse_train_config
+from gpt2_core.errors import UserError
 from gpt2_core.run_folder import read_metrics
 from parity.subjects import random_weights
 
@@ -91,11 +92,80 @@ def test_a_step_has_as_many_tokens_as_its_source_says(recipe):
     assert config.tokens_per_step == tokens
 
 
-def test_tinystories_header_has_the_models_true_size():
-    (recipe,) = (path for path in RECIPES if path.stem == "tinystories_100m")
-    model = parse(recipe, "jax", {}).model
-    assert f"{model.parameter_count:,} parameters" in recipe.read_text()
-    assert f"{model.vocab_size * model.n_embd:,}" in recipe.read_text()
+def header(recipe):
+    """The recipe's opening comment as one line, without what it quotes from others."""
+    lines = re.match(r"(#.*\n)+", recipe.read_text())[0]
+    return re.sub(r'"[^"]*"', "", re.sub(r"\s*\n#\s*|#\s*", " ", lines))
+
+
+def rounded(value, figure):
+    """`value` written with as many decimals as `figure`."""
+    return f"{value:.{len(figure.partition('.')[2])}f}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
+def test_every_figure_of_a_header_that_follows_from_the_settings_is_what_follows_from_them(recipe):
+    config, text = parse(recipe, "jax", {}), header(recipe)
+    parameters = config.model.parameter_count
+    tokens = config.steps * config.tokens_per_step
+    for pattern, value in {
+        r"\b([\d.]+)M\b": parameters / 1e6,
+        r"([\d.]+) million parameters": parameters / 1e6,
+        r"([\d,]+) parameters": parameters,
+        r"([\d,]+) of them are the [\d,]+ embeddings": config.model.vocab_size * config.model.n_embd,
+        r"of them are the ([\d,]+) embeddings": config.model.vocab_size,
+        # Parameters, gradients and AdamW's two moments in float32.
+        r"([\d.]+) GB (?:each )?(?:of device memory )?for the training state": 16 * parameters / 1e9,
+        r"[tT]he ([\d.]+) billion tokens are": tokens / 1e9,
+        r"(\d+,\d{3}) steps": config.steps,
+    }.items():
+        for figure in re.findall(pattern, text):
+            assert figure.replace(",", "") == rounded(value, figure), pattern
+
+
+@pytest.mark.parametrize(
+    ("stem", "figures"),
+    [
+        ("tinystories_100m", ["162M", "162,081,024 parameters", "77,012,736 of them", "100,277 embeddings"]),
+        ("fineweb_gpt2_350m", ["355M", "5.7 GB", "31 billion"]),
+        ("quickstart", ["0.8 million"]),
+    ],
+)
+def test_the_headers_that_say_how_large_their_model_is_still_do(stem, figures):
+    (recipe,) = (path for path in RECIPES if path.stem == stem)
+    assert all(figure in header(recipe) for figure in figures)
+
+
+def test_the_table_of_recipes_has_every_recipe_with_its_true_size():
+    table = (RECIPES[0].parent.parent / "docs" / "recipes.md").read_text()
+    sizes = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+)M", table, re.M))
+    assert set(sizes) == set(NAMES)
+    for recipe in RECIPES:
+        count = parse(recipe, "jax", {}).model.parameter_count / 1e6
+        assert sizes[recipe.stem] == rounded(count, sizes[recipe.stem]), recipe.stem
+
+
+def test_the_quickstart_writes_samples_as_the_readme_says():
+    (recipe,) = (path for path in RECIPES if path.stem == "quickstart")
+    config = parse(recipe, "jax", {})
+    assert 0 < config.sample_interval <= config.steps
+
+
+@pytest.mark.parametrize("accelerators", [1, 2, 4])
+@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
+def test_left_out_the_mesh_is_every_accelerator_there_is(recipe, accelerators, monkeypatch):
+    import jax
+
+    from gpt2_jax import runtime
+    from gpt2_jax.train import resolve
+
+    device = jax.devices()[0]
+    monkeypatch.setattr(jax, "devices", lambda: [device] * accelerators)
+    monkeypatch.setattr(runtime, "has_accelerator", lambda: True)
+    config = resolve(parse(recipe, "jax", {}))
+    assert config.mesh == f"data={accelerators},fsdp=1,tensor=1"
+    with pytest.raises(UserError, match=rf"--mesh 8: needs 8 devices and this machine has {accelerators} "):
+        runtime.resolve_mesh(dataclasses.replace(config, batch_size=8, accumulation=1, mesh=8))
 
 
 def test_the_larger_presets_go_on_top_of_wikitext2():

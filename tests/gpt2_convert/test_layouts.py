@@ -98,6 +98,7 @@ def test_missing_surplus_and_misshapen_tensors_are_named_as_the_file_names_them(
         ({"mlp_width": 32}, {"safetensors", "jax", "torch", "hf", "msgpack", "nanogpt", "llmc"}),
         ({"layer_norm_epsilon": 1e-6}, {"safetensors", "jax", "torch", "hf", "msgpack"}),
         ({"position": "rope"}, {"safetensors", "jax", "torch"}),
+        ({"position": "alibi"}, {"safetensors", "jax", "torch"}),
         ({"mlp": "swiglu"}, {"safetensors", "jax", "torch"}),
         ({"norm": "rmsnorm"}, {"safetensors", "jax", "torch"}),
         ({"qk_norm": True}, {"safetensors", "jax", "torch"}),

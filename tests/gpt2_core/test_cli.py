@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from gpt2_core.cli import parse_train_config, train_parser
+from gpt2_core.cli import Parser, parse_train_config, train_parser
 from gpt2_core.config import PRESETS, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.errors import UserError
 
@@ -127,6 +127,37 @@ def test_a_wrong_recipe_is_refused_by_name(tmp_path, text, words):
     with pytest.raises(UserError, match="bad.yaml") as error:
         parse("--config", str(path))
     assert words in str(error.value)
+
+
+HELP = "add what is missing, or see --help"
+
+
+@pytest.fixture
+def converter():
+    parser = Parser(prog="convert.py")
+    parser.add_argument("source", type=str, help="File of 3.5 tensors. Its format is found out.")
+    parser.add_argument("--to", dest="target_format", type=str, required=True, help="JSON or YAML.")
+    parser.add_argument("--steps", type=int, help="Number of steps.")
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [],
+            f"SOURCE is required (file of 3.5 tensors); --to is required (JSON or YAML); {HELP}",
+        ),
+        (["--to", "json"], f"SOURCE is required (file of 3.5 tensors); {HELP}"),
+        (["f", "--steps", "3"], f"--to is required (JSON or YAML); {HELP}"),
+        (["f", "--to"], "--to: expected a value after it (JSON or YAML); see --help"),
+        (["f", "--to", "json", "--steps"], "--steps: expected a value after it (number of steps); see --help"),
+    ],
+)
+def test_what_is_missing_is_named_as_it_is_typed_with_what_is_expected(converter, arguments, message):
+    with pytest.raises(UserError) as error:
+        converter.parse(arguments)
+    assert str(error.value) == message
 
 
 def test_a_users_error_is_one_sentence_and_exit_code_2():

@@ -87,7 +87,7 @@ def test_options_change_the_count_by_what_they_add_and_take():
         return ModelConfig(**options).parameter_count - base.parameter_count
 
     biases = L * (3 * D + D + F + D)
-    assert change(position="rope") == -T * D
+    assert change(position="rope") == change(position="alibi") == -T * D
     assert change(norm="rmsnorm") == -(2 * L + 1) * D
     assert change(bias=False) == -biases - (2 * L + 1) * D
     assert change(tie_embeddings=False) == V * D

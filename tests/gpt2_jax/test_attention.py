@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
 from gpt2_jax.attention import cached_attention, causal_attention, choose_kernel
 from gpt2_jax.capture import tapping
@@ -121,9 +122,9 @@ def test_cached_attention_sees_the_cache_up_to_its_own_position(x64, qkv):
 
 
 def test_a_kernel_that_is_not_here_is_an_error_and_auto_takes_another():
-    assert choose_kernel("auto", precision="bfloat16", dropout=0.0, head_size=64) == "xla"
+    assert choose_kernel("auto", precision="bfloat16", model=ModelConfig()) == "xla"
     with pytest.raises(UserError, match="--attention cudnn: needs an NVIDIA GPU"):
-        choose_kernel("cudnn", precision="bfloat16", dropout=0.0, head_size=64)
+        choose_kernel("cudnn", precision="bfloat16", model=ModelConfig())
 
 
 def test_cudnn_is_taken_where_it_can_do_the_work_and_only_there(monkeypatch):
@@ -135,10 +136,14 @@ def test_cudnn_is_taken_where_it_can_do_the_work_and_only_there(monkeypatch):
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
-    assert choose_kernel("auto", precision="bfloat16", dropout=0.0, head_size=64) == "cudnn"
-    assert choose_kernel("auto", precision="float64", dropout=0.0, head_size=64) == "recompute"
-    assert choose_kernel("auto", precision="bfloat16", dropout=0.0, head_size=20) == "recompute"
-    assert choose_kernel("auto", precision="bfloat16", dropout=0.1, head_size=64) == "recompute"
-    assert choose_kernel("xla", precision="bfloat16", dropout=0.1, head_size=64) == "xla"
+    dropping, alibi = ModelConfig(dropout=0.1), ModelConfig(position="alibi")
+    assert choose_kernel("auto", precision="bfloat16", model=ModelConfig()) == "cudnn"
+    assert choose_kernel("auto", precision="float64", model=ModelConfig()) == "recompute"
+    assert choose_kernel("auto", precision="bfloat16", model=ModelConfig(n_embd=240)) == "recompute"
+    assert choose_kernel("auto", precision="bfloat16", model=dropping) == "recompute"
+    assert choose_kernel("xla", precision="bfloat16", model=dropping) == "xla"
     with pytest.raises(UserError, match="no dropout .* model.dropout is 0.1; use --attention recompute"):
-        choose_kernel("cudnn", precision="bfloat16", dropout=0.1, head_size=64)
+        choose_kernel("cudnn", precision="bfloat16", model=dropping)
+    assert choose_kernel("auto", precision="bfloat16", model=alibi) == "recompute"
+    with pytest.raises(UserError, match="biases of the scores, and model.position is alibi; use --attention recompute"):
+        choose_kernel("cudnn", precision="bfloat16", model=alibi)

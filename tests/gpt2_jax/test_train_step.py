@@ -12,7 +12,7 @@ from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train import define_model, new_state
 from gpt2_jax.train_step import make_train_step, put_batch
 
-MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=257)
+MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257)
 
 
 def batch_of(step: int, size: int = 8) -> Batch:
@@ -38,9 +38,9 @@ def run(config, steps=4):
 
 
 @pytest.fixture(scope="module")
-def one_device():
-    """What one device gives, computed once."""
-    return []
+def on_one_device():
+    """What one device gives, by model: computed once."""
+    return {}
 
 
 @pytest.mark.parametrize(
@@ -54,12 +54,13 @@ def one_device():
         ("fsdp=2,tensor=2", {"accumulation": 2, "remat": True, "scan_layers": True}),
     ],
 )
-def test_every_mesh_computes_the_same_steps(x64, mesh_config, one_device, mesh, how):
-    model = dataclasses.replace(MODEL, dropout=0.1)  # a mask goes by its sequence, wherever that is computed
-    if not one_device:
-        one_device.append(run(mesh_config(model=model, precision="float64"))[0])
+def test_every_mesh_computes_the_same_steps(x64, mesh_config, on_one_device, mesh, how):
+    # A mask goes by its sequence, wherever that is computed. What is scanned is several layers.
+    model = dataclasses.replace(MODEL, dropout=0.1, n_layer=2 if "scan_layers" in how else 1)
+    if model not in on_one_device:
+        on_one_device[model] = run(mesh_config(model=model, precision="float64"))[0]
     found, _ = run(mesh_config(model=model, mesh=mesh, precision="float64", **how))
-    np.testing.assert_allclose(found, one_device[0], rtol=1e-12)
+    np.testing.assert_allclose(found, on_one_device[model], rtol=1e-12)
 
 
 def test_the_step_compiles_once_and_donates_its_state(mesh_config):

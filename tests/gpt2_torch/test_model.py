@@ -5,7 +5,7 @@ import torch
 
 from gpt2_core.batches import IGNORED
 from gpt2_core.config import ModelConfig
-from gpt2_torch.model import GPT2
+from gpt2_torch.model import GPT2, alibi_mask, alibi_slopes
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=31)
 
@@ -21,6 +21,7 @@ def model():
     [
         {},
         {"position": "rope"},
+        {"position": "alibi"},
         {"mlp": "swiglu"},
         {"norm": "rmsnorm"},
         {"bias": False},
@@ -42,6 +43,28 @@ def test_no_position_sees_what_follows_it(model):
         (grad,) = torch.autograd.grad(model(tokens)[0, t].square().sum(), model.wpe.weight)
         seen = grad.abs().sum(dim=1) > 0
         assert seen.tolist() == [position <= t for position in range(8)]
+
+
+def test_alibis_slopes_are_those_of_the_paper_and_of_its_code():
+    assert alibi_slopes(8) == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]  # section 3 of the paper
+    assert alibi_slopes(12) == alibi_slopes(8) + [alibi_slopes(16)[i] for i in (0, 2, 4, 6)]
+
+
+def test_alibi_takes_from_each_score_the_slope_times_the_distance():
+    (mask_HTT,) = alibi_mask(torch.zeros(2, 3, 5, 4, dtype=torch.float64))
+    for h, slope in enumerate(alibi_slopes(3)):
+        for t, row in enumerate(mask_HTT[h].tolist()):
+            assert row == [-slope * (t - s) if s <= t else -float("inf") for s in range(5)]
+
+
+def test_a_model_with_alibi_knows_the_order_of_tokens_and_takes_longer_texts_than_it_was_made_for():
+    torch.manual_seed(0)
+    model = GPT2(dataclasses.replace(CONFIG, position="alibi")).double()
+    tokens = torch.randint(31, (1, 12))
+    swapped = tokens[:, [1, 0, *range(2, 12)]]
+    assert tokens[0, 0] != tokens[0, 1]
+    assert (model(tokens)[0, -1] - model(swapped)[0, -1]).abs().max() > 1e-9
+    torch.testing.assert_close(model(tokens)[:, :8], model(tokens[:, :8]), rtol=0, atol=1e-14)
 
 
 def test_initial_weights_have_gpt2s_standard_deviations():

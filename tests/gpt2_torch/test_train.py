@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpt2_core import runlog
 from gpt2_core.batches import IGNORED
 from gpt2_core.config import ModelConfig, OptimizerConfig, from_yaml, to_yaml
 from gpt2_core.errors import UserError
@@ -113,6 +114,13 @@ def test_the_norm_reported_is_the_one_before_clipping():
     model.zero_grad()
     _, norm = train_step(model, optimizer, inputs, targets, learning_rate=1e-3, clip_norm=expected / 10)
     assert norm.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_curves_are_drawn_with_every_checkpoint(make_config, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(runlog, "draw_curves", lambda rows, *_: drawn.append(rows[-1]["step"]))
+    train(make_config(steps=7, checkpoint_interval=3))
+    assert drawn == [3, 6, 7, 7]  # the last when the run is over, whatever has ended it
 
 
 def test_it_stops_at_the_target_and_accumulates_as_its_devices_need(make_config):

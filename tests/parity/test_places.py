@@ -188,6 +188,7 @@ _CONFIGURATIONS = (
     {"mlp": "gelu_exact", "qk_norm": True, "position": "rope", "bias": False, "tie_embeddings": False},
     {"mlp": "swiglu", "mlp_width": 8, "norm": "rmsnorm", "position": "rope", "rope_pairs": "interleaved"},
     {"layer_norm_epsilon": 1e-3, "rope_theta": 500.0, "position": "rope"},
+    {"position": "alibi", "n_head": 3, "n_embd": 18},
 )
 
 

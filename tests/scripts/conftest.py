@@ -11,6 +11,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture
 def recipe(tmp_path, text_file) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(

@@ -46,7 +46,7 @@ def test_a_corpus_is_prepared_once_and_trained_on_by_name(run, recipe, lines, tm
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("lines.jsonl",), "--out: name the folder"),
+        (("lines.jsonl",), "--out is required (folder for the tokens"),
         (("books", "--out", "o"), "--data.corpus books: no such corpus"),
         (("nothing.txt", "--out", "o"), "--data.path nothing.txt: no such file"),
         (("lines.jsonl", "--out", "o", "--tokenizer", "words"), "--data.tokenizer words: no such tokenizer"),
