@@ -15,7 +15,7 @@ class Holds(enum.Flag):
     enforces it: parity's `weights` check and the tests hold the one against the other."""
 
     VARIANTS = enum.auto()
-    """RoPE, RMS norm, SwiGLU, query and key norms."""
+    """RoPE, ALiBi, RMS norm, SwiGLU, query and key norms."""
     EXACT_GELU = enum.auto()
     NO_BIASES = enum.auto()
     SIZES = enum.auto()
