@@ -39,7 +39,7 @@ def dropout_in_evaluation(evaluate):
 @fault(
     "one dropout key for everything",
     check="dropout",
-    place="equal ones",
+    place="embeddings of step 0, part 0, sequence 0 with block 0, attn weights of step 0, part 0, sequence 0",
     seam=(gpt2_jax.model, "site"),
 )
 def one_dropout_key_for_everything(site):
