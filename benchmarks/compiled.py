@@ -14,10 +14,10 @@ from rich.table import Table
 
 from benchmarks import gpu
 from benchmarks.compiler_env import ROOT, environment
+from benchmarks.harness import with_sizes
 from benchmarks.hlo_account import Account, account
 from benchmarks.hlo_cost import COPY, Collective
 from benchmarks.measure import positive, write_json
-from benchmarks.trainings import with_sizes
 from gpt2_core.cli import Parser
 from gpt2_core.config import PRESETS, ModelConfig, TrainConfig
 from gpt2_core.errors import RunError, UserError

@@ -122,7 +122,7 @@ def jax_session(spec: dict[str, Any]) -> Session:
 
 
 def jax_uncached_session(spec: dict[str, Any]) -> Session:
-    """JAX recomputing everything for every token, at a length that stays, or each token would compile anew."""
+    """JAX recomputing everything for every token, at a length that stays, or each token would compile again."""
     params, definition, prompts, facts = _jax(spec)
     import jax
     import jax.numpy as jnp

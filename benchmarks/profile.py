@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu
+from benchmarks.harness import JaxTraining, TorchTraining
 from benchmarks.hlo_account import account
 from benchmarks.kernels import Kernel, from_chrome_trace, from_xspace, profile, sources_of
 from benchmarks.runner import Skip
-from benchmarks.trainings import JaxTraining, TorchTraining
 from gpt2_core.config.io import from_dict
 from gpt2_core.errors import RunError
 from gpt2_core.files import write_atomically

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness import add_json, add_options, configuration, with_sizes
 from benchmarks.measure import interleave, positive, sides, write_json
-from benchmarks.trainings import add_json, add_options, configuration, with_sizes
 from gpt2_core.cli import Parser
 from gpt2_core.config import TrainConfig
 from gpt2_core.errors import UserError

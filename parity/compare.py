@@ -205,8 +205,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--against",
         type=str,
-        help="Compare --weights with other weights (a path), or with an implementation of yours (module:function, from "
-        "token ids to logits) that holds them, in the place of the checks.",
+        help="Compare --weights with other weights (a path), or with your own implementation (module:function, from "
+        "token ids to logits) that holds them, instead of the checks.",
     )
     parser.add_argument(
         "--device",

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     mesh = options.mesh or (None if _has_accelerator() else str(VIRTUAL_DEVICES))
     run_dir = _free_folder(Path("runs/demo"))
     if run_dir.name != "demo":
-        print(f"found the runs of earlier demos beside {run_dir}; training anew into {run_dir}")
+        print(f"found the runs of earlier demos beside {run_dir}; training again into {run_dir}")
     report = Path("parity_report")
     start = time.perf_counter()
     on_mesh = ("--mesh", mesh) if mesh else ()  # without it train_jax.py takes all accelerators

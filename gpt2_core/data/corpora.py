@@ -51,7 +51,7 @@ class _OnTheHub(NamedTuple):
     splits: dict[str, str]
     """The dataset's own name of each split that it has; without `val`, documents are drawn for it."""
     streaming: bool
-    """Tokenised while it is downloaded, in place of a copy on disk first."""
+    """Tokenised while it is downloaded, instead of a copy on disk first."""
     articles: bool = False
     """Rows are lines, and a document begins at a line like ' = Title = '."""
 
@@ -293,7 +293,7 @@ class Hub(Corpus):
     def _unreachable(self, error: Exception) -> UnreachableError:
         return UnreachableError(
             f"--data.corpus {self.name}: {self._where.dataset} can't be read from the Hugging Face hub "
-            f"({' '.join(str(error).split())[:200]}); check the network, or use text of yours: --data.corpus "
+            f"({' '.join(str(error).split())[:200]}); check the network, or use your own text: --data.corpus "
             f"{' or '.join(SUFFIXES)} with --data.path"
         )
 
@@ -444,7 +444,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def in_pieces(blocks: Iterable[str]) -> Iterator[str]:
-    """The text that `blocks` make together, cut anew into pieces that depend on the text alone."""
+    """The text that `blocks` make together, cut again into pieces that depend on the text alone."""
     rest = ""
     for block in blocks:
         rest += block

@@ -34,7 +34,7 @@ class LazyTensor:
 
 
 class LazyArrays(Mapping[str, np.ndarray]):
-    """Arrays by name, each read anew when it is asked for: a model passes through memory one tensor at a time."""
+    """Arrays by name, each read again when it is asked for: a model passes through memory one tensor at a time."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
         self.tensors = dict(tensors)

@@ -61,7 +61,7 @@ def test_all_sides_compute_the_same_tokens():
 
     model = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64}
     spec = {"model": model, "batch": 2, "prompt": 4}
-    # Not by the session's own function, which sets JAX up anew for the whole process.
+    # Not by the session's own function, which sets JAX up again for the whole process.
     params = from_canonical(_weights(spec), "float32")
     uniforms = np.zeros((2, 5))
     generator = Generator(define(ModelConfig(**model), Execution("float32")))

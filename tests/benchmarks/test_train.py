@@ -58,7 +58,7 @@ def test_pytorchs_better_side_is_the_one_that_counts():
 def test_pytorchs_attention_is_the_kernel_asked_for(name, flash, cudnn):
     import torch
 
-    from benchmarks.trainings import _attention_kernel
+    from benchmarks.harness import _attention_kernel
 
     enabled = torch.backends.cuda
     with _attention_kernel("auto"):

@@ -20,7 +20,7 @@ CONFIG = TrainConfig(model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_siz
 
 @pytest.fixture
 def started(monkeypatch):
-    """What a side of JAX would find, in place of the side."""
+    """What a side of JAX would find, instead of the side."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_onednn=true")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
     for where in {where for variant in VARIANTS for where in variant.attributes}:

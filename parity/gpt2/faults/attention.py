@@ -32,7 +32,7 @@ def unscaled_attention(divisor):
     seam=(gpt2_jax.attention, "_score_divisor"),
 )
 def scale_by_n_embd(divisor):
-    """attention divided by the root of the embedding's width in the place of the head's"""
+    """attention divided by the root of the embedding's width instead of the head's"""
 
     return lambda head_size: math.sqrt(head_size * MODEL.n_head)
 
@@ -85,7 +85,7 @@ def mask_hides_the_token_itself(causal_mask):
     prepare=lambda name, a: 100 * a if name.endswith("c_attn.weight") else a,
 )
 def additive_mask_of_1e4(weights):
-    """a large constant in the place of -inf: scores beyond it shine through, as TransformerLens saw on real text
+    """a large constant instead of -inf: scores beyond it shine through, as TransformerLens saw on real text
     (github.com/TransformerLensOrg/TransformerLens/issues/318)"""
 
     def wrong(q, k, mask, *_):

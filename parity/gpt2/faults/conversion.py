@@ -34,7 +34,7 @@ def _changed(convert: Callable, change: Callable[[str, np.ndarray], np.ndarray])
     seam=(parity.gpt2.adapters.jax_adapter, "from_canonical"),
 )
 def heads_interleaved_wrongly(convert):
-    """the projection reshaped to (head size, heads) in the place of (heads, head size)"""
+    """the projection reshaped to (head size, heads) instead of (heads, head size)"""
 
     return _changed(convert, _heads_as_columns)
 

@@ -89,7 +89,7 @@ def attention_dropout_forgotten(_):
 
 
 @fault(
-    "the rate kept in the place of dropped",
+    "the rate kept instead of dropped",
     check="dropout",
     place="block 0, attn weights",
     seam=(gpt2_jax.attention, "dropout_mask"),
@@ -131,7 +131,7 @@ def every_step_seeded_alike(_):
     seam=(gpt2_jax.model, "site"),
 )
 def one_dropout_key_for_all_scanned_layers(site):
-    """the key closed over by the scanned function in the place of one for each layer"""
+    """the key closed over by the scanned function instead of one for each layer"""
 
     def wrong(keys, number):
         return site(keys, 1 if isinstance(number, jax.core.Tracer) else number)

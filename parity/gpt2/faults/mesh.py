@@ -13,7 +13,7 @@ from parity.gpt2.faults.fault import fault
     seam=(gpt2_jax.train_step, "loss_and_grads"),
 )
 def gradient_sum_over_shards(loss_and_grads):
-    """psum in the place of pmean"""
+    """psum instead of pmean"""
 
     def wrong(definition, *arguments, **options):
         loss, grads = loss_and_grads(definition, *arguments, **options)

@@ -71,7 +71,7 @@ def no_decay_on_embeddings(right):
 
 
 @fault(
-    "L2 in the place of decoupled decay",
+    "L2 instead of decoupled decay",
     check="optimizer",
     place="AdamW steps",
     seam=(gpt2_jax.train_step, "make_optimizer"),
@@ -125,7 +125,7 @@ def no_bias_correction(right):
     seam=(gpt2_jax.train_step, "make_optimizer"),
 )
 def epsilon_inside_the_root(right):
-    """eps_root in the place of eps"""
+    """eps_root instead of eps"""
 
     return _adam(eps=lambda c: 0.0, eps_root=lambda c: c.epsilon)
 
@@ -195,7 +195,7 @@ def clipping_without_pytorch_1e_6(clip):
     seam=(gpt2_jax.train_step, "make_optimizer"),
 )
 def beta2_written_into_the_code(right):
-    """optax's own b2, or the recipe's, in the place of the configuration's"""
+    """optax's own b2, or the recipe's, instead of the configuration's"""
 
     return _adam(b2=lambda c: 0.95)
 

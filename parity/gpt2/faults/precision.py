@@ -12,7 +12,7 @@ from parity.gpt2.faults.fault import fault
 
 
 @fault(
-    "TF32 in the place of float32",
+    "TF32 instead of float32",
     check="precision",
     place="float32 logits",
     seam=(gpt2_jax.layers.Linear, "__call__"),
@@ -182,7 +182,7 @@ def what_rematerialisation_keeps_in_bfloat16(block_function):
     seam=(gpt2_jax.train_step, "_exchange_dtype"),
 )
 def gradients_exchanged_as_they_are_computed(_):
-    """the dtype of the run in the place of the one that was asked for"""
+    """the dtype of the run instead of the one that was asked for"""
 
     return lambda config: "bfloat16" if config.precision == "bfloat16" else None
 

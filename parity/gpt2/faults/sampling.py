@@ -22,7 +22,7 @@ def _filtering(sample: Callable, mistake: str) -> Callable:
         by_rank = jnp.take_along_axis(ranked, order, axis=-1)
         place = jnp.arange(order.shape[-1])
         top_k = sampling.top_k or order.shape[-1]
-        # Filtering to zero in the place of -inf leaves the filtered tokens a share of the probability.
+        # Filtering to zero instead of -inf leaves the filtered tokens a share of the probability.
         by_rank = jnp.where(place < top_k, by_rank, 0.0 if mistake == "leak" else -jnp.inf)
         p = jax.nn.softmax(by_rank, axis=-1)
         if sampling.top_p is not None:

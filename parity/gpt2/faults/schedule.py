@@ -66,6 +66,6 @@ def cosine_to_zero(rate):
     seam=(gpt2_jax.train, "learning_rate"),
 )
 def a_schedule_that_starts_again(rate):
-    """an optimizer made anew in the middle of a run, whose counter begins at zero"""
+    """an optimizer made again in the middle of a run, whose counter begins at zero"""
 
     return lambda step, steps, config: rate(step if step < 5 else step - 5, steps, config)

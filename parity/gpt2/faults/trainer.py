@@ -32,7 +32,7 @@ def windows_left_out(length):
     seam=(gpt2_core.data.batches, "_evenly_spaced"),
 )
 def validation_reads_the_beginning_only(_):
-    """the first sequences of the split in the place of some from all over it, by both trainers"""
+    """the first sequences of the split instead of some from all over it, by both trainers"""
 
     return lambda count, of: list(range(min(count, of)))
 
@@ -71,7 +71,7 @@ def padding_counts_in_the_mean(_):
     seam=(gpt2_torch.train, "open_tokens"),
 )
 def validation_on_the_training_text(open_tokens):
-    """one variable in the place of another: the curve looks better than it is"""
+    """one variable instead of another: the curve looks better than it is"""
 
     def wrong(config):
         tokens = open_tokens(config)
@@ -200,7 +200,7 @@ def a_resumed_run_keeps_what_it_does_again_in_the_log(_):
     seam=(gpt2_core.runs.folder.RunFolder, "best_step"),
 )
 def the_best_checkpoint_is_the_one_with_the_largest_loss(best_step):
-    """max in the place of min, as for an accuracy"""
+    """max instead of min, as for an accuracy"""
 
     def wrong(self):
         losses = {r["step"]: r["loss"] for r in gpt2_core.runs.folder.read_metrics(self.metrics) if r["split"] == "val"}
@@ -240,6 +240,6 @@ def the_same_masks_at_every_step(_):
     seam=(gpt2_torch.train, "uniforms"),
 )
 def every_sample_from_the_same_numbers(draw):
-    """a generator seeded anew for each sample"""
+    """a generator seeded again for each sample"""
 
     return lambda seed, sample, count: draw(seed, 0, count)
