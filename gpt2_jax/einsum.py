@@ -20,12 +20,14 @@ def _forward(spec, x, y):
     return einsum_f32(spec, x, y), (x, y)
 
 
-def _backward(spec, operands, g):
+def _backward(spec, operands, dout):
     x, y = operands
-    inputs, out = spec.split("->")
-    of_x, of_y = inputs.split(",")
-    g = g.astype(x.dtype)
-    return jnp.einsum(f"{out},{of_y}->{of_x}", g, y), jnp.einsum(f"{out},{of_x}->{of_y}", g, x)
+    inputs, out_axes = spec.split("->")
+    x_axes, y_axes = inputs.split(",")
+    dout = dout.astype(x.dtype)
+    dx = jnp.einsum(f"{out_axes},{y_axes}->{x_axes}", dout, y)
+    dy = jnp.einsum(f"{out_axes},{x_axes}->{y_axes}", dout, x)
+    return dx, dy
 
 
 einsum_f32.defvjp(_forward, _backward)
