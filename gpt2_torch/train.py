@@ -130,10 +130,9 @@ def train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None] =
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(asked.device)
     config = resolve(asked, device, processes)
-    check_memory(config, device, processes)
     set_matmul_precision(config.precision)
     with memory_errors(config, device, processes), process_group(processes, device):
-        start = open_run(config, initial, rank, processes)
+        start = open_run(config, initial, device, rank, processes)
         Trainer(start, device, rank, processes).run()
     return start.plan.folder
 
@@ -147,9 +146,13 @@ class Start(NamedTuple):
 
 
 def open_run(
-    config: ResolvedConfig, initial: Callable[[TrainConfig], Weights | None], rank: int, processes: int
+    config: ResolvedConfig,
+    initial: Callable[[TrainConfig], Weights | None],
+    device: torch.device,
+    rank: int,
+    processes: int,
 ) -> Start:
-    """Open data and weights, once in each process, and take the run's folder.
+    """Open data and weights, once in each process, and take the run's folder if a step fits in the memory.
 
     The first process goes first, because it may have to write the tokens. It sends its plan to the others, or the
     UserError that all of them then raise.
@@ -158,6 +161,8 @@ def open_run(
     if rank == 0:
         try:
             tokens = open_tokens(config)
+            # After the tokens: planning a step of a large model takes half a minute, a missing text is known at once.
+            check_memory(config, device, processes)
             plan = plan_run(with_steps(config, tokens), framework="torch", data_digest=tokens.digest)
             start = Start(plan, tokens, initial(plan.config) if plan.checkpoint is None else None)
             plan.begin()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_core.config import IGNORE_INDEX, ModelConfig, OptimizerConfig
+from gpt2_core.config import IGNORE_INDEX, DataConfig, ModelConfig, OptimizerConfig
 from gpt2_core.config.io import from_yaml, to_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.runs import log as runlog
@@ -145,9 +145,17 @@ def test_each_process_opens_tokens_and_weights_once(make_config, monkeypatch, ra
     monkeypatch.setattr(
         train_module.dist, "broadcast_object_list", lambda sent: sent.__setitem__(0, plan) if rank else None
     )
-    start = train_module.open_run(config, lambda config: opened.append("weights"), rank, processes=2)
+    start = train_module.open_run(
+        config, lambda config: opened.append("weights"), torch.device("cpu"), rank, processes=2
+    )
     assert opened == ["tokens", "weights"]
     assert start.plan.config == config and len(start.tokens.train) == 1
+
+
+def test_a_text_that_is_missing_is_named_before_a_step_is_planned(make_config, monkeypatch):
+    monkeypatch.setattr(train_module, "check_memory", lambda *_: pytest.fail("half a minute for a large model"))
+    with pytest.raises(UserError, match=r"--data\.path nowhere\.txt: no such file"):
+        train(make_config(data=DataConfig("text", "nowhere.txt", "bytes")))
 
 
 def test_two_processes_train_as_one(make_config, tmp_path):
