@@ -23,6 +23,7 @@ from gpt2_core.config import PRESETS, ModelConfig, TrainConfig
 from gpt2_core.errors import RunError, UserError
 from gpt2_core.files import write_atomically
 from gpt2_core.runs.log import peak_flops
+from gpt2_jax.mesh import check_option
 
 # Without a GPU nothing can be autotuned, and Triton's matrix products would get arbitrary tiles.
 _FLAGS = ("--xla_gpu_enable_triton_gemm=false",)
@@ -93,6 +94,7 @@ def configuration(options: Any) -> TrainConfig:
         remat=options.remat,
         gradient_exchange=options.gradient_exchange,
     )
+    check_option(config)
     if config.attention == "cudnn" and config.model.dropout > 0:
         raise UserError(
             f"--attention cudnn: has no dropout, and model.dropout is {config.model.dropout}; use recompute"
