@@ -195,4 +195,4 @@ class _Loop:
 
     def save(self, state: TrainState, updates: int) -> None:
         self.writer.save(updates, state, metadata_of(self.config, updates, "jax", self.tokens.digest))
-        self.log.draw_curves()
+        self.log.update_curves()

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 
 from gpt2_core.config import ResolvedConfig
 from gpt2_core.errors import UserError
@@ -47,6 +46,8 @@ def _out_of_memory(config: ResolvedConfig, device: torch.device, processes: int)
 def bytes_needed(config: ResolvedConfig, device: str, sequences: int, accumulation: int, processes: int = 1) -> int:
     """Largest number of bytes in tensors during a step of so many sequences at once, uncompiled; compiled, a model
     keeps less for its backward pass."""
+    from torch.distributed._tools.mem_tracker import MemTracker  # here: importing it takes two seconds
+
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if config.precision == "float64" else torch.float32)
     try:

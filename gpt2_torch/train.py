@@ -286,4 +286,4 @@ class Trainer:
         metadata = metadata_of(self.config, updates, "torch", self.tokens.digest)
         checkpoints.save(self.folder.checkpoints / str(updates), self.model.state_dict(), metadata, self.optimizer)
         self.folder.remove_obsolete(self.config.keep_checkpoints)
-        self.log.draw_curves()
+        self.log.update_curves()

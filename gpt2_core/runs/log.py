@@ -28,6 +28,9 @@ _PEAK_BFLOAT16_FLOPS = {
     "H200": 989.4e12,
 }
 
+# Drawing the curves takes a second, as long as many steps of a small model.
+SECONDS_BETWEEN_DRAWINGS = 30.0
+
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Peak rate of one device for this precision in FLOP/s, or None where it isn't known."""
@@ -54,6 +57,7 @@ class RunLog:
         self._folder, self._config, self._peak_flops, self._enabled = folder, config, peak_flops, enabled
         self._console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
         self._last_step, self._last_time = start_step - 1, time.perf_counter()
+        self._last_drawn = self._last_time
         self._val_loss: float | None = None
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._tracker: Tracker | None = None
@@ -82,7 +86,7 @@ class RunLog:
         self._progress.stop()
         if self._enabled:
             self._file.close()
-            self.draw_curves()
+            self._draw_curves()
             if self._tracker is not None:
                 self._tracker.close()
 
@@ -166,10 +170,14 @@ class RunLog:
                 f"--target_loss {self._config.target_loss}: the run ends here"
             )
 
-    def draw_curves(self) -> None:
-        if self._enabled:
-            rows = read_metrics(self._folder.metrics)
-            draw_curves(rows, self._folder.curves, self._config.reference_curve)
+    def update_curves(self) -> None:
+        """Draw the curves of the run so far, if they were not drawn lately; at its end they are drawn in any case."""
+        if self._enabled and time.perf_counter() - self._last_drawn >= SECONDS_BETWEEN_DRAWINGS:
+            self._draw_curves()
+            self._last_drawn = time.perf_counter()
+
+    def _draw_curves(self) -> None:
+        draw_curves(read_metrics(self._folder.metrics), self._folder.curves, self._config.reference_curve)
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._enabled:

@@ -57,7 +57,7 @@ def identical(a: Weights, b: Weights) -> bool:
 
 
 @given(MODELS, st.sampled_from([np.float32, np.float32, ml_dtypes.bfloat16]), st.integers(0, 2**31))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_model_goes_through_any_two_formats_bit_for_bit(config, dtype, seed):
     """Sizes, biases, tying, padding and options are drawn; a format that can't hold the model says which setting."""
     weights = random_weights(config, seed).astype(dtype)

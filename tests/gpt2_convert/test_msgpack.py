@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
-from parity.subjects import random_weights
 
 from gpt2_convert import open_weights, write_weights
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
 from gpt2_torch.weights import build
+from parity.gpt2.cases import random_weights
 
 transformers = pytest.importorskip("transformers")
 

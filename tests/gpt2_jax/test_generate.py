@@ -33,7 +33,7 @@ def test_zeros_of_either_sign_are_equal_and_go_by_token_id():
         assert sample(logits, jnp.zeros(1), sampling).tolist() == [1]
 
 
-@pytest.fixture(scope="module", params=["learned", "rope"])
+@pytest.fixture(scope="module", params=["learned"])
 def generator(request):
     with jax.enable_x64(True):
         definition = define(dataclasses.replace(CONFIG, position=request.param), Execution("float64"))

@@ -112,11 +112,14 @@ def test_the_norm_reported_is_the_one_before_clipping():
     assert norm.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_curves_are_drawn_with_every_checkpoint(make_config, monkeypatch):
+def test_curves_are_drawn_with_the_checkpoints_but_not_all_the_time(make_config, monkeypatch):
     drawn = []
     monkeypatch.setattr(runlog, "draw_curves", lambda rows, *_: drawn.append(rows[-1]["step"]))
-    train(make_config(steps=7, checkpoint_interval=3))
-    assert drawn == [3, 6, 7, 7]  # the last when the run is over, whatever has ended it
+    train(make_config("short", steps=7, checkpoint_interval=3))
+    assert drawn == [7]  # when the run is over, whatever has ended it
+    monkeypatch.setattr(runlog, "SECONDS_BETWEEN_DRAWINGS", 0)
+    train(make_config("long", steps=7, checkpoint_interval=3))
+    assert drawn[1:] == [3, 6, 7, 7]
 
 
 def test_it_stops_at_the_target_and_accumulates_as_its_devices_need(make_config):

@@ -42,7 +42,8 @@ def test_every_mesh_and_pytorch_give_the_same_float64_loss_curve(run, recipe, tm
 )
 def test_a_run_killed_at_random_and_resumed_is_the_run_never_killed(script, times, start, run, recipe, tmp_path):
     mesh = ("--mesh", "2") if script == "train_jax.py" else ()
-    arguments = (*mesh, "--config", recipe, "--steps", "40", "--checkpoint_interval", "2", "--model.dropout", "0.1")
+    steps = ("--steps", str(13 * times + 3), "--checkpoint_interval", "2")  # longer than until the last is killed
+    arguments = (*mesh, "--config", recipe, *steps, "--model.dropout", "0.1")
     code, _, err = run(script, *arguments, "--run_dir", "whole")
     assert code == 0, err
     seed = random.randrange(1 << 30)
@@ -132,9 +133,11 @@ def test_bad_input_is_one_sentence_and_nothing_is_overwritten(run, recipe, tmp_p
 @pytest.fixture
 def taken(make_config, tmp_path):
     """A run folder, without the time it takes to train one."""
+    from gpt2_core.config import ModelConfig
     from gpt2_core.runs.folder import plan_run
 
-    plan_run(make_config("taken", precision="float32"), framework="jax", data_digest="d").begin()
+    model = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=257)
+    plan_run(make_config("taken", precision="float32", model=model), framework="jax", data_digest="d").begin()
 
 
 @pytest.mark.parametrize(

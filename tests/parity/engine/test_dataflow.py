@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from parity import dataflow
+from parity.engine import dataflow
 
 X = jnp.ones(4)
 

@@ -26,7 +26,9 @@ def test_every_constant_that_is_a_size_has_its_case():
         f"{module.__name__.removeprefix('gpt2_jax.')}.{name}"
         for module in modules
         for name, value in vars(module).items()
-        if name.isupper() and type(value) is int and value > 0
+        if name.isupper()
+        and type(value) is int
+        and value > 0
         # The configuration's; the loss is compared at vocabularies that it divides and doesn't.
         and name != "VOCABULARY_MULTIPLE"
     }
