@@ -11,7 +11,7 @@ EXTRAS := dev$(if $(CUDA),$(comma)cuda$(CUDA))
 # Without CUDA=, whatever was set up last serves.
 STAMP  := $(if $(CUDA),$(VENV)/.installed-cuda$(CUDA),$(firstword $(wildcard $(VENV)/.installed*) $(VENV)/.installed))
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-fast test-slow lint clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,10 @@ demo: $(STAMP)
 # Two processes: compiling, which is most of what tests do, uses one core at a time.
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# What takes at most two seconds a test: for the loop of somebody who edits.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow and not long"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

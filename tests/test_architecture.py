@@ -16,6 +16,7 @@ def test_the_arrows_run_one_way():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "tests", ["tests/gpt2_torch/test_model.py", pytest.param("tests/gpt2_torch", marks=pytest.mark.slow)]
 )
@@ -30,6 +31,7 @@ def test_the_references_tests_pass_where_jax_cannot_be_imported(tests):
     assert "made unimportable" in probe.stderr
 
 
+@pytest.mark.long
 def test_the_reference_imports_no_jax():
     modules = [f"gpt2_torch.{path.stem}" for path in (ROOT / "gpt2_torch").glob("*.py") if path.stem != "__init__"]
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "without_jax")}
@@ -39,6 +41,7 @@ def test_the_reference_imports_no_jax():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("model", "framework"), [("gpt2_torch.model", "torch"), ("gpt2_jax.model", "flax.nnx")])
 def test_a_model_file_imports_its_framework_and_the_configuration_alone(model, framework):
     # No Grain, tokenizer or YAML, which take seconds to import, and not the other framework.

@@ -47,6 +47,7 @@ def parse(recipe, framework, options):
 LIKE_ANOTHER = ("fineweb_gpt2_350m", "fineweb_gpt2_774m", "fineweb_gpt2_1558m")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 @pytest.mark.parametrize(
     "recipe",

@@ -194,6 +194,7 @@ def test_bad_input_is_one_sentence(arguments, words, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.long
 def test_a_stage_runs_in_a_process_and_says_why_it_cannot_here(tmp_path):
     """The cheapest real one: a step is compiled, taken and traced, and a CPU has no kernels."""
     config = TrainConfig(

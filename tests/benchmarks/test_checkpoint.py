@@ -10,6 +10,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.long
 def test_saves_and_restores_of_both_trainers_are_timed(tmp_path, capsys):
     checkpoint.main([*SMALL, "--json", str(tmp_path / "o.json")])
     found = json.loads((tmp_path / "o.json").read_text())["results"]["sides"]

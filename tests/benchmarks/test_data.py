@@ -1,3 +1,5 @@
+import pytest
+
 from benchmarks.data import batches, tokenisation
 
 
@@ -8,6 +10,7 @@ def test_both_sides_of_the_comparison_do_the_same_work():
     assert found["ratio"] == found["prepare"] / found["encode_ordinary_batch"] > 0
 
 
+@pytest.mark.long
 def test_batches_are_measured_at_every_size():
     rows = batches(256, sizes=(10**5, 10**8), cores=2, rounds=1)
     assert [row["bytes"] for row in rows] == [10**5, 10**8]

@@ -14,6 +14,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.long
 def test_each_side_is_measured_beside_transformers(tmp_path, capsys):
     pytest.importorskip("transformers")
     sides = "jax;jax, no cache;transformers"
@@ -48,6 +49,7 @@ def test_a_step_of_decoding_reads_each_weight_once_and_the_cache():
     assert generate._bandwidth_share(10.0, 1000, facts | {"bandwidth": None}) is None
 
 
+@pytest.mark.long
 def test_all_sides_compute_the_same_tokens():
     """What is raced is the same work: every session's model continues the prompt alike."""
     from benchmarks.generate import _prompts, _weights

@@ -31,6 +31,7 @@ def crashed(spec) -> Session:
     raise ValueError("a bug")
 
 
+@pytest.mark.long
 def test_sides_take_turns_and_are_timed_by_the_unit():
     spec = {"seconds": 0.02}
     functions = {name: (f"{HERE}:sleeper", spec | {"name": name}) for name in ("a", "b")}
@@ -45,6 +46,7 @@ def test_sides_take_turns_and_are_timed_by_the_unit():
     assert started["a"].facts["name"] == "a" and started["a"].facts["seconds_to_first_unit"] > 0.02
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("function", "kind", "words"),
     [("refused", UserError, "x: --device cuda: there is none"), ("crashed", RunError, "x: .*a bug")],

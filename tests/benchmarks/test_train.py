@@ -34,6 +34,7 @@ def test_both_frameworks_are_measured_and_compared(tmp_path, capsys):
     assert "tokens/s" in out and "times as fast" in out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

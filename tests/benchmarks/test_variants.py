@@ -82,6 +82,7 @@ def test_a_variant_of_nothing_is_refused(started):
             variants.jax_session(jax_side("gone", CONFIG, gone))
 
 
+@pytest.mark.long
 def test_one_product_for_q_k_and_v_computes_what_three_do():
     linear = Linear((4, 3, 5), ("embed", "qkv", "heads"), std=1.0, bias=True, param_dtype="float32", rngs=nnx.Rngs(0))
     linear.bias[...] = jnp.arange(15.0).reshape(3, 5)

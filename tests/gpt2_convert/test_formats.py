@@ -56,6 +56,7 @@ def identical(a: Weights, b: Weights) -> bool:
     )
 
 
+@pytest.mark.long
 @given(MODELS, st.sampled_from([np.float32, np.float32, ml_dtypes.bfloat16]), st.integers(0, 2**31))
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_model_goes_through_any_two_formats_bit_for_bit(config, dtype, seed):
@@ -156,6 +157,7 @@ def samples(tmp_path_factory) -> dict[str, Path]:
     return {path.stem: path for path in folder.iterdir()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", [*FORMATS, "old"])
 def test_damaged_files_end_in_one_sentence(samples, form, tmp_path, capfd):
     """Truncated anywhere or with bits flipped: read, or refused in a sentence; never another error, never memory for

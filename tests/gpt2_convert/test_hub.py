@@ -86,6 +86,7 @@ def test_a_repository_that_has_weights_for_flax_alone_is_read(tmp_path, server):
     assert {"config.json", "flax_model.msgpack"} <= set(sent) and "tf_model.h5" not in sent
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("server", ["hf"], indirect=True)
 def test_a_model_is_fetched_by_its_name_and_kept(tmp_path, server):
     address, sent, running = server

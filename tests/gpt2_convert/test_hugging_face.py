@@ -75,6 +75,7 @@ def saved_by_transformers(folder, **sizes):
     return model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_transformers_saves_gives_its_logits(tmp_path, preset):
     """The four published shapes, at the depth of one layer and with fewer words."""

@@ -99,6 +99,7 @@ def test_each_shard_of_heads_has_the_slopes_of_its_own_heads(x64, mesh, kernel):
     np.testing.assert_allclose(out, by_definition(q, k, slopes) @ v, rtol=0, atol=1e-14)
 
 
+@pytest.mark.long
 def test_a_trained_length_is_no_limit(x64):
     """No parameter depends on block_size: a longer text is read with the same weights, its beginning alike."""
     short, long = (define(ModelConfig(2, 2, 16, T, 31, position="alibi"), Execution("float64")) for T in (8, 16))

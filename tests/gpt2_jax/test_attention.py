@@ -32,6 +32,7 @@ def test_causal_attention_is_exact_in_float64(x64, qkv):
     np.testing.assert_allclose(out, by_definition(*qkv), rtol=0, atol=1e-14)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("T", [64, 66, 68])
 def test_long_sequences_in_blocks_of_queries_and_their_gradients_are_exact(x64, T):
     qkv = 2 * np.random.default_rng(0).standard_normal((3, 1, 2, T, 4))

@@ -29,6 +29,7 @@ def abstract(config):
     return make_program(config).abstract_state
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mesh", [1, "data=2,fsdp=2,tensor=2"])
 def test_any_mesh_restores_every_bit(saved, mesh_config, mesh):
     checkpoint, state = saved

@@ -35,6 +35,7 @@ def elements(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [{}, {"remat": True, "scan_layers": True}, {"mesh": "tensor=2"}])
 def test_no_array_of_the_step_holds_all_logits(program, monkeypatch, how):
     logits = 8 * 64 * 1024
@@ -43,6 +44,7 @@ def test_no_array_of_the_step_holds_all_logits(program, monkeypatch, how):
     assert max(elements(shape) for _, _, shape in program(**how)) <= logits // 4
 
 
+@pytest.mark.long
 def test_parts_of_a_batch_add_their_gradients_up_in_place(mesh_config):
     model = ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=16, vocab_size=128)
     gradients = 4 * model.parameter_count
@@ -78,6 +80,7 @@ def test_one_device_exchanges_nothing(program):
     assert exchanged(program(mesh=1)) == {}
 
 
+@pytest.mark.long
 def test_data_parallel_devices_exchange_the_gradients_once_and_nothing_else(program):
     found = exchanged(program(mesh=4))
     assert set(found) == {"all-reduce"}
@@ -85,6 +88,7 @@ def test_data_parallel_devices_exchange_the_gradients_once_and_nothing_else(prog
     assert parameters() <= found["all-reduce"] <= parameters() + 10
 
 
+@pytest.mark.long
 def test_fully_sharded_devices_gather_each_parameter_once_and_exchange_its_gradient_once(program):
     found = exchanged(program(mesh="fsdp=4"))
     # A reduce-scatter where the compiler knows it; the CPU's takes what it needs from an all-reduce. The rest: the
@@ -94,6 +98,7 @@ def test_fully_sharded_devices_gather_each_parameter_once_and_exchange_its_gradi
     assert parameters() <= found["all-reduce"] + 4 * found.get("reduce-scatter", 0) <= parameters() + 50
 
 
+@pytest.mark.long
 def test_tensor_parallel_devices_exchange_activations_alone(program):
     instructions = program(mesh="tensor=2")
     tokens = 8 * 64
@@ -107,6 +112,7 @@ def test_tensor_parallel_devices_exchange_activations_alone(program):
     assert sum(sizes) <= sizes.count(activations) * activations + 3 * tokens + 50
 
 
+@pytest.mark.long
 def test_on_a_mesh_of_all_axes_a_device_sees_its_share_of_each_parameter(program):
     found = exchanged(program(mesh="data=2,fsdp=2,tensor=2"))
     assert parameters() / 2 <= found["all-gather"] < 0.6 * parameters()

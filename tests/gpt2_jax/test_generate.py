@@ -52,6 +52,7 @@ def recomputed(generator, params, prompt, tokens):
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("generator", ["learned", "rope", "alibi"], indirect=True)
 def test_the_cache_gives_what_recomputing_gives_past_the_block_too(x64, generator, monkeypatch):
     monkeypatch.setattr(gpt2_jax.generate, "CHUNK", 3)
@@ -61,6 +62,7 @@ def test_the_cache_gives_what_recomputing_gives_past_the_block_too(x64, generato
         assert found == recomputed(*generator, prompt, 20)
 
 
+@pytest.mark.long
 def test_prompts_of_different_lengths_do_not_see_each_other(x64, generator, monkeypatch):
     monkeypatch.setattr(gpt2_jax.generate, "CHUNK", 2)
     prompts = [[5], [1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [2, 2]]
@@ -73,6 +75,7 @@ def test_prompts_of_different_lengths_do_not_see_each_other(x64, generator, monk
     assert together.tolist() == alone
 
 
+@pytest.mark.long
 def test_in_bfloat16_a_token_reads_narrow_weights_and_is_the_token_that_wide_ones_give(monkeypatch):
     config = dataclasses.replace(CONFIG, n_layer=1, block_size=32)
     definition = define(config, Execution("bfloat16"))
@@ -94,6 +97,7 @@ def test_in_bfloat16_a_token_reads_narrow_weights_and_is_the_token_that_wide_one
     assert list(Generator(definition)(params, prompts, numbers, sampling)) == found
 
 
+@pytest.mark.long
 def test_the_next_chunk_is_dispatched_before_the_last_is_fetched(x64, generator, monkeypatch):
     made, params = generator
     monkeypatch.setattr(gpt2_jax.generate, "CHUNK", 2)
@@ -110,6 +114,7 @@ def test_the_next_chunk_is_dispatched_before_the_last_is_fetched(x64, generator,
     assert seen == [2, *[3] * 4, 5, 5, 5]
 
 
+@pytest.mark.long
 def test_the_device_stops_when_every_sequence_has_ended(monkeypatch):
     # A sampler that says which tokens come: 7 is the end of a text, the first's second and the second's third.
     monkeypatch.setattr(gpt2_jax.generate, "sample", lambda logits, uniforms, sampling: uniforms.astype(jnp.int32))
@@ -146,6 +151,7 @@ def test_the_loop_on_the_device_writes_to_the_caches_it_is_given_and_copies_none
     assert '"known_trip_count":{"n":"8"}' in compiled.as_text()
 
 
+@pytest.mark.long
 def test_a_cache_that_grows_gives_the_tokens_of_one_that_had_room(x64, generator, monkeypatch):
     made, params = generator
     prompts, numbers = [[1], [3]], np.random.default_rng(0).random((2, 9))

@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from gpt2_jax.layers import LayerNorm, Linear, _layer_norm, _project, rounded_once
@@ -71,6 +72,7 @@ def test_gradients_of_a_bfloat16_layer_are_made_in_float32():
     assert np.abs(db[0] - exact[1].sum(axis=0)).max() < 1e-5 * np.abs(db).max()
 
 
+@pytest.mark.long
 def test_layer_norms_gradients_are_autodiffs(x64):
     generator = np.random.default_rng(0)
     x, w, b = generator.standard_normal((6, 10)), generator.standard_normal(10), generator.standard_normal(10)

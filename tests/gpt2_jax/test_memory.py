@@ -23,6 +23,7 @@ def limit(monkeypatch):
     return limit
 
 
+@pytest.mark.long
 def test_too_large_a_batch_ends_with_what_would_fit_and_it_does(mesh_config, limit, tmp_path):
     model = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257)
     config = mesh_config(model=model, batch_size=96, mesh=2)
@@ -43,6 +44,7 @@ def test_too_large_a_batch_ends_with_what_would_fit_and_it_does(mesh_config, lim
     train(dataclasses.replace(config, accumulation=parts, steps=1))
 
 
+@pytest.mark.long
 def test_xlas_own_error_becomes_the_sentence(mesh_config, limit):
     config = mesh_config()
     limit(1000)

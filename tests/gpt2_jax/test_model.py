@@ -22,6 +22,7 @@ def build(config=CONFIG, **execution):
     return definition, jax.jit(definition.initialize)(jax.random.key(0))
 
 
+@pytest.mark.long
 def test_parameters_have_the_canonical_names_and_count():
     definition, params = build()
     assert set(params) == set(CONFIG.parameter_shapes)
@@ -32,6 +33,7 @@ def test_parameters_have_the_canonical_names_and_count():
     }
 
 
+@pytest.mark.long
 def test_no_position_sees_what_follows_it(x64):
     definition, params = build(dtype="float64")
 
@@ -44,6 +46,7 @@ def test_no_position_sees_what_follows_it(x64):
         assert (jnp.abs(grad).sum(axis=1) > 0).tolist() == [position <= t for position in range(8)]
 
 
+@pytest.mark.long
 def test_initial_weights_have_gpt2s_standard_deviations_in_every_precision(x64):
     config = ModelConfig(n_layer=8, n_head=2, n_embd=128, block_size=128, vocab_size=512)
     _, params = build(config)
@@ -59,6 +62,7 @@ def test_initial_weights_have_gpt2s_standard_deviations_in_every_precision(x64):
         assert doubles[name].dtype == jnp.float64 and (doubles[name].astype(jnp.float32) == p).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [{"scan_layers": True}, {"remat": True}, {"scan_layers": True, "remat": True}])
 def test_scanning_and_recomputing_change_nothing_but_rounding(x64, how):
     config = dataclasses.replace(CONFIG, dropout=0.2)
@@ -89,6 +93,7 @@ def test_recomputing_keeps_one_array_of_a_block(scan_layers):
     assert 4 <= arrays[jnp.float32] <= 6 and arrays[jnp.bfloat16] <= 2
 
 
+@pytest.mark.long
 def test_the_padding_of_the_vocabulary_is_invisible(x64):
     definition, params = build(dtype="float64")
     logits = jax.jit(lambda p: definition.merge(p)(TOKENS))(params)
@@ -129,6 +134,7 @@ def test_no_float64_hides_in_a_float32_model(x64):
     assert not re.search(r"f64\[\d", str(jaxpr))
 
 
+@pytest.mark.long
 def test_dropout_keeps_the_share_it_should_and_the_mean():
     keys_B = jax.random.split(jax.random.key(0), 1000)
     kept = unpack(dropout_mask(keys_B, (1000, 999), 0.3), 999)
@@ -141,6 +147,7 @@ def test_dropout_keeps_the_share_it_should_and_the_mean():
     assert dropout(out, 0.3, None) is out
 
 
+@pytest.mark.long
 def test_the_gradient_of_dropout_is_dropped_by_the_same_mask():
     x = jnp.arange(1.0, 401.0).reshape(20, 20)
     keys_B = jax.random.split(jax.random.key(0), 20)
@@ -150,6 +157,7 @@ def test_the_gradient_of_dropout_is_dropped_by_the_same_mask():
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(back)) == 20 * 3
 
 
+@pytest.mark.long
 def test_a_mask_is_the_same_with_float64_on_as_without():
     keys_B = jax.random.split(jax.random.key(0), 4)
     mask = dropout_mask(keys_B, (4, 3, 20), 0.3)
@@ -157,6 +165,7 @@ def test_a_mask_is_the_same_with_float64_on_as_without():
         np.testing.assert_array_equal(dropout_mask(keys_B, (4, 3, 20), 0.3), mask)
 
 
+@pytest.mark.long
 def test_dropout_differs_between_layers_sites_sequences_and_keys(monkeypatch):
     config = dataclasses.replace(CONFIG, dropout=0.5)
     masks = []

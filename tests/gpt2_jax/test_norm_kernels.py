@@ -33,6 +33,7 @@ def kernels(x, branch, w, b):
     return add_layer_norm(x, branch, w, b, EPSILON, jnp.float32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("has_branch", [True, False])
 @pytest.mark.parametrize(("D", "has_bias"), [(16, True), (20, False)])  # a power of two, and one that is padded to it
 def test_the_kernels_give_the_sum_the_norm_and_all_gradients(D, has_branch, has_bias):
@@ -67,6 +68,7 @@ def test_a_bfloat16_branch_gets_its_gradient_in_bfloat16_and_the_stream_in_float
     assert (dbranch == dx.astype(jnp.bfloat16)).all()
 
 
+@pytest.mark.long
 def test_a_model_with_the_kernels_has_the_loss_and_gradients_of_one_without():
     config = ModelConfig(n_layer=2, n_head=2, n_embd=24, block_size=8, vocab_size=31)
     tokens = np.random.default_rng(0).integers(31, size=(2, 8))

@@ -32,6 +32,7 @@ def test_scores_depend_on_the_distance_alone(x64):
     assert score(9, 4) == pytest.approx(score(14, 9), abs=1e-14) != pytest.approx(score(9, 5), abs=1e-3)
 
 
+@pytest.mark.long
 def test_sequences_may_stand_at_positions_of_their_own(x64):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 1, 3, 8)))
     together = rotate(x, jnp.array([[0, 1, 2], [5, 6, 7]]), config("half"))

@@ -34,12 +34,14 @@ def run(**env) -> tuple[str, bool]:
     return bits, from_cache == "True"
 
 
+@pytest.mark.long
 def test_a_program_from_the_cache_computes_the_very_bits_of_one_just_compiled(tmp_path):
     (compiled, hit), (loaded, hit_again) = (run(XDG_CACHE_HOME=str(tmp_path)) for _ in range(2))
     assert (hit, hit_again) == (False, True)
     assert compiled == loaded
 
 
+@pytest.mark.long
 def test_the_users_own_cache_wins_and_a_home_that_cant_be_written_is_none(tmp_path):
     (tmp_path / "file").touch()
     run(XDG_CACHE_HOME=str(tmp_path / "home"), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))

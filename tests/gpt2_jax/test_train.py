@@ -17,6 +17,7 @@ def losses(folder, split="train"):
     return [row["loss"] for row in read_metrics(folder.metrics) if row["split"] == split]
 
 
+@pytest.mark.long
 def test_it_learns(make_config):
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
     found = losses(train(make_config(steps=100, optimizer=optimizer, checkpoint_interval=50, mesh=2)), "val")
@@ -49,6 +50,7 @@ class WatchedScalar:
         return float(self._value)
 
 
+@pytest.mark.long
 def test_the_host_never_waits_for_a_step_before_it_has_dispatched_the_next(make_config, monkeypatch):
     events = []
 
@@ -70,6 +72,7 @@ def test_the_host_never_waits_for_a_step_before_it_has_dispatched_the_next(make_
     assert events == [*steps[:2], *fetches[0], *steps[2:5], *fetches[3], *steps[5:], *fetches[6], *ends]
 
 
+@pytest.mark.long
 def test_it_resumes_bitwise_on_the_same_mesh_and_to_rounding_on_another(make_config, tmp_path):
     model = dataclasses.replace(make_config().model, dropout=0.2)
     whole = train(make_config("whole", model=model, mesh=2))
@@ -82,6 +85,7 @@ def test_it_resumes_bitwise_on_the_same_mesh_and_to_rounding_on_another(make_con
         assert [row["step"] for row in read_metrics(resumed.metrics) if row["split"] == "train"] == list(range(6))
 
 
+@pytest.mark.long
 def test_it_stops_at_the_target_and_accumulates_as_its_devices_need(make_config):
     settings = {"steps": 60, "target_loss": 4.5, "device_batch_size": 2, "eval_interval": 100, "mesh": 2}
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
@@ -97,11 +101,13 @@ def test_it_stops_at_the_target_and_accumulates_as_its_devices_need(make_config)
     assert losses(resumed) == found
 
 
+@pytest.mark.long
 def test_samples_are_written(make_config):
     folder = train(make_config(steps=2, sample_interval=2, sample_tokens=20))
     assert len((folder.samples / "2.txt").read_text(errors="replace")) >= 10
 
 
+@pytest.mark.long
 def test_samples_do_not_depend_on_the_mesh(make_config):
     # One sequence can't be split over two devices; asked to, XLA ends a float64 process.
     settings = {"steps": 1, "sample_interval": 1, "sample_tokens": 12, "precision": "float64"}

@@ -38,6 +38,7 @@ def on_one_device():
     return {}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("mesh", "how"),
     [
@@ -58,6 +59,7 @@ def test_every_mesh_computes_the_same_steps(x64, mesh_config, on_one_device, mes
     np.testing.assert_allclose(found, on_one_device[model], rtol=1e-12)
 
 
+@pytest.mark.long
 def test_the_step_compiles_once_and_donates_its_state(mesh_config):
     config = mesh_config(model=MODEL, mesh="data=2,fsdp=2,tensor=2")
     program = make_program(config)
@@ -70,6 +72,7 @@ def test_the_step_compiles_once_and_donates_its_state(mesh_config):
     assert int(state.step) == 3
 
 
+@pytest.mark.long
 def test_with_fsdp_each_device_holds_an_eighth(mesh_config):
     model = ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=257)
     config = mesh_config(model=model, mesh="fsdp=8")
@@ -94,6 +97,7 @@ def test_the_state_is_sharded_from_birth(mesh_config):
             assert p.addressable_shards[0].data.size * 8 == p.size, name
 
 
+@pytest.mark.long
 def test_decay_touches_matrices_only_and_not_the_vector_that_is_kept_as_a_matrix():
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5), MODEL)
     config = define_model_params()
@@ -121,6 +125,7 @@ def test_clipping_uses_pytorchs_formula(x64, clip, expected):
     assert length == pytest.approx(expected, rel=1e-15)
 
 
+@pytest.mark.long
 def test_a_run_repeats_bitwise(mesh_config):
     config = mesh_config(model=dataclasses.replace(MODEL, dropout=0.1), mesh=8)
     a, a_state = run(config)

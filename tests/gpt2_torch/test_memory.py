@@ -33,6 +33,7 @@ print((many - few) / (bytes_needed(config, "cpu", 14, 1) - bytes_needed(config, 
 """
 
 
+@pytest.mark.long
 def test_a_process_grows_as_planned():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(1.0, abs=0.15)
@@ -46,6 +47,7 @@ def test_parts_cost_a_buffer_of_gradients_and_processes_another(make_config):
     assert bytes_needed(config, "cpu", 1, 1, processes=2) == one + parameters
 
 
+@pytest.mark.long
 def test_running_out_of_memory_ends_with_a_sentence(make_config, monkeypatch):
     config = make_config(batch_size=64)
     monkeypatch.setattr("gpt2_torch.memory.host_memory", lambda: bytes_needed(config, "cpu", 20, 1))
@@ -56,6 +58,7 @@ def test_running_out_of_memory_ends_with_a_sentence(make_config, monkeypatch):
         torch.empty(1 << 60, dtype=torch.int8)
 
 
+@pytest.mark.long
 def test_a_step_that_the_system_would_kill_is_refused_before_anything_is_written(make_config, monkeypatch):
     config = make_config(batch_size=64)
     needed = bytes_needed(dataclasses.replace(config, precision="float32"), "cpu", 20, 1)

@@ -26,12 +26,14 @@ def losses(folder, split="train"):
     return [row["loss"] for row in read_metrics(folder.metrics) if row["split"] == split]
 
 
+@pytest.mark.long
 def test_it_learns(make_config):
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
     found = losses(train(make_config(steps=100, optimizer=optimizer, checkpoint_interval=50)), "val")
     assert found[0] > 5.4 and found[-1] < 4.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_resumed_run_is_bitwise_the_run_that_went_through(make_config, dropout):
     model = dataclasses.replace(make_config().model, dropout=dropout)
@@ -122,6 +124,7 @@ def test_curves_are_drawn_with_the_checkpoints_but_not_all_the_time(make_config,
     assert drawn[1:] == [3, 6, 7, 7]
 
 
+@pytest.mark.long
 def test_it_stops_at_the_target_and_accumulates_as_its_devices_need(make_config):
     settings = {"steps": 60, "target_loss": 4.5, "device_batch_size": 2, "eval_interval": 100}
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
@@ -161,6 +164,7 @@ def test_a_text_that_is_missing_is_named_before_a_step_is_planned(make_config, m
         train(make_config(data=DataConfig("text", "nowhere.txt", "bytes")))
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one(make_config, tmp_path):
     one = train(make_config("one", precision="float64", steps=4, accumulation=2))
     recipe = tmp_path / "recipe.yaml"

@@ -34,6 +34,7 @@ def run(tmp_path):
 DRAWN = "forward,gradients,loss_curve,precision,generation"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("checks", [DRAWN, pytest.param(",".join(CHECKS), marks=pytest.mark.slow)], ids=["some", "all"])
 def test_the_quick_form_proves_the_models_the_same_and_writes_its_report(run, tmp_path, checks):
     write_safetensors(random_weights(TINY), tmp_path / "w.safetensors")
@@ -73,6 +74,7 @@ def run_with(run, tmp_path):
     return run_with
 
 
+@pytest.mark.long
 def test_a_users_weights_are_compared_and_a_failure_is_exit_code_1(run, run_with, tmp_path):
     weights = random_weights(TINY)
     write_safetensors(weights, tmp_path / "w.safetensors")
@@ -86,6 +88,7 @@ def test_a_users_weights_are_compared_and_a_failure_is_exit_code_1(run, run_with
     assert report["passed"] is False and not any(c["passed"] for c in report["checks"])
 
 
+@pytest.mark.long
 def test_an_exception_in_a_check_is_a_failed_case_and_nothing_else_is_lost(run_with, tmp_path):
     write_safetensors(random_weights(TINY), tmp_path / "w.safetensors")
     fault = "import torch.nn.functional as F; F.gelu = lambda x: x"
@@ -123,6 +126,7 @@ def test_every_mistake_is_caught_and_the_report_says_so(run, tmp_path):
     assert "planted mistakes were caught" in page and all(s in html.unescape(page) for s in CANNOT_SEE)
 
 
+@pytest.mark.long
 def test_two_sets_of_weights_are_the_same_model_or_the_tensor_is_named(run, tmp_path):
     weights = random_weights(TINY)
     write_safetensors(weights, tmp_path / "a.safetensors")
@@ -140,6 +144,7 @@ def test_two_sets_of_weights_are_the_same_model_or_the_tensor_is_named(run, tmp_
     assert [c["where"].split(":")[0] for c in report["checks"]] == ["block 0, mlp c_fc bias", "block 0, mlp c_fc"]
 
 
+@pytest.mark.long
 def test_a_users_own_implementation_is_judged(run, tmp_path):
     write_safetensors(random_weights(TINY), tmp_path / "w.safetensors")
     shutil.copy(ROOT / "tests" / "parity" / "my_port.py", tmp_path)
@@ -149,6 +154,7 @@ def test_a_users_own_implementation_is_judged(run, tmp_path):
     assert done.returncode == 2 and "--against my_port:nothing" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

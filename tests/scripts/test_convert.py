@@ -43,6 +43,7 @@ def convert(tmp_path, monkeypatch, capsys):
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.long
 def test_weights_come_back_bit_for_bit_through_every_format(convert, tmp_path):
     weights = random_weights(MODEL)
     write_safetensors(weights, tmp_path / "0.safetensors")

@@ -19,6 +19,7 @@ def weights(tmp_path):
     return ("--weights", "w.safetensors", "--max_new_tokens", "40")
 
 
+@pytest.mark.long
 def test_both_backends_draw_the_same_text(run, weights):
     options = ("--prompt", "def ", "--num_samples", "2", "--top_k", "40", "--top_p", "0.9", "--precision", "float64")
     jax, torch = (run("generate.py", *weights, *options, "--backend", b) for b in ("jax", "torch"))
@@ -27,6 +28,7 @@ def test_both_backends_draw_the_same_text(run, weights):
     assert first.startswith("--- sample 1 of 2\ndef ") and second.startswith("def ") and first[20:] != second
 
 
+@pytest.mark.long
 def test_seeds_choose_the_text_and_greedy_needs_none(run, weights):
     def text(*options):
         return run("generate.py", *weights, "--backend", "torch", *options)[1]
@@ -37,6 +39,7 @@ def test_seeds_choose_the_text_and_greedy_needs_none(run, weights):
     assert greedy[0] == greedy[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_a_sample_may_stop_at_the_end_of_its_text(run, weights, backend):
     options = (*weights, "--max_new_tokens", "600", "--temperature", "3", "--backend", backend)
@@ -52,6 +55,7 @@ def through_llmc(tmp_path):
     return tmp_path / "w.bin"
 
 
+@pytest.mark.long
 def test_a_bytes_model_that_went_through_llmc_writes_its_text_again(run, weights, through_llmc):
     options = ("--prompt", "def ", "--greedy", "--max_new_tokens", "20", "--backend", "torch")
     again = run("generate.py", *options, "--weights", through_llmc, "--tokenizer", "bytes")

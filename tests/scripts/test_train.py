@@ -13,6 +13,7 @@ def rows(path, split="train"):
     return [(row["step"], row["loss"]) for row in found if row["split"] == split]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "meshes", [("data=2,fsdp=2,tensor=2",), pytest.param(("1", "8"), marks=pytest.mark.slow)], ids=["mixed", "1 and 8"]
 )
@@ -32,6 +33,7 @@ def test_every_mesh_and_pytorch_give_the_same_float64_loss_curve(run, recipe, tm
             assert max(abs(a - b) for (_, a), (_, b) in zip(ours, theirs, strict=True)) <= 1e-11, name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("script", "times"),
     [
@@ -72,6 +74,7 @@ def test_a_run_killed_at_random_and_resumed_is_the_run_never_killed(script, time
     assert kills == times
 
 
+@pytest.mark.long
 def test_the_run_folder_holds_what_it_should(run, recipe, tmp_path):
     code, out, err = run("train_jax.py", "--config", recipe, "--steps", "6", "--sample_interval", "6")
     assert code == 0 and err == "", err
@@ -95,6 +98,7 @@ def test_the_run_folder_holds_what_it_should(run, recipe, tmp_path):
     assert code == 0 and rows(tmp_path / "again")[:5] == rows(folder)[:5], err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", ["train_jax.py", "train_torch.py"])
 def test_a_run_of_no_steps_can_be_resumed_and_trained_on(script, run, recipe, tmp_path):
     for more in (("--steps", "0"), ("--steps", "0", "--resume"), ("--steps", "2", "--resume")):
@@ -104,6 +108,7 @@ def test_a_run_of_no_steps_can_be_resumed_and_trained_on(script, run, recipe, tm
     assert [step for step, _ in rows(tmp_path / "r")] == [0, 1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -140,6 +145,7 @@ def taken(make_config, tmp_path):
     plan_run(make_config("taken", precision="float32", model=model), framework="jax", data_digest="d").begin()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -157,6 +163,7 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(run, rec
     assert {p.name for p in tmp_path.iterdir()} <= {"small.yaml"}
 
 
+@pytest.mark.long
 def test_a_run_that_diverges_ends_with_a_sentence_and_exit_code_1(run, recipe):
     code, _, err = run(
         "train_torch.py", "--config", recipe, "--optimizer.learning_rate", "1e30", "--optimizer.clip_norm", "0"
@@ -169,6 +176,7 @@ def test_the_torch_command_works_without_the_jax_options(run, recipe):
     assert code == 2 and "--mesh: not an option of train_torch.py" in err
 
 
+@pytest.mark.long
 def test_interrupting_leaves_a_run_that_can_go_on(start, run, recipe, tmp_path):
     process = start("train_jax.py", "--config", recipe, "--steps", "100000", "--run_dir", "long")
     while not (tmp_path / "long" / "checkpoints" / "5").is_dir() and process.poll() is None:

@@ -93,6 +93,7 @@ def test_the_bytes_are_the_same_with_any_number_of_workers(lines, tmp_path, monk
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
 
 
+@pytest.mark.long
 def test_killed_at_random_and_started_again_it_writes_the_same_bytes(lines, tmp_path):
     write(tmp_path / "whole", corpus_of(lines), shard_tokens=30_000)
     seed = random.randrange(1 << 30)

@@ -26,6 +26,7 @@ def test_the_splits_are_the_text_in_order_without_overlap(make_config, text_file
     assert len(val) / len(text) == pytest.approx(0.1, abs=0.01)
 
 
+@pytest.mark.long
 def test_the_seed_draws_which_documents_are_held_back(make_config):
     config = make_config(data=DataConfig("stdlib", None, "bytes", cache_dir=make_config().data.cache_dir))
     tokens = open_tokens(config)

@@ -41,6 +41,7 @@ def records_of(content):
             record = b""
 
 
+@pytest.mark.long
 def test_wandb_works_without_a_network_and_a_resumed_run_goes_on_in_its_own(make_config, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     from wandb.proto import wandb_internal_pb2

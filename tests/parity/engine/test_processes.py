@@ -16,6 +16,7 @@ def _case() -> Case:
     return Case(weights, weights.arrays["wpe.weight"], level="quick", seed=5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [1, 2])
 def test_every_task_answers_once_about_the_case(count):
     done = list(processes.run(TASKS, _case(), 1000, count, tuple))

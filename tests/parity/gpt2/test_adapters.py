@@ -56,6 +56,7 @@ def test_both_adapters_bear_the_names_that_reports_give_them():
 
 
 # `weights` and `trainer` look at files and at the plain loop whatever the adapters are, which takes long.
+@pytest.mark.long
 @pytest.mark.parametrize("check", [name for name in CHECKS if name not in ("trainer", "weights")])
 def test_an_adapter_with_nothing_but_logits_ends_no_check_in_an_error(check):
     results, skipped = run(check, LogitsOnly)

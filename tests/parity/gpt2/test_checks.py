@@ -39,6 +39,7 @@ def test_every_option_of_the_model_has_its_variant():
 
 
 # `forward` says so of each option alone as well.
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{}, variants.OPTIONS["all at once"]], ids=["GPT-2", "all options at once"])
 def test_capturing_changes_no_bit_of_the_logits(options):
     weights = random_weights(dataclasses.replace(case_of().weights.config, **options))
@@ -75,6 +76,7 @@ def test_a_nan_fails():
     assert not Result("forward", "case", float("nan"), 1e-12).passed
 
 
+@pytest.mark.long
 def test_two_runs_give_the_same_figures():
     case = case_of()
     first, second = ([r.measured for r in forward(case, *both(case.weights))] for _ in range(2))

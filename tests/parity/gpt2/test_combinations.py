@@ -80,6 +80,7 @@ def test_the_first_divergence_of_two_trainings_is_named():
     assert np.isnan(measured) and where.startswith("after the last step, parameter ln_f.bias")
 
 
+@pytest.mark.long
 def test_weights_narrowed_more_than_they_may_be_give_other_tokens():
     def narrow_everything(define):
         def wrong(*arguments):

@@ -128,6 +128,7 @@ def _batch():
     return Batch(np.ascontiguousarray(tokens[:, :-1]), targets)
 
 
+@pytest.mark.long
 def test_gradients_of_values_are_summed_over_the_parts_of_a_batch():
     weights, batch = random_weights(TINY), _batch()
     ours, theirs = (side(weights).activation_grads(batch, accumulation=2) for side in (JaxAdapter, TorchAdapter))
@@ -172,6 +173,7 @@ def _explained(config):
     return first_divergence(weights, *both(weights), config, _training(steps=3), batches)
 
 
+@pytest.mark.long
 def test_a_difference_that_begins_later_is_explained_at_the_weights_before_it(monkeypatch):
     # A formula that is right while the weights are as they were: the first step agrees.
     start = random_weights(TINY).arrays["h.0.mlp.c_fc.bias"].astype(np.float64)
@@ -196,6 +198,7 @@ def test_what_no_single_pass_shows_is_put_down_to_the_step(monkeypatch):
     assert "look at clipping and at the first moment's update" in words
 
 
+@pytest.mark.long
 def test_two_trainings_that_agree_when_run_again_are_said_to():
     assert _explained(_training(steps=3)).startswith("in a second run losses, norms, moments and parameters agree to")
 
@@ -211,6 +214,7 @@ def test_the_first_token_in_time_is_named():
     assert not generation.compare_tokens("case", a, b[:1], lambda row, number: "").passed
 
 
+@pytest.mark.long
 def test_a_token_is_explained_by_logits_or_sampler_or_cache(monkeypatch):
     weights = random_weights(TINY)
     ours, theirs = JaxAdapter(weights), TorchAdapter(weights)

@@ -15,6 +15,7 @@ from parity.gpt2.cases import Case, random_weights, real_text
 MY_PORT = Path(__file__).parents[1] / "my_port.py"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("function", "passes"), [("logits", True), ("without_positions", False), ("in_float64_with_erf", False)]
 )

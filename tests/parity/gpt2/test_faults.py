@@ -54,6 +54,7 @@ def test_a_fault_has_a_name_of_its_own_and_a_story(name, story):
         faults.fault.fault(name, check="forward", place="")(planted)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", _parameters())
 def test_it_is_caught_in_its_place(fault):
     verdict = judge(fault)

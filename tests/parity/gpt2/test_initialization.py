@@ -36,6 +36,7 @@ def test_another_distribution_is_seen_in_the_smallest_tensor_there_is(name):
         assert not result.passed and "wrong" in result.where, result
 
 
+@pytest.mark.long
 def test_normal_values_are_not_suspected():
     measured = [
         _distributions("", {n: np.random.default_rng([seed, i]).standard_normal(4096) for i, n in enumerate("abcdef")})

@@ -67,6 +67,7 @@ def test_by_chance_alone_the_limit_is_exceeded_as_rarely_as_stated(monkeypatch):
     assert 0.04 < alarms / runs < 0.06
 
 
+@pytest.mark.long
 def test_right_programs_raise_no_alarm_on_random_and_on_trained_weights():
     weights = random_weights(MODEL, 5)
     found = measured(case_of(), [weights, trained(weights, 150)])
@@ -87,6 +88,7 @@ def test_fifty_right_programs_raise_no_alarm(width):
     assert [r for results in measured(case, weights) for r in results if not r.passed] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", [MODEL, EVERY_OPTION], ids=["gpt2", "every option"])
 def test_the_programs_are_as_precise_as_they_are_said_to_be(model):
     weights = random_weights(model)
@@ -109,6 +111,7 @@ def test_float64_in_the_float32_program_is_seen():
         assert "float32 program: values in another dtype" in failed(case_of())
 
 
+@pytest.mark.long
 def test_a_count_of_targets_rounded_to_bfloat16_is_seen():
     def rounded(vocab_size, grads, g):
         dx_BTD, dhead_VD = grads
@@ -120,6 +123,7 @@ def test_a_count_of_targets_rounded_to_bfloat16_is_seen():
         assert "bfloat16 program, unrolled: numbers that scale whole arrays, in bfloat16" in failed(case_of())
 
 
+@pytest.mark.long
 def test_a_residual_stream_that_is_lost_from_sight_fails():
     """An addition by other means than `add`: the check must not pass because it has nothing to look at."""
     add_norm = gpt2_jax.model.add_norm
@@ -142,6 +146,7 @@ def test_a_residual_stream_kept_in_bfloat16_is_seen_where_it_is_tapped():
     assert not result.passed and "JAX bfloat16 and float32" in result.where
 
 
+@pytest.mark.long
 def test_a_loss_made_of_bfloat16_logits_is_not_the_cross_entropy_of_the_logits():
     case = case_of()
     candidate, reference = both(case.weights)

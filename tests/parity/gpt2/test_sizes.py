@@ -66,6 +66,7 @@ def test_the_loss_has_one_chunk_and_several_and_a_remainder():
     assert seen == {(False, False), (True, False), (True, True)}
 
 
+@pytest.mark.long
 def test_the_cache_grows_even_in_the_quick_form():
     with mock.patch.object(gpt2_jax.generate, "_grow", wraps=gpt2_jax.generate._grow) as grow:
         (result,) = results(sizes._generation, "quick")

@@ -164,6 +164,7 @@ def test_tokens_are_counted_to_the_rounding_of_the_log(setting):
     assert trainer._wrong_tokens([row | {"step_seconds": 0.0031}], setting.config)[0] > 1
 
 
+@pytest.mark.long
 def test_a_run_is_interrupted_resumed_and_silent(case, setting, capfd):
     pytorch = TorchAdapter(case.weights).trainer()
     config = trainer._named(setting, setting.config, "a run")
