@@ -85,10 +85,19 @@ def _of(
         yield _count(f"{label}tensors that one seed doesn't give twice", changed)
         pooled.append(np.concatenate([value.ravel() for value in values.values()]))
     if len(pooled) == 2:
-        p = scipy.stats.ks_2samp(*pooled).pvalue
-        names = f"{candidate.name} and {reference.name}"
-        title = f"{options}{names} draw from one family, {pooled[0].size:,} values each, -log10 p"
-        yield Result("initialization", title, float(surprise(np.log(max(p, 1e-300)), 1)), limits.SURPRISE)
+        yield _family(options, (candidate.name, reference.name), *pooled)
+
+
+def _family(options: str, names: tuple[str, str], ours: np.ndarray, theirs: np.ndarray) -> Result:
+    """Whether both draw from one distribution (Kolmogorov-Smirnov), whichever that is."""
+    found = scipy.stats.ks_2samp(ours, theirs)
+    title = f"{options}{' and '.join(names)} draw from one family, {ours.size:,} values each, -log10 p"
+    more = names[0] if found.statistic_sign > 0 else names[1]
+    where = (
+        f"most apart at {found.statistic_location:+.2f} deviations, below which {more} has {found.statistic:.1%} more"
+    )
+    measured = float(surprise(np.log(max(found.pvalue, 1e-300)), 1))
+    return Result("initialization", title, measured, limits.SURPRISE, where)
 
 
 def _prescribed(name: str, config: ModelConfig) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import pytest
 from parity.engine.results import Result
 from parity.gpt2 import limits
 from parity.gpt2.adapters import both
-from parity.gpt2.checks.initialization import MORE_TENSORS, SIZE, _distributions, _prescribed, check
+from parity.gpt2.checks.initialization import MORE_TENSORS, SIZE, _distributions, _family, _prescribed, check
 from parity.gpt2.faults import MODEL, case_of
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -34,6 +34,16 @@ def test_another_distribution_is_seen_in_the_smallest_tensor_there_is(name):
         values = {"right": generator.standard_normal(4096), "wrong": WRONG[name](generator, 4096)}
         result = _distributions("", values)
         assert not result.passed and "wrong" in result.where, result
+
+
+def test_two_families_are_told_apart_where_they_differ_most():
+    generator = np.random.default_rng(0)
+    normal, again = generator.standard_normal((2, 20_000))
+    assert _family("", ("A", "B"), normal, again).passed
+    cut = np.clip(again, -1.0, None)
+    result = _family("", ("A", "B"), normal, cut)
+    assert not result.passed
+    assert result.where.startswith("most apart at -1.0") and "below which A has 15." in result.where, result.where
 
 
 @pytest.mark.long
