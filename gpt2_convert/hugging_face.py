@@ -143,11 +143,11 @@ def _open(file: Source) -> dict[str, LazyTensor]:
 
 
 def _open_shards(index: Source) -> dict[str, LazyTensor]:
-    path, places = index.path, index.json.get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+    path, file_of = index.path, index.json.get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
         raise UserError(f"{path}: has no 'weight_map' from tensors to files")
     found: dict[str, LazyTensor] = {}
-    for file in sorted(set(places.values())):
+    for file in sorted(set(file_of.values())):
         if Path(file).name != file or not file.endswith((".safetensors", ".bin")):
             raise UserError(f"{path}: names {file!r:.80}; expected a file of weights in the same folder")
         if not index.has(file):
@@ -155,11 +155,11 @@ def _open_shards(index: Source) -> dict[str, LazyTensor]:
         for name, tensor in _open(index.file(file)).items():
             if name in found:
                 raise UserError(f"{path.parent / file}: {name} is in another shard too")
-            if places.get(name) != file:
-                raise UserError(f"{path.parent / file}: holds {name}, which {path.name} says is in {places.get(name)}")
+            if file_of.get(name) != file:
+                raise UserError(f"{path.parent / file}: holds {name}, which {path.name} says is in {file_of.get(name)}")
             found[name] = tensor
-    if missing := [name for name in places if name not in found]:
-        raise UserError(f"{path}: {missing[0]} isn't in {places[missing[0]]}")
+    if missing := [name for name in file_of if name not in found]:
+        raise UserError(f"{path}: {missing[0]} isn't in {file_of[missing[0]]}")
     return found
 
 

@@ -83,7 +83,7 @@ def read(source: Source) -> Weights:
         )
     sizes = {"n_layer": L, "n_head": H, "n_embd": C, "block_size": T, "vocab_size": V}
     config = model_from_dict(sizes, str(path))
-    shapes = {name: place.shape for name, place in LAYOUT.placements(config).items()}
+    shapes = {name: placement.shape for name, placement in LAYOUT.placements(config).items()}
     found, offset = {}, HEADER_BYTES
     for name in _order(config):
         found[name] = lazy_tensor_at(path, offset, dtype, shapes[name])

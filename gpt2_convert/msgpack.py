@@ -52,7 +52,7 @@ _LONG = {
 
 
 class _FlaxLayout(Layout):
-    def place(self, name: str, shape: tuple[int, ...]) -> Placement:
+    def placement(self, name: str, shape: tuple[int, ...]) -> Placement:
         *modules, kind = name.split(".")
         leaf = kind if kind == "bias" else _LEAVES.get(modules[-1], "kernel")
         stored_as = "/".join((*modules, leaf))

@@ -56,24 +56,24 @@ def open_torch_file(path: Path) -> Any:
 
 
 class _OldFile:
-    """A file in the format of before 2020, whose tensors have no known place: it is read whole, and each tensor is let
-    go when it has been given away, so that memory holds the model once and no more."""
+    """A file in the format from before 2020, whose tensors have no known offsets: it is read whole, and each tensor is
+    released once it has been read, so that memory holds the model once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._tensors: dict[tuple, Tensor] = {}
 
-    def read(self, place: tuple) -> np.ndarray:
-        if place not in self._tensors:
+    def read(self, keys: tuple) -> np.ndarray:
+        if keys not in self._tensors:
             self._tensors = {}
             self._collect(_load(self.path, fake=False), ())
-        return to_array(self._tensors.pop(place))
+        return to_array(self._tensors.pop(keys))
 
-    def _collect(self, value: Any, place: tuple) -> None:
+    def _collect(self, value: Any, keys: tuple) -> None:
         if isinstance(value, Tensor):
-            self._tensors[place] = value
+            self._tensors[keys] = value
         for key, inside in _items(value):
-            self._collect(inside, (*place, key))
+            self._collect(inside, (*keys, key))
 
 
 class _Bounded(io.BufferedReader):
@@ -120,17 +120,17 @@ def _check_entries(path: Path) -> None:
             raise UserError(f"{path}: not a whole file of PyTorch (its entry {entry.filename} can't be in it)")
 
 
-def _replace(value: Any, place: tuple, seen: dict, path: Path, source: Path | _OldFile) -> Any:
+def _replace(value: Any, keys: tuple, seen: dict, path: Path, source: Path | _OldFile) -> Any:
     """`value` with a LazyTensor instead of each tensor; tensors that share their memory share the LazyTensor."""
     if isinstance(value, Tensor):
         key = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype)
         if key not in seen:
-            seen[key] = _stored(value, place, path, source)
+            seen[key] = _stored(value, keys, path, source)
         return seen[key]
     if isinstance(value, dict):
-        return {key: _replace(inside, (*place, key), seen, path, source) for key, inside in value.items()}
+        return {key: _replace(inside, (*keys, key), seen, path, source) for key, inside in value.items()}
     if isinstance(value, list | tuple):
-        return [_replace(inside, (*place, i), seen, path, source) for i, inside in enumerate(value)]
+        return [_replace(inside, (*keys, i), seen, path, source) for i, inside in enumerate(value)]
     return value
 
 
@@ -140,8 +140,8 @@ def _items(value: Any):
     return enumerate(value) if isinstance(value, list | tuple) else ()
 
 
-def _stored(fake: FakeTensor, place: tuple, path: Path, source: Path | _OldFile) -> LazyTensor:
-    name = ".".join(map(str, place))
+def _stored(fake: FakeTensor, keys: tuple, path: Path, source: Path | _OldFile) -> LazyTensor:
+    name = ".".join(map(str, keys))
     if not isinstance(fake, FakeTensor) or fake.layout != torch.strided or fake.dtype not in _DTYPES:
         raise UserError(f"{path}: {name} is {fake.dtype}, {fake.layout}; expected {', '.join(DTYPES)}")
     storage, item, shape = fake.untyped_storage(), fake.dtype.itemsize, tuple(fake.shape)
@@ -153,7 +153,7 @@ def _stored(fake: FakeTensor, place: tuple, path: Path, source: Path | _OldFile)
         raise UserError(f"{path}: {name} reaches beyond the end of the file")
     dtype = _DTYPES[fake.dtype]
     if isinstance(source, _OldFile):
-        return LazyTensor(shape, dtype, lambda: source.read(place))
+        return LazyTensor(shape, dtype, lambda: source.read(keys))
     flat = lazy_tensor_at(path, offset + begin, dtype, (span // item,))
     if fake.is_contiguous():
         return flat.map(shape, lambda a: a.reshape(shape))

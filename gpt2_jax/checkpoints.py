@@ -112,8 +112,8 @@ def _stored_parameters(checkpoint: Path) -> dict[str, tensorstore.TensorStore]:
         opened = {}
         for group, name, *_ in (keys for keys in names if len(keys) == 2):
             if group == "params":
-                place = {"driver": "ocdbt", "base": state.as_uri() + "/", "path": f"params.{name}/"}
-                spec = {"driver": "zarr3" if described["use_zarr3"] else "zarr", "kvstore": place}
+                kvstore = {"driver": "ocdbt", "base": state.as_uri() + "/", "path": f"params.{name}/"}
+                spec = {"driver": "zarr3" if described["use_zarr3"] else "zarr", "kvstore": kvstore}
                 opened[name] = tensorstore.open(spec, open=True, read=True, context=context).result()
     return opened
 

@@ -26,7 +26,7 @@ def dropout_mask(keys_B: jax.Array, shape: tuple[int, ...], rate: float) -> jax.
     dropped_below = jnp.uint32(round(rate * 2**16))
     words = [words_B4xP[:, number] for number in range(4)]
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    bits = [(half >= dropped_below).astype(jnp.uint8) << place for place, half in enumerate(halves)]
+    bits = [(half >= dropped_below).astype(jnp.uint8) << bit for bit, half in enumerate(halves)]
     return functools.reduce(jnp.bitwise_or, bits)
 
 

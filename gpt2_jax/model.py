@@ -294,11 +294,11 @@ def _residual_std(config: ModelConfig) -> float:
 
 
 def _write(cache: LayerCache, k_BHTK: jax.Array, v_BHTK: jax.Array, start_B: jax.Array) -> LayerCache:
-    def place(cached_SK, new_TK, start):
+    def write(cached_SK, new_TK, start):
         return jax.lax.dynamic_update_slice(cached_SK, new_TK, (start, 0))
 
     # With one start a head this is a scatter, at batch 1 too. For a dynamic_update_slice that is read later, XLA's CPU
     # compiler would copy the whole cache several times a token.
     start_BH = jnp.broadcast_to(start_B[:, None], k_BHTK.shape[:2])
-    place_all = jax.vmap(jax.vmap(place))
-    return LayerCache(place_all(cache.k_BHSK, k_BHTK, start_BH), place_all(cache.v_BHSK, v_BHTK, start_BH))
+    write_all = jax.vmap(jax.vmap(write))
+    return LayerCache(write_all(cache.k_BHSK, k_BHTK, start_BH), write_all(cache.v_BHSK, v_BHTK, start_BH))

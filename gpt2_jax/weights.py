@@ -25,4 +25,6 @@ def to_canonical(
 
 def canonical_arrays(params: Mapping[str, jax.Array | np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
     """Parameters, or anything shaped like them (gradients, moments), in canonical shapes."""
-    return {name: place.decode(np.asarray(params[place.name])) for name, place in JAX.placements(config).items()}
+    return {
+        name: placement.decode(np.asarray(params[placement.name])) for name, placement in JAX.placements(config).items()
+    }

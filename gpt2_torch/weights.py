@@ -26,7 +26,9 @@ def to_canonical(state: Mapping[str, Tensor], config: ModelConfig, source: str, 
 
 def canonical_arrays(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, np.ndarray]:
     """A state dict, or anything shaped like one (gradients, moments), in canonical shapes."""
-    return {name: place.decode(to_array(state[place.name])) for name, place in TORCH.placements(config).items()}
+    return {
+        name: placement.decode(to_array(state[placement.name])) for name, placement in TORCH.placements(config).items()
+    }
 
 
 def build(weights: Weights) -> GPT2:

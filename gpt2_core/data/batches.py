@@ -37,7 +37,7 @@ class Windows:
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Raises UserError for an id beyond the vocabulary."""
-        number, start = self._place(i)
+        number, start = self._locate(i)
         window = self._source.shards[number][start : start + self._block_size + 1]
         if self._source.vocab_size is not None:
             check_ids(window, self._source.names[number], start, self._source.vocab_size)
@@ -45,10 +45,10 @@ class Windows:
 
     def _getitems(self, numbers: Sequence[int]) -> list[np.ndarray]:
         """Several at once, without checks: Grain's protocol for a source that reads in batches."""
-        places = map(self._place, numbers)
-        return [self._source.shards[number][start : start + self._block_size + 1] for number, start in places]
+        starts = map(self._locate, numbers)
+        return [self._source.shards[number][start : start + self._block_size + 1] for number, start in starts]
 
-    def _place(self, i: int) -> tuple[int, int]:
+    def _locate(self, i: int) -> tuple[int, int]:
         number = bisect.bisect_right(self._ends, i)
         return number, (i - (self._ends[number - 1] if number else 0)) * self._block_size
 

@@ -58,7 +58,7 @@ class _Piece(NamedTuple):
     """Whether its document ends with it."""
 
 
-class _Place(NamedTuple):
+class _Cursor(NamedTuple):
     """How far the corpus has been read: whole documents, and pieces of the next."""
 
     documents: int
@@ -67,7 +67,7 @@ class _Place(NamedTuple):
 
 class _Batch(NamedTuple):
     pieces: list[_Piece]
-    place: _Place
+    cursor: _Cursor
     """After the batch."""
     empty: int
     """Documents without text among those it passed, which are left out."""
@@ -146,8 +146,8 @@ def _write(
             state[split] = writer.commit()
         write_atomically(path / "progress.json", json.dumps(state))
 
-    place = _Place(*state["place"])
-    batches = _batches(_pieces(corpus, place, settings), place)
+    cursor = _Cursor(*state["place"])
+    batches = _batches(_pieces(corpus, cursor, settings), cursor)
     committed = time.monotonic()
     waiting: deque[tuple[_Batch, Future[_Tokens]]] = deque()
     with ThreadPoolExecutor(workers) as pool, _Display(console, corpus, state) as display:
@@ -162,7 +162,7 @@ def _write(
                 for split in SPLITS:
                     writers[split].write(tokens.ids[split])
                     state["documents"][split] += tokens.documents[split]
-                state["place"], state["empty"] = list(batch.place), state["empty"] + batch.empty
+                state["place"], state["empty"] = list(batch.cursor), state["empty"] + batch.empty
                 display.update(sum(writer.tokens for writer in writers.values()))
                 if time.monotonic() - committed > _COMMIT_SECONDS:
                     commit()
@@ -198,38 +198,38 @@ def _finish(path: Path, corpus: Corpus, state: dict[str, Any], writers: dict[str
     (path / "progress.json").unlink()
 
 
-def _pieces(corpus: Corpus, place: _Place, settings: Settings) -> Iterator[tuple[_Place, _Piece | None]]:
-    """Every piece from `place` on, each with the place after it; None for a document without text."""
-    for number, document in enumerate(corpus.documents(place.documents), start=place.documents):
+def _pieces(corpus: Corpus, cursor: _Cursor, settings: Settings) -> Iterator[tuple[_Cursor, _Piece | None]]:
+    """Every piece from `cursor` on, each with the cursor after it; None for a document without text."""
+    for number, document in enumerate(corpus.documents(cursor.documents), start=cursor.documents):
         # Where the corpus doesn't say which split a document belongs to, it is drawn.
         split = document.split or ("val" if is_validation(number, settings.fraction, settings.seed) else "train")
-        skipped = place.pieces if number == place.documents else 0
+        skipped = cursor.pieces if number == cursor.documents else 0
         yield from _pieces_of(document, number, split, skipped)
 
 
-def _pieces_of(document: Document, number: int, split: str, skipped: int) -> Iterator[tuple[_Place, _Piece | None]]:
+def _pieces_of(document: Document, number: int, split: str, skipped: int) -> Iterator[tuple[_Cursor, _Piece | None]]:
     before: str | None = None  # a piece is held back until it is known whether it is the last
     for read, text in enumerate(document.pieces):
         if read > skipped:
-            yield _Place(number, read), _Piece(split, before, False)
+            yield _Cursor(number, read), _Piece(split, before, False)
         before = text
-    yield _Place(number + 1, 0), None if before is None else _Piece(split, before, True)
+    yield _Cursor(number + 1, 0), None if before is None else _Piece(split, before, True)
 
 
-def _batches(pieces: Iterator[tuple[_Place, _Piece | None]], place: _Place) -> Iterator[_Batch]:
+def _batches(pieces: Iterator[tuple[_Cursor, _Piece | None]], cursor: _Cursor) -> Iterator[_Batch]:
     batch: list[_Piece] = []
     empty = size = 0
-    for place, piece in pieces:
+    for cursor, piece in pieces:
         if piece is None:
             empty += 1
         else:
             batch.append(piece)
             size += len(piece.text)
         if size >= _BATCH:
-            yield _Batch(batch, place, empty)
+            yield _Batch(batch, cursor, empty)
             batch, empty, size = [], 0, 0
     if batch or empty:
-        yield _Batch(batch, place, empty)
+        yield _Batch(batch, cursor, empty)
 
 
 def _tokenise(pieces: list[_Piece], tokenizer: Tokenizer, dtype: np.dtype) -> _Tokens:

@@ -52,9 +52,9 @@ class Layout:
 
     def placements(self, config: ModelConfig) -> dict[str, "Placement"]:
         """Where each canonical tensor goes."""
-        return {name: self.place(name, shape) for name, shape in config.parameter_shapes.items()}
+        return {name: self.placement(name, shape) for name, shape in config.parameter_shapes.items()}
 
-    def place(self, name: str, shape: tuple[int, ...]) -> "Placement":
+    def placement(self, name: str, shape: tuple[int, ...]) -> "Placement":
         """Where the canonical tensor of this name and shape goes; a format with names of its own overrides this."""
         stored_as = name if name == "lm_head.weight" else self.prefix + name
         if self.out_in and _LINEAR.search(name):
@@ -76,8 +76,8 @@ class Layout:
         """Canonical tensors as this format stores them, by its names; raises UserError if it can't hold them."""
         self.check_holds(config)
         encoded = {}
-        for name, place in self.placements(config).items():
-            encoded[place.name] = tensors[name].map(place.shape, place.encode)
+        for name, placement in self.placements(config).items():
+            encoded[placement.name] = tensors[name].map(placement.shape, placement.encode)
         if self.copies_head and config.tie_embeddings:
             encoded["lm_head.weight"] = encoded[self.prefix + "wte.weight"]
         for name, tensor in encoded.items():
@@ -92,7 +92,7 @@ class Layout:
         """Canonical tensors from what a file of this format holds; raises UserError, in the file's own names."""
         if config.n_layer > len(found):  # refused before a damaged header's number of layers is believed
             raise UserError(f"{source}: declares {config.n_layer} layers but has {len(found)} tensors")
-        places = self.placements(config)
+        placements = self.placements(config)
         kept = {name: tensor for name, tensor in found.items() if not re.fullmatch(self.buffers, name)}
         head, embedding = kept.get("lm_head.weight"), kept.get(self.prefix + "wte.weight")
         if config.tie_embeddings and head is not None and embedding is not None:
@@ -102,9 +102,11 @@ class Layout:
                     "ties the head to the embedding"
                 )
             del kept["lm_head.weight"]
-        check_tensors(kept, {place.name: place.shape for place in places.values()}, source)
+        check_tensors(kept, {placement.name: placement.shape for placement in placements.values()}, source)
         shapes = config.parameter_shapes
-        return {name: kept[place.name].map(shapes[name], place.decode) for name, place in places.items()}
+        return {
+            name: kept[placement.name].map(shapes[name], placement.decode) for name, placement in placements.items()
+        }
 
     def check_holds(self, config: ModelConfig) -> None:
         """Raise UserError naming the first setting of the architecture that the format can't say."""
