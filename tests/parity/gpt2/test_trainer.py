@@ -62,7 +62,7 @@ def windows_of(start):
 
         return wrong
 
-    return "_place", make
+    return "_locate", make
 
 
 WRONG_BATCHES = {
