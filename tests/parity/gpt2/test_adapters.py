@@ -87,7 +87,17 @@ def test_a_wrong_third_program_is_seen_and_called_by_its_name():
     assert not first.passed and "1.5 times as large in third as in PyTorch" in first.where
 
 
-def test_every_capability_is_one_that_an_adapter_of_the_two_has():
-    capabilities = [value for value in vars(protocol).values() if isinstance(value, protocol.Capability)]
-    adapters = both(case().weights)
-    assert len(capabilities) > 20 and all(any(c.of(adapter) for adapter in adapters) for c in capabilities)
+# What each of the two adapters lacks. A method that is renamed would otherwise turn a check of it into a skipped case.
+LACKS = {
+    "JAX": {"GIVEN_MASKS", "PROCESSES"},
+    "PyTorch": {
+        *("PLAIN_LOGITS", "PADDING", "NARROW_INITIALIZATION", "BORN_ON_MESH", "MESH", "DROPPED_INTERMEDIATES"),
+        *("DECODING", "STOPPING", "ATTENTION", "LOSS", "FEW_SLOTS", "PROGRAM", "STEP_PROGRAM"),
+    },
+}
+
+
+def test_the_two_adapters_have_every_capability_but_these():
+    capabilities = {n: c for n, c in vars(protocol).items() if isinstance(c, protocol.Capability)}
+    for adapter in both(case().weights):
+        assert {n for n, c in capabilities.items() if not c.of(adapter)} == LACKS[adapter.name]
