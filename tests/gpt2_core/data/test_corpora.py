@@ -1,9 +1,6 @@
-import errno
 import gzip
 import json
-import os
 import random
-import socket
 import sysconfig
 import time
 
@@ -237,61 +234,9 @@ def test_wikitexts_lines_are_joined_into_articles(hub):
     assert texts(corpus, start=1) == texts(corpus)[1:]
 
 
-@pytest.fixture
-def server():
-    """A server on this machine, whose address is left to the test; nothing else is listening there."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        yield listening
-
-
-@pytest.fixture
-def no_proxy_set(monkeypatch):
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-
-
-def url_of(server):
-    return "http://{}:{}".format(*server.getsockname())
-
-
-def test_a_host_that_answers_is_a_network_and_one_that_refuses_is_none(server, no_proxy_set, monkeypatch):
-    assert corpora.network_error(url_of(server)) is None
-    monkeypatch.setenv("ALL_PROXY", url_of(server).replace("http", "socks5"))
-    assert corpora.network_error("https://nowhere.invalid") is None  # the proxy resolves the name
-    monkeypatch.setenv("NO_PROXY", "nowhere.invalid")
-    assert isinstance(corpora.network_error("https://nowhere.invalid"), OSError)
-    monkeypatch.setenv("HTTPS_PROXY", url_of(server).removeprefix("http://"))
-    assert corpora.network_error("https://somewhere.invalid") is None
-    server.close()
-    assert isinstance(corpora.network_error("https://somewhere.invalid"), ConnectionRefusedError)
-
-
-UNREACHABLE = OSError(errno.ENETUNREACH, "Network is unreachable")
-NO_NAME = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-
-
-@pytest.mark.parametrize(
-    ("error", "seconds", "known"),
-    [
-        (ExceptionGroup("each address", [UNREACHABLE, UNREACHABLE]), 0.0, True),
-        (ExceptionGroup("each address", [UNREACHABLE, TimeoutError()]), 4.0, False),  # IPv6 isn't there, IPv4 is slow
-        (NO_NAME, 0.1, True),
-        (NO_NAME, 10.0, False),  # the resolver itself has waited
-    ],
-)
-def test_a_slow_network_is_a_network(error, seconds, known, no_proxy_set, monkeypatch):
-    clock = [0.0]
-
-    def connect(*_, **__):
-        clock[0] += seconds
-        raise error
-
-    monkeypatch.setattr(corpora.socket, "create_connection", connect)
-    monkeypatch.setattr(corpora.time, "monotonic", lambda: clock[0])
-    assert (corpora.network_error("https://huggingface.co") is not None) == known
-
-
-def test_without_a_network_a_corpus_of_the_hub_is_looked_for_in_the_cache_alone(server, no_proxy_set, monkeypatch):
+def test_without_a_network_a_corpus_of_the_hub_is_looked_for_in_the_cache_alone(
+    server, url_of, no_proxy_set, monkeypatch
+):
     datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
     url, offline = url_of(server), []
 
@@ -311,7 +256,7 @@ def test_without_a_network_a_corpus_of_the_hub_is_looked_for_in_the_cache_alone(
 
 
 @pytest.mark.parametrize("name", ["openwebtext", "wikitext2"])  # one is streamed
-def test_without_a_network_it_is_said_at_once(name, server, no_proxy_set, tmp_path, monkeypatch):
+def test_without_a_network_it_is_said_at_once(name, server, url_of, no_proxy_set, tmp_path, monkeypatch):
     datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
     for module in (datasets.config, hub.constants):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
