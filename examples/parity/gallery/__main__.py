@@ -1,0 +1,112 @@
+"""Runs every pair of models through `parity.compare`: is the bug found on its line, and is the mended port the same?
+
+    python examples/parity/gallery            # all pairs
+    python examples/parity/gallery rope_pairs gelu_form
+
+Exits with 1 if a pair isn't as it should be.
+"""
+
+import argparse
+import importlib.util
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import parity
+
+FOLDER = Path(__file__).parent
+NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
+
+
+@dataclass
+class Outcome:
+    """What a comparison said about a pair, and whether that is what it should say."""
+
+    found: str  # file:line, or the tensor's name
+    planted: bool  # and that is where the bug is
+    hint: str  # the hint that names the mistake, or else the first one
+    hinted: bool
+    mended: str  # the verdict on the port without the bug
+
+    @property
+    def passed(self):
+        return self.planted and self.hinted and self.mended == "same"
+
+
+def load(name):
+    """The pair's module, imported by its path."""
+    spec = importlib.util.spec_from_file_location(f"gallery_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def compare(pair, candidate):
+    options = getattr(pair, "options", {})
+    to_candidate = getattr(pair, "to_candidate", None)
+    return parity.compare(pair.make_reference(), candidate, inputs=pair.inputs, to_candidate=to_candidate, **options)
+
+
+def planted_lines(pair):
+    """Lines of the pair's file that carry the marker, as `file:line`."""
+    path = Path(pair.__file__)
+    lines = path.read_text().splitlines()
+    return [f"{path.name}:{i}" for i, line in enumerate(lines, start=1) if "# BUG" in line]
+
+
+def found_line(pair, report):
+    """The first divergence's lines of the candidate, without their folders, and whether one is planted."""
+    divergence = report.first_divergence
+    lines = [Path(line).name for line in divergence.lines] if divergence else []
+    planted = [line for line in lines if line in planted_lines(pair)]
+    return ", ".join(planted or lines) or "nowhere", bool(planted)
+
+
+def found_tensor(pair, report):
+    """Tensors without a partner, and whether they are the planted ones: for bugs of a converter."""
+    names = [str(name) for name in report.unmapped]
+    return ", ".join(names) or "nowhere", bool(names) and all(re.search(pair.TENSOR, name) for name in names)
+
+
+def judge(pair):
+    """Compares the reference with the port and with the mended port."""
+    report = compare(pair, pair.make_candidate())
+    found, planted = (found_tensor if hasattr(pair, "TENSOR") else found_line)(pair, report)
+    hints = [hint for hint in report.hints if re.search(pair.HINT, hint)]
+    hint = next(iter([*hints, *report.hints]), "none")
+    mended = compare(pair, pair.make_mended())
+    return Outcome(found, planted and report.verdict == "different", hint, bool(hints), mended.verdict)
+
+
+def mark(passed):
+    return "[green]yes[/]" if passed else "[red]no[/]"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="pair", help=f"left out: all of {', '.join(NAMES)}")
+    names = parser.parse_args().names or NAMES
+    if unknown := sorted(set(names) - set(NAMES)):
+        parser.error(f"no pair is called {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    table = Table("pair", "found at", "planted there", "hint", "mended port", "seconds")
+    passed = True
+    for name in names:
+        start = time.perf_counter()
+        outcome = judge(load(name))
+        seconds = f"{time.perf_counter() - start:.1f}"
+        hint = outcome.hint if outcome.hinted else f"[red]{outcome.hint}[/]"
+        mended = outcome.mended if outcome.mended == "same" else f"[red]{outcome.mended}[/]"
+        table.add_row(name, outcome.found, mark(outcome.planted), hint, mended, seconds)
+        passed &= outcome.passed
+    Console().print(table)
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
