@@ -47,15 +47,16 @@ class JaxBatchNorm(linen.Module):
     """Flax's names and PyTorch's arithmetic: a biased variance normalises, an unbiased one is remembered."""
 
     mended: bool
+    train: bool
 
     @linen.compact
-    def __call__(self, x, train):
+    def __call__(self, x):
         channels = x.shape[-1]
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         var = self.variable("batch_stats", "var", jnp.ones, channels)
         scale = self.param("scale", linen.initializers.ones, (channels,))
         bias = self.param("bias", linen.initializers.zeros, (channels,))
-        if train:
+        if self.train:
             update = mended_moved if self.mended else moved
             n = x.size // channels
             batch_mean, batch_var = x.mean((0, 1, 2)), x.var((0, 1, 2))
@@ -68,15 +69,16 @@ class JaxBatchNorm(linen.Module):
 
 
 class JaxClassifier(linen.Module):
-    mended: bool = False
+    mended: bool
+    train: bool
 
     @linen.compact
-    def __call__(self, images, train=False):
+    def __call__(self, images):
         x = linen.Conv(CHANNELS, (3, 3), padding=1, name="conv1")(images)
-        x = linen.relu(JaxBatchNorm(self.mended, name="norm1")(x, train))
+        x = linen.relu(JaxBatchNorm(self.mended, self.train, name="norm1")(x))
         x = linen.max_pool(x, (2, 2), strides=(2, 2))
         x = linen.Conv(CHANNELS, (3, 3), padding=1, name="conv2")(x)
-        x = linen.relu(JaxBatchNorm(self.mended, name="norm2")(x, train))
+        x = linen.relu(JaxBatchNorm(self.mended, self.train, name="norm2")(x))
         return linen.Dense(CLASSES, name="head")(x.mean((1, 2)))
 
 
@@ -91,7 +93,7 @@ def make_reference():
 
 
 def make_candidate(mended=False):
-    module = JaxClassifier(mended)
+    module = JaxClassifier(mended, train=True)
     return module, blank(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))))
 
 

@@ -68,7 +68,7 @@ class JaxDecoderLayer(linen.Module):
 
 
 class JaxAutoencoder(linen.Module):
-    mended: bool = False
+    mended: bool
 
     @linen.compact
     def __call__(self, counts):
