@@ -30,6 +30,7 @@ def test_a_pair_cites_its_thread_and_marks_its_bug(name):
     assert gallery.planted_lines(pair)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", gallery.NAMES)
 def test_the_bug_is_found_and_the_mended_port_is_the_same(name):
     outcome = gallery.judge(gallery.load(name))

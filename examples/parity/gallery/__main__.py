@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import parity
+from parity.engine.errors import EngineError
 
 FOLDER = Path(__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
@@ -27,7 +28,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
 class Outcome:
     """What a comparison said about a pair, and whether that is what it should say."""
 
-    found: str  # file:line, or the tensor's name
+    found: str  # file:line, or the tensors' names
     planted: bool  # and that is where the bug is
     hint: str  # the hint that names the mistake, or else the first one
     hinted: bool
@@ -61,17 +62,21 @@ def planted_lines(pair):
 
 
 def found_line(pair, report):
-    """The first divergence's lines of the candidate, without their folders, and whether one is planted."""
+    """The planted line after those that were thought likelier, or else the lines named; whether it is among them."""
     divergence = report.first_divergence
     lines = [Path(line).name for line in divergence.lines] if divergence else []
-    planted = [line for line in lines if line in planted_lines(pair)]
-    return ", ".join(planted or lines) or "nowhere", bool(planted)
+    planted = [i for i, line in enumerate(lines) if line in planted_lines(pair)]
+    if not planted:
+        return ", ".join(lines) or "nowhere", False
+    first = planted[0]
+    return lines[first] + (f", after {', '.join(lines[:first])}" if first else ""), True
 
 
 def found_tensor(pair, report):
-    """Tensors without a partner, and whether they are the planted ones: for bugs of a converter."""
-    names = [str(name) for name in report.unmapped]
-    return ", ".join(names) or "nowhere", bool(names) and all(re.search(pair.TENSOR, name) for name in names)
+    """The planted tensors that the planted check names: for bugs of a converter, or of a state."""
+    failed = [f"{r.case} {r.where}" for r in report.results if r.check == pair.CHECK and not r.passed]
+    names = dict.fromkeys(re.findall(rf"[\w.]*{pair.TENSOR}", " ".join(failed)))
+    return ", ".join(names) or "nowhere", bool(names)
 
 
 def judge(pair):
@@ -98,7 +103,10 @@ def main():
     passed = True
     for name in names:
         start = time.perf_counter()
-        outcome = judge(load(name))
+        try:
+            outcome = judge(load(name))
+        except EngineError as error:
+            outcome = Outcome("nowhere", False, str(error), False, "not compared")
         seconds = f"{time.perf_counter() - start:.1f}"
         hint = outcome.hint if outcome.hinted else f"[red]{outcome.hint}[/]"
         mended = outcome.mended if outcome.mended == "same" else f"[red]{outcome.mended}[/]"

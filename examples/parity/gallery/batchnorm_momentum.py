@@ -15,8 +15,9 @@ from torch import nn
 CHANNELS, CLASSES = 6, 4
 MOMENTUM = 0.1
 HINT = r"(?i)momentum"
+CHECK, TENSOR = "state", r"norm[12]\.(?:mean|var)"
 
-options = {"mode": "train"}
+options = {"mode": "train", "checks": ("weights", "forward", "gradients", "state")}
 
 
 class Classifier(nn.Module):

@@ -33,7 +33,7 @@ class SpeakerNetwork(nn.Module):
     def forward(self, spectrum):
         x = torch.relu(self.frame1(spectrum))
         x = torch.relu(self.frame2(x))
-        x = torch.relu(self.frame3(x))
+        x = nn.functional.leaky_relu(self.frame3(x), 0.1)
         x = self.embedding(self.pooling(x))
         return self.output(torch.relu(self.norm(x)))
 
@@ -65,7 +65,7 @@ def mended_deviation(x):
 def network(params, spectrum, std):
     x = jax.nn.relu(conv(params["frame1"], spectrum, padding=2))
     x = jax.nn.relu(conv(params["frame2"], x, padding=2, dilation=2))
-    x = jax.nn.relu(conv(params["frame3"], x))
+    x = jax.nn.leaky_relu(conv(params["frame3"], x), 0.1)
     pooled = jnp.concatenate([x.mean(axis=-1), std(x)], axis=-1)
     x = linear(params["embedding"], pooled)
     return linear(params["output"], jax.nn.relu(layer_norm(params["norm"], x)))

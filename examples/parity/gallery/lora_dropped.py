@@ -13,7 +13,7 @@ from torch import nn
 VOCABULARY, WIDTH, HEADS, RANK, CLASSES, LAYERS = 17, 16, 2, 3, 4, 2
 HEAD, SCALING = WIDTH // HEADS, 2.0
 HINT = r"(?i)lora_[ab]"
-TENSOR = r"lora_[ab]"
+CHECK, TENSOR = "weights", r"lora_[ab]"
 
 
 class LoraLinear(nn.Module):
