@@ -15,7 +15,6 @@ from parity.models.opening import open_model
 from parity.pair import divergence, layouts, weights as drawing
 from parity.pair.divergence import Divergence
 from parity.pair.hints import hints as hints_of
-from parity.pair.inference import Inference
 from parity.pair.mapping import Mapping, complete, from_table
 from parity.pair.report import Report
 
@@ -162,8 +161,11 @@ def _map(reference, candidate, cases, given, ignore, own, seed, say) -> Comparis
     elif hasattr(target, "program"):
         say("inferring the mapping of weights")
         recording = source.record(drawn, source_inputs)
-        arrays = [np.asarray(x, np.float64 if np.asarray(x).dtype.kind == "f" else None) for x in target_inputs.values()]
-        inference = Inference(recording, mine, drawn, target.program(target_inputs), theirs, arrays, ignore)
+        from parity.models.jax_model import arrays_of
+        from parity.pair.inference import Inference
+
+        program, arrays = target.program(target_inputs), arrays_of(target_inputs)
+        inference = Inference(recording, mine, drawn, program, theirs, arrays, ignore)
         mapping = complete(inference.rows, mine, theirs, ignore)
     else:
         from parity.pair.by_name import rows_by_name
@@ -205,8 +207,7 @@ def _weights(check: str, c: Comparison, found: Report, options: dict) -> Iterato
         yield Result(check, f"weights of the {role} without a counterpart", float(len(left)), 0.0, where)
         if left:
             found.hints.append(f"{', '.join(left[:8])} of the {role} {'have' if len(left) > 1 else 'has'} no counterpart")
-    shapes = {w.name: w.value.shape for w in c.source.weights()}
-    unusual = mapping.unusual(shapes)
+    unusual = mapping.unusual()
     where = "; ".join(
         f"{row.target}: {row.transform} of {', '.join(row.source)}, where its siblings have {usual or 'identity'}"
         for row, usual in unusual
@@ -393,7 +394,7 @@ def _optimizer(check: str, c: Comparison, found: Report, options: dict) -> Itera
         return
     from parity.pair import training
 
-    yield from training.check(check, c, found, options, FORWARD, GRADIENTS)
+    yield from training.check(check, c, found, options)
 
 
 # --- Outputs ---

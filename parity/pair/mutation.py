@@ -21,10 +21,20 @@ class Mutant:
     position: int
     story: str
     operation: Operation
+    original: Operation
 
     @property
     def place(self) -> str:
         return self.operation.place
+
+    def at(self, here: Operation, values: dict[int, Any]) -> "Mutant":
+        """The same change of the same operation in the program of another input, where values have other numbers."""
+        if here is self.original:
+            return self
+        for story, changed in _changes(here, values):
+            if story == self.story:
+                return dataclasses.replace(self, operation=changed, original=here)
+        raise LookupError(self.story)
 
 
 # An operation for another one that looks like it.
@@ -56,7 +66,7 @@ def mutants(program: Program, values: dict[int, Any]) -> list[Mutant]:
     found = []
     for position, operation in enumerate(program.operations):
         for story, changed in _changes(operation, values):
-            found.append(Mutant(position, story, changed))
+            found.append(Mutant(position, story, changed, operation))
     return found
 
 
