@@ -75,8 +75,9 @@ def found_line(pair, report):
 def found_tensor(pair, report):
     """The planted tensors that the planted check names: for bugs of a converter, or of a state."""
     failed = [f"{r.case} {r.where}" for r in report.results if r.check == pair.CHECK and not r.passed]
-    names = dict.fromkeys(re.findall(rf"[\w.]*{pair.TENSOR}", " ".join(failed)))
-    return ", ".join(names) or "nowhere", bool(names)
+    names = list(dict.fromkeys(re.findall(rf"[\w.]*{pair.TENSOR}", " ".join(failed))))
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return (names[0] + more if names else "nowhere"), bool(names)
 
 
 def judge(pair):
@@ -99,7 +100,9 @@ def main():
     names = parser.parse_args().names or NAMES
     if unknown := sorted(set(names) - set(NAMES)):
         parser.error(f"no pair is called {', '.join(unknown)}; there are {', '.join(NAMES)}")
-    table = Table("pair", "found at", "planted there", "hint", "mended port", "seconds")
+    table = Table(show_lines=True)
+    for title in ("pair", "found at", "planted there", "hint", "mended port", "seconds"):
+        table.add_column(title, no_wrap=title == "pair", overflow="fold")
     passed = True
     for name in names:
         start = time.perf_counter()
@@ -112,7 +115,9 @@ def main():
         mended = outcome.mended if outcome.mended == "same" else f"[red]{outcome.mended}[/]"
         table.add_row(name, outcome.found, mark(outcome.planted), hint, mended, seconds)
         passed &= outcome.passed
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 120)  # so that lines stay readable in a log
+    console.print(table)
     return 0 if passed else 1
 
 
