@@ -338,9 +338,7 @@ def rewritten(target: Any, weights: Arrays) -> Any:
 
         state = nnx.state(target)
         leaves = nnx.to_flat_state(state)
-        filled = [
-            (path, leaf.replace(with_dtype(".".join(map(str, path)), leaf.get_value()))) for path, leaf in leaves
-        ]
+        filled = [(path, leaf.replace(with_dtype(".".join(map(str, path)), leaf.get_value()))) for path, leaf in leaves]
         nnx.update(target, nnx.from_flat_state(filled))
         return target
     tree = target[1] if isinstance(target, tuple) else target

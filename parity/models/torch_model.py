@@ -118,7 +118,9 @@ class TorchModel:
         """Train on one input with what `optimizer(parameters)` returns, an optimizer of torch.optim."""
         values = _tensors(inputs)
         with self._holding(weights):
-            parameters = {n: t.requires_grad_(True) for n, t in self._tensors.items() if isinstance(t, torch.nn.Parameter)}
+            parameters = {
+                n: t.requires_grad_(True) for n, t in self._tensors.items() if isinstance(t, torch.nn.Parameter)
+            }
             stepper, losses, first = optimizer(list(parameters.values())), [], {}
             for number in range(steps):
                 outputs = self._module(*values.arguments, **values.keywords)
@@ -136,9 +138,7 @@ class TorchModel:
         with self._holding(weights), torch.no_grad():
             self._call(_tensors(inputs))
             return {
-                n: t.detach().numpy().copy()
-                for n, t in self._tensors.items()
-                if not isinstance(t, torch.nn.Parameter)
+                n: t.detach().numpy().copy() for n, t in self._tensors.items() if not isinstance(t, torch.nn.Parameter)
             }
 
     def record(self, weights: Arrays, inputs: Inputs) -> Recording:

@@ -20,21 +20,36 @@ def generate(given: Inputs, seed: int = 0) -> Iterator[tuple[str, Inputs]]:
     if shared and batch > 1:
         yield "a batch of one", given.with_values([x[:1] for x in values])
     if shared:
-        yield "an odd batch", given.with_values([_drawn(np.concatenate([x, x, x])[: 2 * batch + 1], rng) for x in values])
+        yield (
+            "an odd batch",
+            given.with_values([_drawn(np.concatenate([x, x, x])[: 2 * batch + 1], rng) for x in values]),
+        )
     lengths = [i for i, x in enumerate(values) if x.ndim == 2 and x.dtype.kind in "iu" or x.ndim == 3]
     if lengths:
         length = values[lengths[0]].shape[1]
         for name, size in (("a longer input", 2 * length), ("a shorter input", max(1, length // 2)), ("length 1", 1)):
             if size != length:
-                yield name, given.with_values([_of_length(x, size, rng) if i in lengths else x for i, x in enumerate(values)])
+                yield (
+                    name,
+                    given.with_values([_of_length(x, size, rng) if i in lengths else x for i, x in enumerate(values)]),
+                )
     if any(x.ndim == 4 for x in values):
         yield "an image of odd size", given.with_values([_odd(x, rng) for x in values])
     if any(x.dtype.kind == "f" for x in values):
-        yield "values a hundred times as large", given.with_values([100 * x if x.dtype.kind == "f" else x for x in values])
-        yield "values a thousandth as large", given.with_values([x / 1000 if x.dtype.kind == "f" else x for x in values])
+        yield (
+            "values a hundred times as large",
+            given.with_values([100 * x if x.dtype.kind == "f" else x for x in values]),
+        )
+        yield (
+            "values a thousandth as large",
+            given.with_values([x / 1000 if x.dtype.kind == "f" else x for x in values]),
+        )
         yield "zeros", given.with_values([np.zeros_like(x) if x.dtype.kind == "f" else x for x in values])
     if any(x.dtype.kind in "iu" for x in values):
-        yield "one token repeated", given.with_values([np.full_like(x, x.flat[0]) if x.dtype.kind in "iu" else x for x in values])
+        yield (
+            "one token repeated",
+            given.with_values([np.full_like(x, x.flat[0]) if x.dtype.kind in "iu" else x for x in values]),
+        )
 
 
 def _drawn(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:

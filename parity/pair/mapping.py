@@ -59,7 +59,11 @@ class Mapping:
             turned = Counter(row.transform.turn for row in rows)
             usual, count = turned.most_common(1)[0]
             for row in rows:
-                if row.transform.turn != usual and count > len(rows) / 2 and _may_turn(self.shapes[row.source[0]], usual):
+                if (
+                    row.transform.turn != usual
+                    and count > len(rows) / 2
+                    and _may_turn(self.shapes[row.source[0]], usual)
+                ):
                     found.append((row, usual))
         return found
 
@@ -91,12 +95,16 @@ def from_table(given: Any, source: Map[str, Weight], target: Map[str, Weight], i
             if name not in source:
                 raise EngineError(f"mapping: {name} is no weight of the source; {_closest(name, source)}")
         if entry["target"] not in target:
-            raise EngineError(f"mapping: {entry['target']} is no weight of the target; {_closest(entry['target'], target)}")
+            raise EngineError(
+                f"mapping: {entry['target']} is no weight of the target; {_closest(entry['target'], target)}"
+            )
         row = Row(tuple(names), parse(str(entry.get("transform", "identity"))), entry["target"])
         made = row.transform(*(source[n].value for n in names))
         wanted = target[row.target].value.shape
         if made.shape != wanted:
-            raise EngineError(f"mapping: {row.target} has shape {wanted}, and {row.transform} of {names} gives {made.shape}")
+            raise EngineError(
+                f"mapping: {row.target} has shape {wanted}, and {row.transform} of {names} gives {made.shape}"
+            )
         rows.append(row)
     return complete(rows, source, target, ignore, confirmed=True)
 
@@ -133,7 +141,9 @@ def _read(given: Any) -> list:
         except yaml.YAMLError as error:
             raise EngineError(f"mapping: is not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(given, list):
-        raise EngineError(f"mapping: expected a list of rows with source, transform and target, not {type(given).__name__}")
+        raise EngineError(
+            f"mapping: expected a list of rows with source, transform and target, not {type(given).__name__}"
+        )
     return given
 
 

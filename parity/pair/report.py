@@ -55,7 +55,9 @@ class Report:
         found = []
         for row in self.table.rows:
             if row.alternatives and not self.table.confirmed:
-                found.append(f"{row.target} may be {' + '.join(row.source)} or {', '.join(row.alternatives)}: give mapping=")
+                found.append(
+                    f"{row.target} may be {' + '.join(row.source)} or {', '.join(row.alternatives)}: give mapping="
+                )
         compared = [r for r in self.results if r.check != "weights"]
         if compared and all(r.measured == 0.0 for r in compared) and len(compared) > 1 and not self.table.rows:
             found.append("the two models have no weights in common")

@@ -42,7 +42,9 @@ def inverse(mapping: Mapping, weights: dict[str, np.ndarray]) -> dict[str, np.nd
     made = {}
     for row in mapping.rows:
         if len(row.source) > 1 or not row.transform.can_undo():
-            raise EngineError(f"transfer: {row.transform} of {', '.join(row.source)} can't be taken back; transfer the other way")
+            raise EngineError(
+                f"transfer: {row.transform} of {', '.join(row.source)} can't be taken back; transfer the other way"
+            )
         made[row.source[0]] = row.transform.undo(weights[row.target], mapping.shapes[row.source[0]])
     return made
 
