@@ -146,7 +146,7 @@ class TorchModel:
         with self._holding(weights), torch.no_grad():
             values = _tensors(inputs)
             watch.begin(dict(zip(inputs.names(), values.values(), strict=True)))
-            with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False), watch.watching():
+            with sdpa_kernel(SDPBackend.MATH), watch.watching():
                 outputs = self._call(values)
         return watch.recording(outputs)
 
@@ -218,7 +218,14 @@ class _Lifted(TorchDispatchMode):
 
 
 def _lifted_arguments(args, kwargs):
-    return tree_map(lambda x: torch.float64 if isinstance(x, torch.dtype) and x in _NARROW else x, (args, kwargs))
+    """With float64 for every narrower type, and for the values of tensors that came in one."""
+
+    def lifted(x):
+        if isinstance(x, torch.dtype) and x in _NARROW:
+            return torch.float64
+        return x.double() if isinstance(x, torch.Tensor) and x.dtype in _NARROW else x
+
+    return tree_map(lifted, (args, kwargs))
 
 
 class _Watch(TorchDispatchMode):
@@ -276,10 +283,14 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        sources = [self._numbers[id(x)] for x in tree_flatten((args, kwargs))[0] if id(x) in self._numbers]
         if self._lift:
             if func in _APART and not _is_integer(args):
                 with self:
                     return _APART[func](*args, **kwargs)
+            if func is aten.std.correction:
+                with self:
+                    return torch.sqrt(aten.var.correction(*args, **kwargs))
             if func is aten.convolution.default and args[2] is not None:
                 with self:
                     bare = aten.convolution.default(*args[:2], None, *args[3:], **kwargs)
@@ -288,7 +299,6 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **kwargs)
         place, caller = _place()
         name = func.overloadpacket.__name__
-        sources = [self._numbers[id(x)] for x in tree_flatten((args, kwargs))[0] if id(x) in self._numbers]
         for x in tree_flatten(result)[0]:
             if not isinstance(x, torch.Tensor):
                 continue
@@ -322,3 +332,17 @@ def _place() -> tuple[str, str]:
             return short_place(code.co_filename, frame.f_lineno), caller
         frame = frame.f_back
     return "", caller
+
+
+def record_function(function: Any, inputs: np.ndarray) -> Recording | None:
+    """What a function from a numpy array computes with PyTorch, if it does; its float32 weights count as float64."""
+    watch = _Watch(torch.nn.Module(), {}, lift=True)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch.watching():
+        try:
+            outputs = function(inputs)
+        except Exception:  # the user's own code, which may do what can't be watched
+            return None
+    leaves = [x for x in _leaves(outputs) if isinstance(x, torch.Tensor)]
+    if not leaves or not watch.steps:
+        return None
+    return watch.recording(leaves)

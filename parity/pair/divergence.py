@@ -49,6 +49,8 @@ class _Side:
             for source in step.sources:
                 self.users[source].append(step)
         self.from_data = set(recording.inputs) | set(recording.weights)
+        if not recording.inputs:  # a function that makes tensors of its input by itself
+            self.from_data |= {s.number for s in recording.steps if not s.sources}
         for step in recording.steps:
             if any(s in self.from_data for s in step.sources):
                 self.from_data.add(step.number)
