@@ -282,7 +282,7 @@ def _place(equation: Any) -> tuple[str, str]:
 def _shorter(function: str) -> str:
     """The name that a user calls it by; empty for a library's inner workings."""
     parts = [p for p in function.split(".") if p not in ("<locals>", "<lambda>", "__call__")]
-    if any(p.startswith("_") or "wrap" in p or p in ("op", "fun") for p in parts):
+    if any(p.startswith("_") or "wrap" in p or "reraise" in p or p in ("op", "fun") for p in parts):
         return ""
     return ".".join(parts[-2:])
 

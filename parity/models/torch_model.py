@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -237,6 +238,7 @@ class _Watch(TorchDispatchMode):
         self._numbers: dict[int, int] = {}
         self._alive: list[Any] = []  # so that no identity is given twice
         self._stack: list[str] = []
+        self._outer = ""  # the operation that is being taken apart
         self.values: dict[int, np.ndarray] = {}
         self.steps: list[Step] = []
         self.narrow: list[NarrowCast] = []
@@ -268,6 +270,16 @@ class _Watch(TorchDispatchMode):
             for hook in hooks:
                 hook.remove()
 
+    @contextlib.contextmanager
+    def _inside(self, operation: str) -> Iterator[None]:
+        """Watch what an operation is taken apart into, under its name."""
+        before, self._outer = self._outer, self._outer or operation.removeprefix("native_").lstrip("_")
+        try:
+            with self:
+                yield
+        finally:
+            self._outer = before
+
     def _leave(self) -> None:
         self._stack.pop()
 
@@ -285,19 +297,19 @@ class _Watch(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         sources = [self._numbers[id(x)] for x in tree_flatten((args, kwargs))[0] if id(x) in self._numbers]
         if self._lift:
-            if func in _APART and not _is_integer(args):
-                with self:
-                    return _APART[func](*args, **kwargs)
-            if func is aten.std.correction:
-                with self:
-                    return torch.sqrt(aten.var.correction(*args, **kwargs))
+            apart = _variance if func in (aten.var.correction, torch.ops.prims.var.default) else _APART.get(func)
+            apart = _deviation if func is aten.std.correction else apart
+            if apart and not _is_integer(args):
+                with self._inside(func.overloadpacket.__name__):
+                    return apart(*args, **kwargs)
             if func is aten.convolution.default and args[2] is not None:
-                with self:
+                with self._inside("conv"):
                     bare = aten.convolution.default(*args[:2], None, *args[3:], **kwargs)
                     return bare + args[2].reshape(-1, *[1] * (bare.ndim - 2))
             args, kwargs = _lifted_arguments(args, kwargs)
         result = func(*args, **kwargs)
         place, caller = _place()
+        caller = self._outer or caller
         name = func.overloadpacket.__name__
         for x in tree_flatten(result)[0]:
             if not isinstance(x, torch.Tensor):
@@ -314,6 +326,18 @@ class _Watch(TorchDispatchMode):
                 Step(number, name, caller, place, module, tuple(sources), name in LAYOUT or name.rstrip("_") in LAYOUT)
             )
         return result
+
+
+def _variance(x, dim=None, correction=1, keepdim=False, output_dtype=None):
+    """A variance step by step; `aten.var` keeps no axis unless asked to, `prims.var` never does."""
+    axes = list(range(x.ndim)) if not dim else [d % x.ndim for d in dim]
+    count = math.prod(x.shape[d] for d in axes)
+    squares = (x - x.mean(axes, keepdim=True)).square().sum(axes, keepdim=keepdim)
+    return squares / (count - (1 if correction is None else correction))
+
+
+def _deviation(*args, **kwargs):
+    return _variance(*args, **kwargs).sqrt()
 
 
 def _is_integer(args) -> bool:
