@@ -250,12 +250,28 @@ def _lines(ours: _Side, theirs: _Side, step: Step, partner: Step | None, operand
             moved += ours._origin(number)[1]
     suspects = [*foreign, step, *moved, *tables]
     if partner and _kind(step) != _kind(partner):
-        # An operation that the candidate doesn't have belongs where its operand is made.
+        # An operation that the candidate doesn't have belongs after its operand, which may be some way back.
         suspects += [ours.by_number[n] for _, _, n in operands if n in ours.by_number]
+        suspects += _makers_of_shared(ours, step, identities)
     if all(what & identities for what, _, n in operands if n in ours.from_data) and moved and partner:
         # The same operands and the same kind of operation: it is how they are laid out.
         suspects = [step, *moved, *tables]
     return list(dict.fromkeys(s.place for s in suspects if s.place))
+
+
+def _makers_of_shared(ours: _Side, step: Step, identities: set, most: int = 16) -> list[Step]:
+    """The nearest steps behind this one that make, or only move, an operand of the partner."""
+    queue, seen = list(step.sources), set()
+    while queue and len(seen) < most:
+        number = queue.pop(0)
+        made = ours.by_number.get(number)
+        if made is None or number in seen:
+            continue
+        seen.add(number)
+        if identities.intersection(ours.matches.get(number, ())):
+            return [made, *ours._origin(number)[1]]
+        queue.extend(made.sources)
+    return []
 
 
 _KINDS = ({"mm", "bmm", "dot_general", "matmul"}, {"add", "add_", "add_any"}, {"sub", "sub_", "rsub"}, {"mul", "mul_"})
