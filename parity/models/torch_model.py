@@ -129,7 +129,7 @@ class TorchModel:
                 stepper.zero_grad()
                 value.backward()
                 stepper.step()
-                losses.append(float(value))
+                losses.append(float(value.detach()))
                 if number == 0:
                     first = {n: t.detach().numpy().copy() for n, t in parameters.items()}
         return Trained(np.array(losses), first)
