@@ -17,8 +17,8 @@ def is_plain_function(given: Any) -> bool:
 
 
 def record(function: Callable[[np.ndarray], Any], inputs: np.ndarray) -> Recording | None:
-    """Every value that it computes, in float64 though its weights are narrower. None if it computes neither with PyTorch
-    nor with JAX, or can't be followed."""
+    """Every value that it computes, in float64 though its weights are narrower. None if it computes with neither
+    framework, or can't be followed."""
     if "torch" in sys.modules:
         from parity.models.torch_model import record_function
 

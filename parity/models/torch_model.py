@@ -1,4 +1,4 @@
-"""PyTorch models: run in float64, watched through hooks and a dispatch mode; the user's module is copied, not changed."""
+"""PyTorch models: run in float64, watched through hooks and a dispatch mode. The user's module is copied first."""
 
 import contextlib
 import copy
@@ -32,7 +32,8 @@ LAYOUT = frozenset({
 _APART = get_decompositions([
     *(aten.addmm, aten.baddbmm, aten.addbmm, aten.native_layer_norm, aten.native_group_norm, aten.gelu, aten.silu),
     *(aten._softmax, aten._log_softmax, aten.mish, aten.hardswish, aten.hardsigmoid, aten.softplus, aten.elu),
-    *(aten.leaky_relu, aten._native_batch_norm_legit_no_training, aten.native_batch_norm, aten.addcmul, aten.addcdiv, aten.var_mean),
+    *(aten.leaky_relu, aten._native_batch_norm_legit_no_training, aten.native_batch_norm),
+    *(aten.addcmul, aten.addcdiv, aten.var_mean),
 ])  # fmt: skip
 _LIBRARIES = ("torch",)
 # Files whose functions a user calls by name.

@@ -1,4 +1,4 @@
-"""Which tensors, transformed how, could be a given weight of the other model: by shape alone, the usual layouts first."""
+"""Which tensors, transformed how, could be a given weight of the other model by shape: the usual layouts first."""
 
 import itertools
 import math

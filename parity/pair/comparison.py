@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping as Map, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping as Map
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from parity.pair import weights as drawing
 from parity.pair.by_name import rows_by_name
 from parity.pair.by_value import rows_by_value
 from parity.pair.capturing import Captured
-from parity.pair.divergence import Divergence
 from parity.pair.hints import hints as hints_of
 from parity.pair.mapping import Mapping, complete, from_table, with_buffers
 from parity.pair.report import Report
@@ -227,8 +227,8 @@ def _weights(check: str, c: Comparison, found: Report, options: dict) -> Iterato
     yield Result(check, "transforms unlike their siblings'", float(len(unusual)), 0.0, where)
     for row, usual in unusual:
         found.hints.append(
-            f"{row.target} is {row.source[0]} {'untransposed' if usual == 'transpose' else 'turned otherwise'}, unlike its "
-            "siblings: a transposed kernel; confirm with mapping= if it is meant"
+            f"{row.target} is {row.source[0]} with {row.transform}, where its siblings have {usual or 'identity'}: a "
+            "transposed kernel; confirm with mapping= if it is meant"
         )
     if options["own"]:
         yield from _own_weights(check, c)
@@ -303,7 +303,7 @@ def _rounding(check, case, c: Comparison, inputs, outputs, truth, pairs) -> Resu
         f"{case}, as written: the candidate's error over the reference's",
         ours_error / allowed if allowed else math.inf,
         NARROW,
-        f"from the float64 truth: candidate {ours_error:.1e}; reference {theirs_error:.1e}, in float32 {in_float32:.1e}",
+        f"from the float64 truth: candidate {ours_error:.1e}, reference {theirs_error:.1e}, in float32 {in_float32:.1e}",
     )
 
 
@@ -402,8 +402,8 @@ def _state_hints(row, before: np.ndarray, theirs: np.ndarray, ours: np.ndarray) 
     ratio = float(np.vdot(b, a) / np.vdot(b, b)) if np.vdot(b, b) else math.nan
     if np.allclose(a, ratio * b, rtol=1e-6, atol=1e-12):
         return [
-            f"{row.target} moves {ratio:.4g} times as far as the reference's in one step: momentum m of PyTorch is 1 - m "
-            "of Flax (0.1 there is 0.9 here)"
+            f"{row.target} moves {ratio:.4g} times as far as the reference's in one step: momentum m of PyTorch is "
+            "1 - m of Flax (0.1 there is 0.9 here)"
         ]
     return [
         f"{row.target} differs by more than a factor: PyTorch keeps the unbiased variance (Bessel's correction) in it"

@@ -82,9 +82,10 @@ class _Side:
             if found:
                 self.matches[step.number] = found
                 self.agreed.add(step.number)
-            elif step.layout or not isinstance(value, np.ndarray) or fingerprint(value) is None:
-                if all(s in self.agreed for s in step.sources):
-                    self.agreed.add(step.number)
+                continue
+            moved = step.layout or not isinstance(value, np.ndarray) or fingerprint(value) is None
+            if moved and all(s in self.agreed for s in step.sources):
+                self.agreed.add(step.number)
 
     def settle(self, right_outputs: set[int]) -> None:
         """Values that agree, or whose every use does."""

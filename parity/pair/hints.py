@@ -171,8 +171,8 @@ def _factor(scene: Scene) -> Iterator[str]:
         for b in _widths(scene):
             if a != b and _equal(factor, np.sqrt(a / b)):
                 yield (
-                    f"the candidate is sqrt({a}/{b}) times the reference: a scale by the wrong width ({b} in the candidate, "
-                    f"{a} in the reference)"
+                    f"the candidate is sqrt({a}/{b}) times the reference: a scale by the wrong width ({b} in the "
+                    f"candidate, {a} in the reference)"
                 )
                 return
         for name, value in (
@@ -257,7 +257,7 @@ def _order(scene: Scene) -> Iterator[str]:
                 inner[axis] = slice(1, -1)
                 if ours.shape[axis] > 3 and _close(ours[tuple(inner)], moved[tuple(inner)]):
                     way = "later" if shift == 1 else "earlier"
-                    yield f"along axis {axis} the candidate is one position {way} than the reference: an offset or padding by one"
+                    yield f"along axis {axis} the candidate is one position {way} than the reference: an offset by one"
                     return
 
 
@@ -277,7 +277,8 @@ def _softmax_axis(scene: Scene) -> Iterator[str]:
                     sums[who] = (axes[0] - x.ndim, x.shape)
                     break
     if len(sums) == 2 and sums["candidate"][0] != sums["reference"][0]:
-        yield f"softmax is over axis {sums['candidate'][0]} in the candidate and over axis {sums['reference'][0]} in the reference"
+        ours, theirs = sums["candidate"][0], sums["reference"][0]
+        yield f"softmax is over axis {ours} in the candidate and over axis {theirs} in the reference"
 
 
 def _mask(scene: Scene) -> Iterator[str]:
@@ -307,7 +308,7 @@ def _mask(scene: Scene) -> Iterator[str]:
         more = "fewer" if a.sum() > b.sum() else "more"
         yield f"the mask is off by one: along one diagonal the candidate sees {more} positions than the reference"
     else:
-        yield f"the mask hides {int(a.sum())} of {a.size} positions in the candidate and {int(b.sum())} in the reference"
+        yield f"the mask hides {a.sum()} of {a.size} positions in the candidate and {b.sum()} in the reference"
 
 
 def _hidden(x: np.ndarray | None) -> np.ndarray | None:
@@ -387,7 +388,10 @@ def _elsewhere(scene: Scene) -> Iterator[str]:
     if there and here:
         a = ours.get(scene.ours.sources[0])
         b = theirs.get(scene.theirs.sources[0])
-        yield f"the candidate applies this to {a or 'an input'}, the reference to {b or 'an input'}, and both have both: swapped halves, gates or operands"
+        yield (
+            f"the candidate applies this to {a or 'an input'}, the reference to {b or 'an input'}, and both have both: "
+            "swapped halves, gates or operands"
+        )
 
 
 def _kind_of(step: Step) -> str:
@@ -410,8 +414,8 @@ def _flattened(scene: Scene) -> Iterator[str]:
                 continue
             if x.dtype.kind == "f" and not _close(x, y) and _close(np.sort(x, -1), np.sort(y, -1)):
                 yield (
-                    "the last axis holds the same numbers in another order: flattened as height, width, channels (NHWC) in one "
-                    "model and as channels, height, width (NCHW) in the other, or heads and widths in another order"
+                    "the last axis holds the same numbers in another order: flattened as height, width, channels (NHWC) "
+                    "in one model and as channels, height, width (NCHW) in the other, or heads and widths reordered"
                 )
                 return
 
@@ -449,12 +453,15 @@ def _sin_cos(scene: Scene) -> Iterator[str]:
     width_a, width_b = a.shape[-1], b.shape[-1]
     half = {tuple(np.round(np.unique(np.abs(x)), 9)) for x in (a, b)}
     if len(half) == 1:
-        yield "both rotate by the same angles, but rotate other pairs: rotary positions by neighbours (0, 1), (2, 3) and by halves (0, d/2) differ"
+        yield (
+            "both rotate by the same angles, and other pairs: rotary positions by neighbours (0, 1), (2, 3) in one, by "
+            "halves (0, d/2) in the other"
+        )
     elif width_a != width_b and width_a not in (2 * width_b, width_b // 2):
         yield f"the candidate rotates {width_a} numbers and the reference {width_b}: partial rotary positions"
     else:
-        base = np.arcsin(np.clip(a, -1, 1)), np.arcsin(np.clip(b, -1, 1))
-        yield f"rotary angles differ (largest sine {np.abs(base[0]).max():.3g} and {np.abs(base[1]).max():.3g}): base, scaling or the first position"
+        largest = f"{np.abs(a).max():.3g} and {np.abs(b).max():.3g}"
+        yield f"rotary angles differ (largest sine {largest}): base, scaling or the first position"
 
 
 def _padding(scene: Scene) -> Iterator[str]:
@@ -465,12 +472,14 @@ def _padding(scene: Scene) -> Iterator[str]:
     if pair is None:
         return
     if pair[0].size != pair[1].size:
-        yield f"a convolution gives the shape {pair[0].shape} in the candidate and {pair[1].shape} in the reference: padding or stride"
+        shapes = f"{pair[0].shape} in the candidate and {pair[1].shape} in the reference"
+        yield f"a convolution gives the shape {shapes}: padding or stride"
         return
     same = np.intersect1d(np.round(pair[0].ravel(), 9), np.round(pair[1].ravel(), 9)).size
     yield (
-        f"a convolution of the same weights gives other values ({same} of {pair[0].size} occur in both): padding (SAME pads the "
-        "end more where a stride doesn't divide; PyTorch's number pads both ends alike), stride, dilation or a flipped kernel"
+        f"a convolution of the same weights gives other values ({same} of {pair[0].size} occur in both): padding (SAME "
+        "pads the end more where a stride doesn't divide; PyTorch's number pads both ends alike), stride, dilation or a "
+        "flipped kernel"
     )
 
 
@@ -492,7 +501,7 @@ def _close(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 RULES: tuple[Callable[[Scene], Iterator[str]], ...] = (
-    _activation, _epsilon, _kernel, _bias, _softmax_axis, _mask, _factor, _sin_cos, _order, _flattened, _swapped, _elsewhere,
-    _padding,
+    _activation, _epsilon, _kernel, _bias, _softmax_axis, _mask, _factor, _sin_cos, _order, _flattened, _swapped,
+    _elsewhere, _padding,
 )  # fmt: skip
 """Further rules can be appended: a function of a Scene that yields sentences."""

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def test_a_wrong_port_is_named_at_its_line_with_a_hint(options, line, hint, tmp_
         tiny.make_torch(), tiny.Decoder(**options), inputs=tiny.TOKENS, checks=("weights", "forward")
     )
     assert report.verdict == "different" and failed(report) == {"forward"}
-    source = open(tiny.__file__, encoding="utf-8").read().splitlines()
+    source = Path(tiny.__file__).read_text(encoding="utf-8").splitlines()
     number = int(report.first_divergence.lines[0].rpartition(":")[2])
     assert line in source[number - 1]
     assert any(hint in h for h in report.hints)
@@ -121,7 +122,7 @@ X = np.random.RandomState(1).standard_normal((5, 6))
 
 
 def test_a_mapping_does_not_absorb_an_untransposed_square_kernel():
-    """With b's kernel transposed twice the models agree; that it is unlike its siblings is a failure until confirmed."""
+    """With b's kernel untransposed the models agree; that it is unlike its siblings is a failure until confirmed."""
     wrong = (lambda p, x: square(p, x, "b")), parameters()
     report = parity.compare(Square(), wrong, inputs=X)
     assert failed(report) == {"weights"} and "b.kernel" in next(r.where for r in report.results if not r.passed)
