@@ -206,8 +206,8 @@ def _parser() -> Parser:
         "--against",
         type=str,
         help="Compare --weights with other weights (a path), or with your own implementation (module:name of a model "
-        "of either framework, of a function that makes one, or of a function from token ids to logits) that holds them, "
-        "instead of the checks.",
+        "of either framework, of a function that makes one, or of a function from token ids to logits) that holds "
+        "them, instead of the checks.",
     )
     parser.add_argument(
         "--device",

@@ -226,7 +226,7 @@ def _first_line(error: Exception) -> str:
 
 
 def arrays_of(inputs: Inputs) -> list[np.ndarray]:
-    """As the model is given them: floating-point numbers in float64, integers in 32 bits, as JAX has them by default."""
+    """As the model is given them: floating-point numbers in float64, integers in 32 bits, JAX's default."""
     found = [np.asarray(x) for x in inputs.values()]
     found = [x.astype(np.float64) if programs.is_float(x) else x for x in found]
     return [x.astype(np.int32) if x.dtype == np.int64 else x for x in found]

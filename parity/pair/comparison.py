@@ -303,7 +303,7 @@ def _rounding(check, case, c: Comparison, inputs, outputs, truth, pairs) -> Resu
         f"{case}, as written: the candidate's error over the reference's",
         ours_error / allowed if allowed else math.inf,
         NARROW,
-        f"from the float64 truth: candidate {ours_error:.1e}, reference {theirs_error:.1e}, in float32 {in_float32:.1e}",
+        f"from the float64 truth: candidate {ours_error:.1e}, reference {theirs_error:.1e} (float32 {in_float32:.1e})",
     )
 
 

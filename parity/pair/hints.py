@@ -414,8 +414,8 @@ def _flattened(scene: Scene) -> Iterator[str]:
                 continue
             if x.dtype.kind == "f" and not _close(x, y) and _close(np.sort(x, -1), np.sort(y, -1)):
                 yield (
-                    "the last axis holds the same numbers in another order: flattened as height, width, channels (NHWC) "
-                    "in one model and as channels, height, width (NCHW) in the other, or heads and widths reordered"
+                    "the last axis holds the same numbers in another order: flattened as height, width, channels "
+                    "(NHWC) in one model and as channels, height, width (NCHW) in the other, or heads and widths reordered"
                 )
                 return
 
@@ -478,8 +478,8 @@ def _padding(scene: Scene) -> Iterator[str]:
     same = np.intersect1d(np.round(pair[0].ravel(), 9), np.round(pair[1].ravel(), 9)).size
     yield (
         f"a convolution of the same weights gives other values ({same} of {pair[0].size} occur in both): padding (SAME "
-        "pads the end more where a stride doesn't divide; PyTorch's number pads both ends alike), stride, dilation or a "
-        "flipped kernel"
+        "pads the end more where a stride doesn't divide; PyTorch's number pads both ends alike), stride, dilation "
+        "or a flipped kernel"
     )
 
 
