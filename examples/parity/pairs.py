@@ -1,0 +1,360 @@
+"""What `bonsai.py` and `packages.py` share: a pair of models, the true mapping of its weights, a table of reports."""
+
+import argparse
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import equinox
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+# --- layouts: how a candidate's tensor is made of the reference's --------------------------------------------------
+
+
+def as_is(tensor):
+    return tensor
+
+
+def transposed(kernel):
+    """(out, in) -> (in, out)."""
+    return kernel.T
+
+
+def convolution(kernel):
+    """(out, in, *window) -> (*window, in, out)."""
+    return kernel.transpose(*range(2, kernel.ndim), 1, 0)
+
+
+def into_heads(heads: int):
+    """(heads * width, in) -> (in, heads, width); of a bias (heads * width) -> (heads, width)."""
+    return lambda tensor: tensor.T.reshape(*tensor.shape[1:], heads, -1)
+
+
+def out_of_heads(heads: int):
+    """(out, heads * width) -> (heads, width, out)."""
+    return lambda kernel: kernel.T.reshape(heads, -1, kernel.shape[0])
+
+
+def stacked(*layers):
+    """One tensor a layer -> one tensor with a leading axis of layers."""
+    return np.stack(layers)
+
+
+def fused(*kernels):
+    """(out, in) of each -> (in, sum of out); biases are joined."""
+    return np.concatenate([kernel.T for kernel in kernels], axis=-1)
+
+
+# --- pairs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Candidate tensors whose whole name matches `candidate` are `layout` of the tensors named by `reference`.
+
+    `reference` is one template, or several where the candidate's tensor is made of several; `\\1` is the first group.
+    """
+
+    candidate: str
+    reference: str | tuple[str, ...]
+    layout: Callable = as_is
+
+    def sources(self, name: str) -> tuple[str, ...] | None:
+        """The names of the reference's tensors, or None where the rule doesn't apply."""
+        match = re.fullmatch(self.candidate, name)
+        templates = (self.reference,) if isinstance(self.reference, str) else self.reference
+        return tuple(match.expand(template) for template in templates) if match else None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A PyTorch model, its port to JAX, and what is known of them.
+
+    `make_candidate` gets what the command was given (a checkout). `differs_at` are pieces of the candidate's source
+    lines that compute something else than the reference does; empty where the two are the same.
+    """
+
+    name: str
+    make_reference: Callable[[], torch.nn.Module]
+    make_candidate: Callable
+    inputs: Callable[[], object]
+    rules: tuple[Rule, ...]
+    to_candidate: Callable | None = None
+    differs_at: tuple[str, ...] = ()
+    without_source: tuple[str, ...] = ()  # patterns of candidate tensors that the reference doesn't have
+
+
+class Output(torch.nn.Module):
+    """A model of `transformers` that returns one of its outputs."""
+
+    def __init__(self, model: torch.nn.Module, field: str, **options):
+        super().__init__()
+        self.model, self.field, self.options = model, field, options
+
+    def forward(self, *inputs):
+        return getattr(self.model(*inputs, **self.options), self.field)
+
+
+def tokens(vocabulary: int, length: int, batch: int = 2) -> np.ndarray:
+    return np.random.default_rng(0).integers(3, vocabulary, (batch, length))
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape)
+
+
+def channels_last(images):
+    """(batch, channels, *window) -> (batch, *window, channels)."""
+    return images.transpose(0, *range(2, images.ndim), 1)
+
+
+# --- the true mapping ----------------------------------------------------------------------------------------------
+
+
+def dotted(path: Iterable) -> str:
+    parts = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path)
+    return ".".join(str(part) for part in parts)
+
+
+def candidate_tensors(candidate) -> dict[str, jax.Array]:
+    """Weights and running statistics by dotted names; neither random keys nor constants."""
+    if isinstance(candidate, nnx.Module):
+        state = nnx.state(candidate, nnx.Any(nnx.Param, nnx.BatchStat))
+        return {dotted(path): variable[...] for path, variable in nnx.to_flat_state(state)}
+    tree = candidate[1]["params"] if isinstance(candidate, tuple) else candidate
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {dotted(path): leaf for path, leaf in leaves if isinstance(leaf, jax.Array) and leaf.dtype.kind == "f"}
+
+
+def reference_tensors(reference: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Parameters and buffers, tied ones under each of their names, without the prefix of `Output`."""
+    model = reference.model if isinstance(reference, Output) else reference
+    named = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
+    return {name: tensor.detach().numpy() for name, tensor in named}
+
+
+def sources_of(pair: Pair, name: str) -> tuple[tuple[str, ...], Callable] | None:
+    """Which reference tensors the candidate's tensor `name` is made of, and how; None if of none."""
+    found = [(sources, rule.layout) for rule in pair.rules if (sources := rule.sources(name))]
+    if len(found) > 1:
+        raise ValueError(f"{pair.name}: {name} matches {len(found)} rules")
+    return found[0] if found else None
+
+
+def weights_by_rule(pair: Pair, reference: torch.nn.Module, candidate) -> dict[str, np.ndarray]:
+    """The reference's weights in the candidate's names and layouts; raises where a name or shape doesn't fit."""
+    theirs = reference_tensors(reference)
+    weights = {}
+    for name, tensor in candidate_tensors(candidate).items():
+        found = sources_of(pair, name)
+        if found is None:
+            if not any(re.fullmatch(pattern, name) for pattern in pair.without_source):
+                raise ValueError(f"{pair.name}: no rule names the candidate's tensor {name} {tensor.shape}")
+            continue
+        sources, layout = found
+        weights[name] = layout(*(theirs[source] for source in sources))
+        if weights[name].shape != tensor.shape:
+            raise ValueError(f"{pair.name}: {name} is {tensor.shape}, by rule {weights[name].shape}")
+    return weights
+
+
+# --- outputs of both under the true mapping, without `parity` ------------------------------------------------------
+
+
+def randomize(reference: torch.nn.Module) -> None:
+    """Random weights in which no tensor is neutral: biases aren't zero, norms' scales not one."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in itertools.chain(reference.named_parameters(), reference.named_buffers()):
+        noise = torch.empty(tensor.shape).normal_(generator=generator)
+        with torch.no_grad():
+            if name.endswith("running_var"):
+                tensor.copy_(0.5 + noise.abs())
+            elif name.endswith("running_mean") or tensor.requires_grad:
+                tensor.copy_(noise * tensor[0].numel() ** -0.5 if tensor.ndim > 1 else tensor + 0.3 * noise)
+
+
+def with_weights(candidate, weights: dict[str, np.ndarray]) -> Callable:
+    """The candidate as a function of its inputs, with these weights written into it."""
+    if isinstance(candidate, nnx.Module):
+        state = nnx.state(candidate, nnx.Any(nnx.Param, nnx.BatchStat))
+        for path, variable in nnx.to_flat_state(state):
+            if dotted(path) in weights:
+                variable.set_value(jnp.asarray(weights[dotted(path)]))
+        nnx.update(candidate, state)
+        return nnx.jit(candidate)
+    is_linen = isinstance(candidate, tuple)
+
+    def written(path, leaf):
+        name = dotted(path)
+        return jnp.asarray(weights[name]) if name in weights else leaf
+
+    tree = jax.tree_util.tree_map_with_path(written, candidate[1]["params"] if is_linen else candidate)
+    if is_linen:
+        return lambda *inputs: jax.jit(candidate[0].apply)({"params": tree}, *inputs)
+    return equinox.filter_jit(tree)
+
+
+def difference_by_hand(pair: Pair, reference: torch.nn.Module, candidate) -> float:
+    """The largest difference of the outputs in float32, relative to the largest output, under the true mapping."""
+    randomize(reference)
+    inputs = pair.inputs()
+    inputs = inputs.astype(np.float32) if inputs.dtype.kind == "f" else inputs
+    with torch.no_grad():
+        expected = reference.eval()(torch.from_numpy(inputs)).numpy()
+    function = with_weights(candidate, weights_by_rule(pair, reference, candidate))
+    got = np.asarray(function(jnp.asarray(pair.to_candidate(inputs) if pair.to_candidate else inputs)))
+    if got.shape != expected.shape:
+        raise ValueError(f"{pair.name}: the reference's output has shape {expected.shape}, the candidate's {got.shape}")
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+# --- a report of `parity.compare`, judged --------------------------------------------------------------------------
+
+
+def numbered(reference: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The reference's tensors with a number of its own in every element, tied tensors alike."""
+    start, by_tensor, found = 1, {}, {}
+    model = reference.model if isinstance(reference, Output) else reference
+    for name, tensor in itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers()):
+        if id(tensor) not in by_tensor:
+            by_tensor[id(tensor)] = np.arange(start, start + tensor.numel(), dtype=np.float64).reshape(tensor.shape)
+            start += tensor.numel()
+        found[name] = by_tensor[id(tensor)]
+    return found
+
+
+def wrongly_mapped(pair: Pair, reference: torch.nn.Module, candidate, mapping: Sequence) -> dict[str, str]:
+    """The candidate's tensors that aren't made of what the rules say, and what the report makes them of."""
+    numbers = numbered(reference)
+    prefix = "model." if isinstance(reference, Output) else ""
+    rows = {row.candidate: row for row in mapping}
+    wrong = {}
+    for name in candidate_tensors(candidate):
+        found, row = sources_of(pair, name), rows.get(name)
+        if found is None:
+            if row is not None:
+                wrong[name] = f"{row.reference} {row.transform}, but the reference has no such tensor"
+        elif row is None:
+            wrong[name] = f"left out; it is {', '.join(found[0])}"
+        else:
+            given = (row.reference,) if isinstance(row.reference, str) else tuple(row.reference)
+            made = transform_of(row)(*(numbers[source.removeprefix(prefix)] for source in given))
+            if not np.array_equal(made, found[1](*(numbers[source] for source in found[0]))):
+                wrong[name] = f"{', '.join(given)} {row.transform}; it is {', '.join(found[0])}"
+    return wrong
+
+
+def transform_of(row) -> Callable:
+    if callable(row.transform):
+        return row.transform
+    from parity.pair.transforms import parse
+
+    return parse(row.transform)
+
+
+def known_lines(pair: Pair, lines: Sequence[str], folder: Path | None) -> bool:
+    """Whether one of these places ('file:line') is a line of the pair's `differs_at`."""
+    for place in lines:
+        file, _, number = place.rpartition(":")
+        path = next((p for p in (Path(file), *(folder.rglob(file) if folder else ())) if p.exists()), None)
+        if path is not None and number.isdigit():
+            line = path.read_text().splitlines()[int(number) - 1]
+            if any(piece in line for piece in pair.differs_at):
+                return True
+    return False
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def main(pairs: Sequence[Pair], description: str, argument: str | None = None, kind: Callable = str) -> None:
+    """Compare the pairs that the command line names; exit with 1 if one isn't as it is known to be."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    if argument:
+        parser.add_argument(argument, type=kind)
+    names = [pair.name for pair in pairs]
+    parser.add_argument("--pairs", default=",".join(names), help="comma-separated names of: %(default)s")
+    parser.add_argument("--by-hand", action="store_true", help="only outputs under the known mapping, without `parity`")
+    arguments = parser.parse_args()
+    chosen = arguments.pairs.split(",")
+    if unknown := [name for name in chosen if name not in names]:
+        parser.error(f"--pairs {','.join(unknown)}: unknown; the pairs are {', '.join(names)}")
+    given = getattr(arguments, argument) if argument else None
+    run = by_hand if arguments.by_hand else compared
+    raise SystemExit(0 if run([pair for pair in pairs if pair.name in chosen], given) else 1)
+
+
+def by_hand(pairs: Sequence[Pair], given) -> bool:
+    """A table of how far outputs are apart under the true mapping; whether all are as near as a right one makes them.
+
+    Swapped tensors give differences of order one; what the ports do otherwise, at most some thousandths.
+    """
+    table = Table("pair", "tensors by rule / candidate's", "reference's", "difference, float32", "known to differ")
+    as_near = True
+    for pair in pairs:
+        reference, candidate = pair.make_reference(), pair.make_candidate(given)
+        difference = difference_by_hand(pair, reference, candidate)
+        ruled = len(weights_by_rule(pair, reference, candidate))
+        count = f"{ruled} / {len(candidate_tensors(candidate))}"
+        theirs = len(list(reference.parameters()))
+        differs = bool(pair.differs_at)
+        as_near &= difference < (1e-2 if differs else 1e-5)
+        table.add_row(pair.name, count, str(theirs), f"{difference:.0e}", "yes" if differs else "no")
+    Console().print(table)
+    return as_near
+
+
+def compared(pairs: Sequence[Pair], given) -> bool:
+    """A table of `parity`'s reports; whether all are as they are known to be."""
+    from parity import compare
+
+    console = Console()
+    table = Table("pair", "mapped right", "verdict", "difference", "first divergence", "known", "seconds")
+    remarks, all_known = [], True
+    for pair in pairs:
+        reference, candidate = pair.make_reference(), pair.make_candidate(given)
+        started = time.monotonic()
+        try:
+            report = compare(reference, candidate, inputs=pair.inputs, to_candidate=pair.to_candidate)
+        except Exception as error:
+            console.print_exception(max_frames=4)
+            remarks.append(f"{pair.name}: {type(error).__name__}: {error}")
+            table.add_row(pair.name, "", "error", "", "", "no", f"{time.monotonic() - started:.1f}")
+            all_known = False
+            continue
+        seconds = time.monotonic() - started
+        wrong = wrongly_mapped(pair, reference, candidate, report.mapping)
+        remarks += [f"{pair.name}: {name} is mapped from {what}" for name, what in wrong.items()]
+        remarks += [f"{pair.name}: {hint}" for hint in report.hints]
+        folder = given if isinstance(given, Path) else None
+        divergence = report.first_divergence
+        if pair.differs_at:
+            known = report.verdict == "different" and divergence and known_lines(pair, divergence.lines, folder)
+        else:
+            known = report.verdict == "same"
+        all_known &= bool(known) and not wrong
+        total = sum(sources_of(pair, name) is not None for name in candidate_tensors(candidate))
+        table.add_row(
+            pair.name,
+            f"{total - len(wrong)} / {total}",
+            report.verdict,
+            f"{divergence.difference:.0e}" if divergence else "",
+            str(divergence.candidate) if divergence else "",
+            "yes" if known else "no",
+            f"{seconds:.1f}",
+        )
+    console.print(table)
+    for remark in remarks:
+        console.print(remark, soft_wrap=True, highlight=False)
+    return all_known
