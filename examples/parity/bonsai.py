@@ -1,15 +1,16 @@
 """Nine models of github.com/jax-ml/bonsai (commit 36284254) against their originals in `transformers`.
 
-    python examples/parity/bonsai.py PATH_TO_CHECKOUT [--pairs qwen3,vit] [--by-hand]
+    python examples/parity/bonsai.py PATH_TO_CHECKOUT [--pairs qwen3,vit] [--mended] [--by-hand]
 
 Small random configurations, nothing is downloaded. The table says how many of the candidate's tensors were mapped as
 the checkout's own conversion tables (`bonsai/models/*/params.py`) map them, the verdict, and whether the first
-divergence is a line that is known to differ. `--by-hand` writes the weights by those tables and compares outputs
-without `parity`. Needs jaxtyping beside the project's own packages.
+divergence is a line that is known to differ. With `--mended` the lines that differ are read as the original has them,
+and all nine must be the same. `--by-hand` writes the weights by the tables and compares outputs without `parity`. Needs
+jaxtyping beside the project's own packages.
 """
 
+import argparse
 import dataclasses
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -21,20 +22,57 @@ from flax import nnx
 from pairs import Output, Pair, Rule, channels_last, convolution, into_heads, normal, out_of_heads, tokens
 from pairs import transposed as linear
 
+MENDS = {
+    "vit": {
+        "jax.nn.gelu(self.linear1(layer_output))": "jax.nn.gelu(self.linear1(layer_output), approximate=False)",
+    },
+    "dinov3": {
+        "q = q.astype(jnp.bfloat16)": "q = q",
+        "k = k.astype(jnp.bfloat16)": "k = k",
+        "cos = cos.astype(jnp.bfloat16)": "cos = cos",
+        "sin = sin.astype(jnp.bfloat16)": "sin = sin",
+        "self.act_fn(self.up_proj(x))": "nnx.gelu(self.up_proj(x), approximate=False)",
+    },
+    "whisper": {
+        "jax.nn.gelu(self.conv1(input_features))": "jax.nn.gelu(self.conv1(input_features), approximate=False)",
+        "jax.nn.gelu(self.conv2(inputs_embeds))": "jax.nn.gelu(self.conv2(inputs_embeds), approximate=False)",
+    },
+    "convnext": {
+        "(dim, epsilon=cfg.layernorm_eps": "(dim, epsilon=1e-6",
+        "(in_ch, epsilon=cfg.layernorm_eps": "(in_ch, epsilon=1e-6",
+        "(cfg.stage_dims[0], epsilon=cfg.layernorm_eps": "(cfg.stage_dims[0], epsilon=1e-6",
+    },
+    "gemma3": {"dtype=jnp.bfloat16).astype(jnp.float32)": "dtype=jnp.float32)"},
+}
+"""What the checkout's source has, and what it would have to have to compute what the original does."""
 
-def modeling(checkout: Path, model: str) -> ModuleType:
-    """`bonsai/models/MODEL/modeling.py`, without the imports of the other models beside it."""
-    name, file = f"bonsai_{model}", checkout / "bonsai" / "models" / model / "modeling.py"
-    if name not in sys.modules:
-        if not file.exists():
-            raise SystemExit(f"{checkout}: no checkout of github.com/jax-ml/bonsai; {file} is missing")
-        spec = importlib.util.spec_from_file_location(name, file)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except ModuleNotFoundError as error:
-            raise SystemExit(f"{file} imports {error.name}, which is missing: pip install {error.name}") from None
-    return sys.modules[name]
+
+@dataclasses.dataclass(frozen=True)
+class Checkout:
+    folder: Path
+    mended: bool = False
+
+    def modeling(self, model: str) -> ModuleType:
+        """`bonsai/models/MODEL/modeling.py`, without the imports of the other models beside it."""
+        name, file = (
+            f"bonsai_{model}{'_mended' * self.mended}",
+            self.folder / "bonsai" / "models" / model / "modeling.py",
+        )
+        if name not in sys.modules:
+            if not file.exists():
+                raise SystemExit(f"{self.folder}: no checkout of github.com/jax-ml/bonsai; {file} is missing")
+            source = file.read_text()
+            for wrong, right in MENDS.get(model, {}).items() if self.mended else ():
+                if wrong not in source:
+                    raise SystemExit(f"{file}: no {wrong!r} in it; the checkout is of another commit than 36284254")
+                source = source.replace(wrong, right)
+            module = sys.modules[name] = ModuleType(name)
+            module.__file__ = str(file)
+            try:
+                exec(compile(source, str(file), "exec"), module.__dict__)
+            except ModuleNotFoundError as error:
+                raise SystemExit(f"{file} imports {error.name}, which is missing: pip install {error.name}") from None
+        return sys.modules[name]
 
 
 # --- qwen3: grouped queries whose width isn't the model's, a KV cache, an untied head --------------------------------
@@ -72,7 +110,7 @@ class WithCache(nnx.Module):
 
 
 def qwen3_candidate(checkout):
-    qwen3 = modeling(checkout, "qwen3")
+    qwen3 = checkout.modeling("qwen3")
     config = qwen3.ModelConfig(
         num_layers=2,
         vocab_size=37,
@@ -133,7 +171,7 @@ def umt5_reference():
 
 
 def umt5_candidate(checkout):
-    umt5 = modeling(checkout, "umt5")
+    umt5 = checkout.modeling("umt5")
     config = umt5.ModelConfig(
         vocab_size=37,
         d_model=24,
@@ -211,7 +249,7 @@ class Logits(nnx.Module):
 
 
 def mamba2_candidate(checkout):
-    mamba2 = modeling(checkout, "mamba2")
+    mamba2 = checkout.modeling("mamba2")
     config = mamba2.ModelConfig(
         vocab_size=37,
         hidden_size=16,
@@ -265,7 +303,7 @@ def resnet_reference():
 
 
 def resnet_candidate(checkout):
-    resnet = modeling(checkout, "resnet")
+    resnet = checkout.modeling("resnet")
     return resnet.ResNet(resnet.ModelConfig(block_layers=[1, 1, 1, 1], num_classes=7), rngs=nnx.Rngs(0))
 
 
@@ -333,7 +371,7 @@ class WithoutRngs(nnx.Module):
 
 
 def vit_candidate(checkout):
-    vit = modeling(checkout, "vit")
+    vit = checkout.modeling("vit")
     config = vit.ModelConfig(
         image_size=(12, 15),
         patch_size=(3, 5),
@@ -422,7 +460,7 @@ class LastHiddenState(nnx.Module):
 
 
 def dinov3_candidate(checkout):
-    dinov3 = modeling(checkout, "dinov3")
+    dinov3 = checkout.modeling("dinov3")
     config = dinov3.ModelConfig(
         patch_size=(4, 4),
         hidden_size=24,
@@ -481,7 +519,7 @@ def whisper_reference():
 
 
 def whisper_candidate(checkout):
-    whisper = modeling(checkout, "whisper")
+    whisper = checkout.modeling("whisper")
     config = dataclasses.replace(
         whisper.ModelConfig.whisper_tiny(),
         d_model=24,
@@ -533,7 +571,7 @@ def convnext_reference():
 
 
 def convnext_candidate(checkout):
-    convnext = modeling(checkout, "convnext")
+    convnext = checkout.modeling("convnext")
     config = convnext.ModelConfig(
         stage_depths=(1, 1, 2, 1), stage_dims=(6, 10, 14, 18), drop_path_rate=0.0, num_classes=7
     )
@@ -633,7 +671,7 @@ class TextOnly(nnx.Module):
 
 
 def gemma3_candidate(checkout):
-    gemma3 = modeling(checkout, "gemma3")
+    gemma3 = checkout.modeling("gemma3")
     config = gemma3.TextConfig(
         attention_bias=False,
         attention_dropout=0.0,
@@ -676,5 +714,19 @@ GEMMA3 = Pair(
 
 PAIRS = (QWEN3, UMT5, MAMBA2, RESNET, VIT, DINOV3, WHISPER, CONVNEXT, GEMMA3)
 
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--mended", action="store_true", help="with the lines that differ as the original has them")
+    arguments = pairs.parse(parser, PAIRS)
+    checkout = Checkout(arguments.checkout, arguments.mended)
+    # A mended pair has nothing that is known to differ.
+    chosen = [dataclasses.replace(p, differs_at=()) if arguments.mended else p for p in arguments.pairs]
+    raise SystemExit(pairs.run(chosen, arguments.by_hand, checkout, arguments.checkout))
+
+
 if __name__ == "__main__":
-    pairs.main(PAIRS, __doc__, "checkout", Path)
+    main()

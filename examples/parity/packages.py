@@ -8,6 +8,8 @@ layers are one scan over stacked weights, and its embeddings are its head's. `fl
 vision models in Linen, whose queries, keys and values are one kernel.
 """
 
+import argparse
+
 import equinox
 import jax
 import jax.numpy as jnp
@@ -169,4 +171,8 @@ VIT = Pair(
 PAIRS = (ESM2, VIT)
 
 if __name__ == "__main__":
-    pairs.main(PAIRS, __doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    arguments = pairs.parse(parser, PAIRS)
+    raise SystemExit(pairs.run(arguments.pairs, arguments.by_hand))

@@ -276,13 +276,8 @@ def known_lines(pair: Pair, lines: Sequence[str], folder: Path | None) -> bool:
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
-def main(pairs: Sequence[Pair], description: str, argument: str | None = None, kind: Callable = str) -> None:
-    """Compare the pairs that the command line names; exit with 1 if one isn't as it is known to be."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    if argument:
-        parser.add_argument(argument, type=kind)
+def parse(parser: argparse.ArgumentParser, pairs: Sequence[Pair]) -> argparse.Namespace:
+    """The command line with options for `run`; `pairs` of it are those that are chosen."""
     names = [pair.name for pair in pairs]
     parser.add_argument("--pairs", default=",".join(names), help="comma-separated names of: %(default)s")
     parser.add_argument("--by-hand", action="store_true", help="only outputs under the known mapping, without `parity`")
@@ -290,9 +285,16 @@ def main(pairs: Sequence[Pair], description: str, argument: str | None = None, k
     chosen = arguments.pairs.split(",")
     if unknown := [name for name in chosen if name not in names]:
         parser.error(f"--pairs {','.join(unknown)}: unknown; the pairs are {', '.join(names)}")
-    given = getattr(arguments, argument) if argument else None
-    run = by_hand if arguments.by_hand else compared
-    raise SystemExit(0 if run([pair for pair in pairs if pair.name in chosen], given) else 1)
+    arguments.pairs = [pair for pair in pairs if pair.name in chosen]
+    return arguments
+
+
+def run(pairs: Sequence[Pair], without_parity: bool, given=None, sources: Path | None = None) -> int:
+    """Print the table of these pairs; 0 if all are as they are known to be, else 1.
+
+    `given` is what candidates are made from, `sources` a folder in which their source files lie.
+    """
+    return 0 if (by_hand(pairs, given) if without_parity else compared(pairs, given, sources)) else 1
 
 
 def by_hand(pairs: Sequence[Pair], given) -> bool:
@@ -315,7 +317,7 @@ def by_hand(pairs: Sequence[Pair], given) -> bool:
     return as_near
 
 
-def compared(pairs: Sequence[Pair], given) -> bool:
+def compared(pairs: Sequence[Pair], given, sources: Path | None) -> bool:
     """A table of `parity`'s reports; whether all are as they are known to be."""
     from parity import compare
 
@@ -337,10 +339,9 @@ def compared(pairs: Sequence[Pair], given) -> bool:
         wrong = wrongly_mapped(pair, reference, candidate, report.mapping)
         remarks += [f"{pair.name}: {name} is mapped from {what}" for name, what in wrong.items()]
         remarks += [f"{pair.name}: {hint}" for hint in report.hints]
-        folder = given if isinstance(given, Path) else None
         divergence = report.first_divergence
         if pair.differs_at:
-            known = report.verdict == "different" and divergence and known_lines(pair, divergence.lines, folder)
+            known = report.verdict == "different" and divergence and known_lines(pair, divergence.lines, sources)
         else:
             known = report.verdict == "same"
         all_known &= bool(known) and not wrong
