@@ -1,0 +1,296 @@
+"""JAX models of every kind: NNX, Linen, Equinox and Haiku modules, and plain functions of (parameters, inputs).
+
+Each is reduced to one function of its floating-point arrays and the inputs; the rest works on that function's jaxpr.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from parity.engine.errors import EngineError
+from parity.models import program as programs
+from parity.models.model import Arrays, Inputs, NarrowCast, Recording, Step, Weight
+from parity.models.program import Constant, Program
+
+LAYOUT = frozenset({
+    *("broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "dynamic_slice", "expand_dims"),
+    *("gather", "optimization_barrier", "pad", "reduce_precision", "reshape", "rev", "row", "rows", "slice", "split"),
+    *("squeeze", "stop_gradient", "transpose"),
+})  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """A model as a function: `apply(arrays, inputs)` returns (outputs, state after the call by name)."""
+
+    kind: str
+    names: list[str]
+    arrays: list[np.ndarray]
+    trained: list[bool]
+    apply: Callable[[Sequence[Any], Inputs], tuple[Any, dict[str, Any]]]
+
+
+jax.tree_util.register_dataclass(Inputs, data_fields=["arguments", "keywords"], meta_fields=[])
+
+
+class JaxModel:
+    framework = "JAX"
+
+    def __init__(self, definition: Definition) -> None:
+        self._definition = definition
+        self.kind = definition.kind
+        self._programs: dict[Any, tuple[Program, bool]] = {}
+        self._compiled = jax.jit(lambda arrays, inputs: self._outputs(arrays, inputs)[0])
+
+    def weights(self) -> list[Weight]:
+        d = self._definition
+        return [
+            Weight(name, np.asarray(array, np.float64), trained)
+            for name, array, trained in zip(d.names, d.arrays, d.trained, strict=True)
+        ]
+
+    def run(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
+        """Compiled by XLA, as the user's own program would be; where the model can't be traced in float64, its float32
+        program evaluated in float64."""
+        program, native = self._program(inputs)
+        if not native:
+            values = program.run(self._ordered(weights), _arrays(inputs), lifted=True)
+            return [programs.read(x, values) for x in program.outputs]
+        with jax.enable_x64(True):
+            outputs = self._compiled([jnp.asarray(w) for w in self._ordered(weights)], _traced(inputs))
+        return [np.asarray(x) for x in outputs]
+
+    def gradients(self, weights: Arrays, inputs: Inputs, cotangents: Sequence[np.ndarray]) -> tuple[Arrays, Arrays]:
+        program = self.program(inputs)
+        values = _arrays(inputs)
+        numbers = [i for i, x in enumerate(values) if programs.is_float(x)]
+
+        def loss(arrays, chosen):
+            filled = list(values)
+            for number, x in zip(numbers, chosen, strict=True):
+                filled[number] = x
+            return sum(jnp.sum(o * c) for o, c in zip(program.traced(arrays, filled), cotangents, strict=True))
+
+        with jax.enable_x64(True):
+            arrays, chosen = [jnp.asarray(w) for w in self._ordered(weights)], [jnp.asarray(values[n]) for n in numbers]
+            by_array, by_input = jax.jit(jax.grad(loss, argnums=(0, 1)))(arrays, chosen)
+        names = inputs.names()
+        return (
+            {n: np.asarray(g) for n, g in zip(self._definition.names, by_array, strict=True)},
+            {names[n]: np.asarray(g) for n, g in zip(numbers, by_input, strict=True)},
+        )
+
+    def run_in_float32(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
+        with jax.enable_x64(False):
+            narrow = [jnp.asarray(w, jnp.float32) for w in self._ordered(weights)]
+            outputs = jax.jit(lambda a, i: self._outputs(a, i)[0])(narrow, _traced(inputs))
+        return [np.asarray(x, np.float64) for x in outputs]
+
+    def state_after(self, weights: Arrays, inputs: Inputs) -> Arrays:
+        """Buffers after one call."""
+        with jax.enable_x64(True):
+            _, state = jax.jit(self._outputs)([jnp.asarray(w) for w in self._ordered(weights)], _traced(inputs))
+        return {name: np.asarray(x, np.float64) for name, x in state.items()}
+
+    def program(self, inputs: Inputs) -> Program:
+        return self._program(inputs)[0]
+
+    def is_native(self, inputs: Inputs) -> bool:
+        """Whether the model can be traced in float64."""
+        return self._program(inputs)[1]
+
+    def record(self, weights: Arrays, inputs: Inputs) -> Recording:
+        program = self.program(inputs)
+        values = program.run(self._ordered(weights), _arrays(inputs), lifted=True)
+        return recording(program, values, self._definition.names, inputs.names())
+
+    def narrow_casts(self, inputs: Inputs) -> list[NarrowCast]:
+        program, native = self._program(inputs)
+        if not native:
+            return [NarrowCast("float32", "the whole program: it can't be traced in float64")]
+        found = []
+        for operation in program.operations:
+            if operation.primitive == "convert_element_type":
+                dtype = jnp.dtype(operation.params["new_dtype"])
+                if jnp.issubdtype(dtype, jnp.floating) and dtype != jnp.float64:
+                    found.append(NarrowCast(dtype.name, operation.place))
+        return list(dict.fromkeys(found))
+
+    def functions(self) -> Definition:
+        return self._definition
+
+    def _ordered(self, weights: Arrays) -> list[np.ndarray]:
+        return [weights[name] for name in self._definition.names]
+
+    def _outputs(self, arrays, inputs: Inputs) -> tuple[list[Any], dict[str, Any]]:
+        outputs, state = self._definition.apply(arrays, inputs)
+        leaves = [x for x in jax.tree.leaves(outputs) if hasattr(x, "dtype")]
+        if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in leaves):
+            raise EngineError("the JAX model returns complex numbers, which can't be compared yet; return real ones")
+        return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)], state
+
+    def _program(self, inputs: Inputs) -> tuple[Program, bool]:
+        key = tuple((np.shape(x), str(np.asarray(x).dtype)) for x in inputs.values()), tuple(inputs.keywords)
+        if key not in self._programs:
+            self._programs[key] = self._trace(inputs)
+        return self._programs[key]
+
+    def _trace(self, inputs: Inputs) -> tuple[Program, bool]:
+        def trace(dtype):
+            arrays = [jnp.asarray(a, dtype) for a in self._definition.arrays]
+            values = _traced(inputs)
+            flat = [jnp.asarray(x) for x in values.values()]
+
+            def function(arrays, flat):
+                return self._outputs(arrays, values.with_values(flat))[0]
+
+            return programs.flatten(jax.make_jaxpr(function)(arrays, flat), len(arrays))
+
+        try:
+            with jax.enable_x64(True):
+                return trace(jnp.float64), True
+        except EngineError:
+            raise
+        except Exception as in_float64:
+            try:
+                with jax.enable_x64(False):
+                    return trace(jnp.float32), False
+            except Exception:
+                raise EngineError(
+                    f"the JAX model can't be traced with these inputs: {_first_line(in_float64)}"
+                ) from in_float64
+
+
+def recording(program: Program, values: dict[int, Any], names: Sequence[str], inputs: Sequence[str]) -> Recording:
+    """A program's values as a recording."""
+    steps, module = [], {}
+    weights = dict(zip(program.weights, names, strict=True))
+    for operation in program.operations:
+        sources = tuple(x for x in operation.inputs if not isinstance(x, Constant))
+        owners = [module[s] for s in sources if module.get(s)]
+        own = next((_module_of(weights[s]) for s in sources if s in weights), "")
+        inherited = own or (owners[-1] if owners else "")
+        layout = operation.primitive in LAYOUT
+        for number in operation.outputs:
+            module[number] = inherited
+            steps.append(
+                Step(number, operation.primitive, operation.caller, operation.place, inherited, sources, layout)
+            )
+    outputs = [x for x in program.outputs if not isinstance(x, Constant)]
+    return Recording(values, steps, weights, dict(zip(program.inputs, inputs, strict=True)), outputs)
+
+
+def _module_of(weight: str) -> str:
+    return weight.rpartition(".")[0]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def _arrays(inputs: Inputs) -> list[np.ndarray]:
+    """With floating-point inputs in float64."""
+    found = [np.asarray(x) for x in inputs.values()]
+    return [x.astype(np.float64) if programs.is_float(x) else x for x in found]
+
+
+def _traced(inputs: Inputs) -> Inputs:
+    """Integers as JAX has them by default, in 32 bits."""
+    return inputs.with_values([x.astype(np.int32) if x.dtype == np.int64 else x for x in _arrays(inputs)])
+
+
+# --- Kinds of models ---
+
+
+def of_nnx(module: Any, training: bool) -> Definition:
+    from flax import nnx
+
+    graph, state = nnx.split(module)
+    leaves = nnx.to_flat_state(state)
+    chosen = [i for i, (_, leaf) in enumerate(leaves) if programs.is_float(leaf.get_value())]
+
+    def apply(arrays, inputs):
+        filled = list(leaves)
+        for number, array in zip(chosen, arrays, strict=True):
+            path, leaf = leaves[number]
+            filled[number] = (path, leaf.replace(array))
+        merged = nnx.merge(graph, nnx.from_flat_state(filled))
+        merged.train() if training else merged.eval()
+        outputs = merged(*inputs.arguments, **inputs.keywords)
+        after = dict(nnx.to_flat_state(nnx.state(merged)))
+        kept = {".".join(map(str, leaves[i][0])): after[leaves[i][0]].get_value() for i in chosen}
+        return outputs, {name: kept[name] for name, trained in zip(kept, is_trained, strict=True) if not trained}
+
+    is_trained = [isinstance(leaves[i][1], nnx.Param) for i in chosen]
+    names = [".".join(map(str, leaves[i][0])) for i in chosen]
+    return Definition(
+        "flax.nnx.Module", names, [np.asarray(leaves[i][1].get_value()) for i in chosen], is_trained, apply
+    )
+
+
+def of_linen(module: Any, variables: Any, training: bool) -> Definition:
+    leaves, tree = jax.tree_util.tree_flatten_with_path(variables)
+    names = [_without(".".join(_key(k) for k in path), "params.") for path, _ in leaves]
+    collections = [_key(path[0]) for path, _ in leaves]
+    mutable = sorted({c for c in collections if c != "params"}) if training else False
+
+    def apply(arrays, inputs):
+        given = jax.tree.unflatten(tree, arrays)
+        result = module.apply(given, *inputs.arguments, **inputs.keywords, mutable=mutable)
+        if not mutable:
+            return result, {}
+        outputs, changed = result
+        after, _ = jax.tree_util.tree_flatten_with_path(changed)
+        return outputs, {".".join(_key(k) for k in path): leaf for path, leaf in after}
+
+    arrays = [np.asarray(leaf) for _, leaf in leaves]
+    return Definition("flax.linen.Module", names, arrays, [c == "params" for c in collections], apply)
+
+
+def of_haiku(transformed: Any, params: Any, state: Any = None) -> Definition:
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    names = [".".join(_key(k) for k in path).replace("/~/", ".").replace("/", ".") for path, _ in leaves]
+    kept, state_tree = jax.tree_util.tree_flatten_with_path(state if state is not None else {})
+    state_names = [".".join(_key(k) for k in path).replace("/~/", ".").replace("/", ".") for path, _ in kept]
+
+    def apply(arrays, inputs):
+        given = jax.tree.unflatten(tree, arrays[: len(names)])
+        if state is None:
+            return transformed.apply(given, None, *inputs.arguments, **inputs.keywords), {}
+        before = jax.tree.unflatten(state_tree, arrays[len(names) :])
+        outputs, after = transformed.apply(given, before, None, *inputs.arguments, **inputs.keywords)
+        return outputs, dict(zip(state_names, jax.tree.leaves(after), strict=True))
+
+    arrays = [np.asarray(leaf) for _, leaf in (*leaves, *kept)]
+    trained = [True] * len(names) + [False] * len(state_names)
+    return Definition("Haiku function", [*names, *state_names], arrays, trained, apply)
+
+
+def of_tree(tree: Any, call: Callable[..., Any], kind: str) -> Definition:
+    """A function of a tree of parameters, or an Equinox module: a tree that can be called."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    chosen = [i for i, (_, leaf) in enumerate(leaves) if programs.is_float(leaf) and not isinstance(leaf, np.generic)]
+
+    def apply(arrays, inputs):
+        filled = [leaf for _, leaf in leaves]
+        for number, array in zip(chosen, arrays, strict=True):
+            filled[number] = array
+        return call(jax.tree.unflatten(structure, filled), *inputs.arguments, **inputs.keywords), {}
+
+    names = [".".join(_key(k) for k in leaves[i][0]) for i in chosen]
+    return Definition(kind, names, [np.asarray(leaves[i][1]) for i in chosen], [True] * len(chosen), apply)
+
+
+def _key(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _without(name: str, prefix: str) -> str:
+    return name[len(prefix) :] if name.startswith(prefix) else name

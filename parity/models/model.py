@@ -1,0 +1,125 @@
+"""What a comparison asks of a model, whatever framework it is in."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call."""
+
+    arguments: tuple[Any, ...] = ()
+    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Any) -> "Inputs":
+        """An array is one argument, a tuple several, a dict has them by keyword."""
+        if isinstance(given, Inputs):
+            return given
+        if isinstance(given, Mapping):
+            return cls((), dict(given))
+        return cls(given if isinstance(given, tuple) else (given,))
+
+    def names(self) -> list[str]:
+        return [*(f"input {i}" for i in range(len(self.arguments))), *self.keywords]
+
+    def values(self) -> list[Any]:
+        return [*self.arguments, *self.keywords.values()]
+
+    def with_values(self, values: Sequence[Any]) -> "Inputs":
+        count = len(self.arguments)
+        return Inputs(tuple(values[:count]), dict(zip(self.keywords, values[count:], strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A parameter, or a buffer such as BatchNorm's statistics."""
+
+    name: str
+    value: np.ndarray
+    """In float64."""
+    trained: bool = True
+    kept: bool = True
+    """Whether it is part of a checkpoint; a table that is computed at construction isn't."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One computed value and what it is made of.
+
+    `sources` are numbers of earlier values of the same recording; a weight's or an input's value comes first in it.
+    """
+
+    number: int
+    primitive: str
+    """'tanh', 'mm': what computes it, in the framework's own word."""
+    caller: str
+    """The library function that the user's line calls, 'gelu'; empty if there is none."""
+    place: str
+    """The user's line."""
+    module: str
+    """'layers.0.mlp', where the framework tells."""
+    sources: tuple[int, ...]
+    layout: bool
+    """Whether the operation only moves or repeats numbers."""
+
+    def __str__(self) -> str:
+        called = self.caller or self.primitive
+        name = f"{self.module}: {called}" if self.module else called
+        return f"{name} ({self.place})" if self.place else name
+
+
+@dataclasses.dataclass
+class Recording:
+    """Every value of one forward pass, in order of computation."""
+
+    values: dict[int, np.ndarray]
+    steps: list[Step]
+    weights: dict[int, str]
+    """Numbers of the values that are weights, and their names."""
+    inputs: dict[int, str]
+    outputs: list[int]
+    """Numbers of the values that the model returns."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NarrowCast:
+    """A place where a float64 value is rounded to a narrower type."""
+
+    dtype: str
+    place: str
+
+
+class Model(Protocol):
+    """A model with its weights, computing in float64 on the CPU."""
+
+    framework: str
+    """'PyTorch' or 'JAX'."""
+    kind: str
+    """'torch.nn.Module', 'flax.nnx.Module', ..."""
+
+    def weights(self) -> list[Weight]:
+        """In the model's own order; tied ones once, under their first name."""
+
+    def run(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
+        """The floating-point outputs of the model as it is written, in float64 where it doesn't ask for less."""
+
+    def gradients(self, weights: Arrays, inputs: Inputs, cotangents: Sequence[np.ndarray]) -> tuple[Arrays, Arrays]:
+        """Of sum(output * cotangent), casts to narrower types lifted: by weight, and by floating-point input."""
+
+    def run_in_float32(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
+        """The outputs of the model and its inputs in float32."""
+
+    def state_after(self, weights: Arrays, inputs: Inputs) -> Arrays:
+        """Buffers after one call."""
+
+    def record(self, weights: Arrays, inputs: Inputs) -> Recording:
+        """Every value of a forward pass, casts to narrower types lifted."""
+
+    def narrow_casts(self, inputs: Inputs) -> list[NarrowCast]:
+        """Where the model as it is written rounds to less than float64."""

@@ -1,0 +1,299 @@
+"""A JAX function as a flat list of operations that numpy evaluates one by one, each with the user's file and line.
+
+Calls are entered and scans unrolled, so that every intermediate value of the model is a value of the list. Operations
+that have no rule in `arithmetic` are evaluated by JAX itself.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from parity.engine.errors import EngineError
+from parity.models.arithmetic import RULES
+
+MOST_OPERATIONS = 200_000
+"""Of an unrolled program: beyond, a scan is too long to be followed value by value."""
+
+# Calls whose body is entered, and the parameter that holds it.
+_BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_CALLS = frozenset({
+    *("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call"),
+    *("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"),
+})  # fmt: skip
+# Libraries whose lines are not the user's.
+_LIBRARIES = ("jax", "jaxlib", "flax", "equinox", "haiku", "optax", "jaxtyping", "jmp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """An array of the program itself."""
+
+    value: Any
+
+
+@dataclasses.dataclass(eq=False)
+class Operation:
+    """`outputs` are numbers of values; `inputs` are numbers of values or constants."""
+
+    primitive: str
+    inputs: list["int | Constant"]
+    outputs: list[int]
+    params: dict[str, Any]
+    place: str
+    """The user's line, 'my_model.py:12'."""
+    caller: str
+    """The library function that the line calls: 'gelu', 'LayerNorm.__call__'; empty if there is none."""
+    bind: Callable[..., Any]
+    """Evaluates it in JAX."""
+
+    def __str__(self) -> str:
+        return f"{self.caller or self.primitive} ({self.place})" if self.place else self.primitive
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Values are numbered: first the weights, then the inputs, then what the operations compute."""
+
+    weights: list[int]
+    inputs: list[int]
+    operations: list[Operation]
+    outputs: "list[int | Constant]"
+    weight_shapes: list[tuple[int, ...]]
+
+    def run(self, weights: Sequence[np.ndarray], inputs: Sequence[np.ndarray], *, lifted: bool) -> dict[int, Any]:
+        """Every value by its number. `lifted`: what the program computes in a narrower floating-point type is computed
+        in float64."""
+        values: dict[int, Any] = dict(zip(self.weights, weights, strict=True))
+        values |= zip(self.inputs, inputs, strict=True)
+        for operation in self.operations:
+            evaluate(operation, values, lifted=lifted)
+        return values
+
+
+    def traced(self, weights: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        """The outputs, lifted, by JAX's own operations: what `jax.grad` can differentiate."""
+        values: dict[int, Any] = dict(zip(self.weights, weights, strict=True))
+        values |= zip(self.inputs, inputs, strict=True)
+        for operation in self.operations:
+            arguments = [_to_jax(read(x, values)) for x in operation.inputs]
+            results = operation.bind(*arguments, **_lifted_params(operation))
+            results = results if isinstance(results, list | tuple) else [results]
+            values |= zip(operation.outputs, results, strict=True)
+        return [_to_jax(read(x, values)) for x in self.outputs]
+
+
+def read(value: "int | Constant", values: dict[int, Any], lifted: bool = True) -> Any:
+    if isinstance(value, Constant):
+        return lift(value.value) if lifted else value.value
+    return values[value]
+
+
+def evaluate(operation: Operation, values: dict[int, Any], *, lifted: bool) -> None:
+    """Compute the operation's outputs from its inputs, into `values`."""
+    arguments = [read(x, values, lifted) for x in operation.inputs]
+    rule = RULES.get(operation.primitive)
+    with np.errstate(all="ignore"):
+        results = rule(*arguments, params=operation.params, lifted=lifted) if rule else NotImplemented
+    if results is NotImplemented:
+        results = _by_jax(operation, arguments, lifted)
+    elif not isinstance(results, list):
+        results = [results]
+    for number, result in zip(operation.outputs, results, strict=True):
+        values[number] = result
+
+
+def lift(x: Any) -> Any:
+    """A constant in float64. What was rounded to a narrower type gets back the decimals it was most likely written
+    with: the float32 nearest to 1e-6 becomes 1e-6."""
+    if not is_float(x) or x.dtype == np.float64:
+        return x
+    if x.dtype == np.float32 and x.size <= 64:
+        return np.array([float(str(v)) for v in x.ravel()], np.float64).reshape(x.shape)
+    return x.astype(np.float64)
+
+
+def is_float(x: Any) -> bool:
+    return hasattr(x, "dtype") and jax.numpy.issubdtype(x.dtype, np.floating)
+
+
+def _by_jax(operation: Operation, arguments: list[Any], lifted: bool) -> list[Any]:
+    with jax.enable_x64(True):
+        params = _lifted_params(operation) if lifted else operation.params
+        results = operation.bind(*map(_to_jax, arguments), **params)
+        results = results if isinstance(results, list | tuple) else [results]
+        return [_to_numpy(r) for r in results]
+
+
+def _lifted_params(operation: Operation) -> dict[str, Any]:
+    params = dict(operation.params)
+    for name in ("preferred_element_type", "dtype", "new_dtype", "out_dtype"):
+        if params.get(name) is not None and jax.numpy.issubdtype(params[name], np.floating):
+            params[name] = np.dtype(np.float64)
+    return params
+
+
+def _to_jax(x: Any) -> Any:
+    return x if isinstance(x, jax.Array) else jax.numpy.asarray(x)
+
+
+def _to_numpy(x: Any) -> Any:
+    return x if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
+
+
+def flatten(closed: core.ClosedJaxpr, number_of_weights: int) -> Program:
+    """The program of a traced function whose first arguments are the weights. Operations that no output needs are left
+    out. Raises EngineError if it is longer than MOST_OPERATIONS."""
+    builder = _Builder()
+    arguments = [builder.new() for _ in closed.jaxpr.invars]
+    outputs = builder.enter(closed.jaxpr, closed.consts, arguments, "", "")
+    operations = _needed(builder.operations, outputs)
+    shapes = [v.aval.shape for v in closed.jaxpr.invars[:number_of_weights]]
+    return Program(arguments[:number_of_weights], arguments[number_of_weights:], operations, outputs, shapes)
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+        self._next = 0
+
+    def new(self) -> int:
+        self._next += 1
+        return self._next - 1
+
+    def enter(self, jaxpr, consts, arguments: list, place: str, caller: str) -> list:
+        """The numbers of the results of a (sub)program called with these values."""
+        values = dict(zip(jaxpr.invars, arguments, strict=True))
+        values |= zip(jaxpr.constvars, (Constant(_to_host(c)) for c in consts), strict=True)
+
+        def read(atom):
+            return Constant(_literal(atom)) if isinstance(atom, core.Literal) else values[atom]
+
+        for equation in jaxpr.eqns:
+            inputs = [read(atom) for atom in equation.invars]
+            here, called = _place(equation)
+            # Inside a library's function that is traced once and reused, the line is that of the first call.
+            where, by = (place, caller) if place and not here else (here, called)
+            results = self._equation(equation, inputs, where, by)
+            values |= zip(equation.outvars, results, strict=True)
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _equation(self, equation, inputs: list, place: str, caller: str) -> list:
+        name, params = equation.primitive.name, equation.params
+        body = next((params[b] for b in _BODIES if b in params), None)
+        if name in _CALLS and body is not None:
+            named = params.get("name", "")
+            inside = caller or (named if isinstance(named, str) and named != "<lambda>" else "")
+            return self.enter(*_open(body), inputs, place, inside)
+        if name == "scan":
+            return self._unrolled(params, inputs, place, caller)
+        primitive = equation.primitive
+
+        def bind(*arguments, **given):
+            return primitive.bind(*arguments, **given)
+
+        if primitive.multiple_results and name in ("while", "cond"):
+            bind = _compiled(primitive, params)
+        return self._record(name, inputs, len(equation.outvars), params, place, caller, bind)
+
+    def _record(self, name, inputs, outputs: int, params, place, caller, bind) -> list[int]:
+        numbers = [self.new() for _ in range(outputs)]
+        self.operations.append(Operation(name, inputs, numbers, params, place, caller, bind))
+        if len(self.operations) > MOST_OPERATIONS:
+            raise EngineError(
+                f"the JAX model has more than {MOST_OPERATIONS:,} operations when its loops are unrolled; "
+                "compare a shorter input or fewer layers"
+            )
+        return numbers
+
+    def _unrolled(self, params, inputs: list, place: str, caller: str) -> list:
+        """A scan, iteration by iteration."""
+        constants, carries, length = params["num_consts"], params["num_carry"], params["length"]
+        fixed, carry, xs = inputs[:constants], inputs[constants : constants + carries], inputs[constants + carries :]
+        order = range(length)[::-1] if params["reverse"] else range(length)
+        rows: list[list] = [[None] * length for _ in range(len(params["jaxpr"].jaxpr.outvars) - carries)]
+        for i in order:
+            slices = [self._record("row", [x], 1, {"index": i}, place, caller, _row)[0] for x in xs]
+            results = self.enter(*_open(params["jaxpr"]), [*fixed, *carry, *slices], place, caller)
+            carry = results[:carries]
+            for row, result in zip(rows, results[carries:], strict=True):
+                row[i] = result
+        stacked = [self._record("rows", row, 1, {}, place, caller, _rows)[0] for row in rows]
+        return [*carry, *stacked]
+
+
+def _row(x, *, index):
+    return x[index]
+
+
+def _rows(*xs):
+    return jax.numpy.stack(xs)
+
+
+def _compiled(primitive, params):
+    """Loops and branches that depend on data stay one operation."""
+
+    def bind(*arguments, **_):
+        return jax.jit(lambda *a: primitive.bind(*a, **params))(*arguments)
+
+    return bind
+
+
+def _open(body) -> tuple:
+    return (body.jaxpr, body.consts) if hasattr(body, "consts") else (body, ())
+
+
+def _to_host(x: Any) -> Any:
+    if hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x
+    return np.asarray(x)
+
+
+def _literal(atom) -> np.ndarray:
+    return np.asarray(atom.val, atom.aval.dtype)
+
+
+def _needed(operations: list[Operation], outputs: Iterable) -> list[Operation]:
+    needed = {x for x in outputs if not isinstance(x, Constant)}
+    kept = []
+    for operation in reversed(operations):
+        if needed.intersection(operation.outputs):
+            needed.update(x for x in operation.inputs if not isinstance(x, Constant))
+            kept.append(operation)
+    return kept[::-1]
+
+
+def _place(equation: Any) -> tuple[str, str]:
+    """The innermost line that is not a library's, and the library's function that it calls."""
+    traceback, called, library = equation.source_info.traceback, "", ""
+    for frame in traceback.frames if traceback else ():
+        if frame.file_name.startswith("<") or "/parity/models/" in frame.file_name:
+            continue
+        if is_library(frame.file_name, _LIBRARIES):
+            called, library = _shorter(frame.function_name), frame.file_name
+            continue
+        return short_place(frame.file_name, frame.line_num), called if library else ""
+    return "", called
+
+
+def _shorter(function: str) -> str:
+    parts = [p for p in function.split(".") if p not in ("<locals>", "<lambda>")]
+    return ".".join(parts[-2:])
+
+
+def is_library(file: str, libraries: Sequence[str]) -> bool:
+    _, packages, inside = file.rpartition("-packages/")
+    return bool(packages) and inside.partition("/")[0] in libraries
+
+
+def short_place(file: str, line: int) -> str:
+    """'my_model.py:12', or the path within a package: 'transformers/models/vit/modeling_vit.py:300'."""
+    _, packages, inside = file.rpartition("-packages/")
+    if packages:
+        return f"{inside}:{line}"
+    path = Path(file)
+    return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}:{line}"

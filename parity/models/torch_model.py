@@ -1,0 +1,303 @@
+"""PyTorch models: run in float64, watched through hooks and a dispatch mode; the user's module is copied, not changed."""
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch._decomp import get_decompositions
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from parity.engine.errors import EngineError
+from parity.models.model import Arrays, Inputs, NarrowCast, Recording, Step, Weight
+from parity.models.program import is_library, short_place
+
+aten = torch.ops.aten
+
+# Operations that only move or repeat numbers.
+LAYOUT = frozenset({
+    *("_reshape_alias", "_to_copy", "_unsafe_view", "alias", "as_strided", "cat", "clone", "constant_pad_nd", "copy_"),
+    *("detach", "embedding", "expand", "flip", "index", "index_select", "lift_fresh", "permute", "repeat", "roll"),
+    *("select", "slice", "split", "split_with_sizes", "squeeze", "stack", "t", "transpose", "unbind", "unsqueeze"),
+    *("view", "expand_copy", "permute_copy", "unfold", "narrow", "slice_scatter", "to", "broadcast_in_dim"),
+    *("unsafe_split", "unsafe_chunk", "reshape", "convert_element_type", "_reshape_copy", "contiguous", "flatten"),
+})  # fmt: skip
+# What one operation computes in several steps is taken apart, so that each step is a value that can be compared.
+_APART = get_decompositions([
+    *(aten.addmm, aten.baddbmm, aten.addbmm, aten.native_layer_norm, aten.native_group_norm, aten.gelu, aten.silu),
+    *(aten._softmax, aten._log_softmax, aten.mish, aten.hardswish, aten.hardsigmoid, aten.softplus, aten.elu),
+    *(aten.leaky_relu, aten._native_batch_norm_legit_no_training, aten.native_batch_norm, aten.addcmul, aten.addcdiv, aten.var_mean),
+])  # fmt: skip
+_LIBRARIES = ("torch",)
+# Files whose functions a user calls by name.
+_NAMED = ("torch/nn/functional.py", "torch/functional.py")
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class TorchModel:
+    framework = "PyTorch"
+    kind = "torch.nn.Module"
+
+    def __init__(self, module: torch.nn.Module, training: bool = False) -> None:
+        first = next(module.parameters(), None)
+        if first is not None and first.is_complex():
+            raise EngineError("the PyTorch model has complex parameters, which can't be compared yet")
+        if len({p.device for p in module.parameters()}) > 1:
+            raise EngineError("the PyTorch model lies on several devices; move it to one, with .cpu()")
+        self._module = copy.deepcopy(module).cpu().double()
+        self._module.train(training)
+        if training:
+            # Dropout differs in every call: it is off on both sides.
+            for part in self._module.modules():
+                if isinstance(part, torch.nn.modules.dropout._DropoutNd):
+                    part.eval()
+        self._tensors = self._named()
+        for name, tensor in self._tensors.items():
+            if tensor.device.type == "meta":
+                raise EngineError(f"{name} of the PyTorch model has no values (device meta); load its weights first")
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        """Floating-point parameters, then buffers; a tensor with several names once, under its first."""
+        found, seen = {}, set()
+        for name, tensor in (*self._module.named_parameters(), *self._module.named_buffers()):
+            if tensor.is_floating_point() and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[name] = tensor
+        return found
+
+    def tied(self) -> dict[str, str]:
+        """Further names of tensors that have several, and the first name of each."""
+        first: dict[int, str] = {id(t): n for n, t in reversed(self._tensors.items())}
+        every = self._module.named_parameters(remove_duplicate=False)
+        return {n: first[id(t)] for n, t in every if first.get(id(t), n) != n}
+
+    def weights(self) -> list[Weight]:
+        parameters = {id(p) for p in self._module.parameters()}
+        saved = set(self._module.state_dict(keep_vars=True))
+        return [
+            Weight(name, t.detach().numpy().copy(), id(t) in parameters, kept=name in saved)
+            for name, t in self._tensors.items()
+        ]
+
+    def run(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
+        with self._holding(weights), torch.no_grad():
+            return [x.detach().numpy().copy() for x in self._call(_tensors(inputs))]
+
+    def gradients(self, weights: Arrays, inputs: Inputs, cotangents: Sequence[np.ndarray]) -> tuple[Arrays, Arrays]:
+        values = _tensors(inputs)
+        floats = {n: x for n, x in zip(inputs.names(), values.values(), strict=True) if x.is_floating_point()}
+        for x in floats.values():
+            x.requires_grad_(True)
+        with self._holding(weights), _Lifted():
+            outputs = self._call(values)
+            loss = sum((o * torch.from_numpy(c)).sum() for o, c in zip(outputs, cotangents, strict=True))
+            parameters = {n: t for n, t in self._tensors.items() if isinstance(t, torch.nn.Parameter)}
+            for t in parameters.values():
+                t.requires_grad_(True)
+            wanted = [*parameters.values(), *floats.values()]
+            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+        arrays = [np.zeros(w.shape) if g is None else g.numpy() for w, g in zip(wanted, found, strict=True)]
+        return (
+            dict(zip(parameters, arrays, strict=False)),
+            dict(zip(floats, arrays[len(parameters) :], strict=True)),
+        )
+
+    def run_in_float32(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
+        with self._holding(weights), torch.no_grad():
+            narrow = copy.deepcopy(self._module).float()
+            values = [x.float() if x.is_floating_point() else x for x in _tensors(inputs).values()]
+            outputs = _floats(narrow, _tensors(inputs).with_values(values))
+            return [x.double().numpy() for x in outputs]
+
+    def state_after(self, weights: Arrays, inputs: Inputs) -> Arrays:
+        """Buffers after one call."""
+        with self._holding(weights), torch.no_grad():
+            self._call(_tensors(inputs))
+            return {
+                n: t.detach().numpy().copy()
+                for n, t in self._tensors.items()
+                if not isinstance(t, torch.nn.Parameter)
+            }
+
+    def record(self, weights: Arrays, inputs: Inputs) -> Recording:
+        watch = _Watch(self._module, self._tensors, lift=True)
+        with self._holding(weights), torch.no_grad():
+            values = _tensors(inputs)
+            watch.begin(dict(zip(inputs.names(), values.values(), strict=True)))
+            with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False), watch.watching():
+                outputs = self._call(values)
+        return watch.recording(outputs)
+
+    def narrow_casts(self, inputs: Inputs) -> list[NarrowCast]:
+        watch = _Watch(self._module, self._tensors, lift=False)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch.watching():
+            self._call(_tensors(inputs))
+        return list(dict.fromkeys(watch.narrow))
+
+    def _call(self, inputs: Inputs) -> list[torch.Tensor]:
+        return [x.double() for x in _floats(self._module, inputs)]
+
+    @contextlib.contextmanager
+    def _holding(self, weights: Arrays) -> Iterator[None]:
+        """These values in the module inside; its own afterwards."""
+        before = {name: t.detach().clone() for name, t in self._tensors.items()}
+        try:
+            with torch.no_grad():
+                for name, t in self._tensors.items():
+                    t.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
+            yield
+        finally:
+            with torch.no_grad():
+                for name, t in self._tensors.items():
+                    t.copy_(before[name])
+
+
+def _floats(module: torch.nn.Module, inputs: Inputs) -> list[torch.Tensor]:
+    """Its floating-point outputs."""
+    leaves = [x for x in _leaves(module(*inputs.arguments, **inputs.keywords)) if isinstance(x, torch.Tensor)]
+    if any(x.is_complex() for x in leaves):
+        raise EngineError("the PyTorch model returns complex numbers, which can't be compared yet; return real ones")
+    return [x for x in leaves if x.is_floating_point()]
+
+
+def _leaves(outputs: Any) -> list[Any]:
+    """Tensors of nested outputs in order: of a dataclass-like output of transformers as well."""
+    if hasattr(outputs, "to_tuple"):
+        outputs = outputs.to_tuple()
+    if isinstance(outputs, dict):
+        return [x for value in outputs.values() for x in _leaves(value)]
+    if isinstance(outputs, list | tuple):
+        return [x for value in outputs for x in _leaves(value)]
+    return [outputs]
+
+
+def _tensors(inputs: Inputs) -> Inputs:
+    def tensor(x):
+        array = np.asarray(x)
+        if array.dtype.kind == "f":
+            array = array.astype(np.float64)
+        elif array.dtype == np.int32:
+            array = array.astype(np.int64)  # what embeddings and losses of PyTorch expect
+        return torch.from_numpy(np.array(array))
+
+    return inputs.with_values([tensor(x) for x in inputs.values()])
+
+
+class _Lifted(TorchDispatchMode):
+    """Casts to narrower types become casts to float64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        args, kwargs = _lifted_arguments(args, dict(kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _lifted_arguments(args, kwargs):
+    return tree_map(lambda x: torch.float64 if isinstance(x, torch.dtype) and x in _NARROW else x, (args, kwargs))
+
+
+class _Watch(TorchDispatchMode):
+    """Records what every operation computes. With `lift`, casts to narrower types become casts to float64."""
+
+    def __init__(self, module: torch.nn.Module, tensors: dict[str, torch.Tensor], lift: bool) -> None:
+        super().__init__()
+        self._module, self._lift = module, lift
+        self._numbers: dict[int, int] = {}
+        self._alive: list[Any] = []  # so that no identity is given twice
+        self._stack: list[str] = []
+        self.values: dict[int, np.ndarray] = {}
+        self.steps: list[Step] = []
+        self.narrow: list[NarrowCast] = []
+        self._weights = {self._new(t): name for name, t in tensors.items()} if lift else {}
+        self._inputs: dict[int, str] = {}
+
+    def begin(self, inputs: dict[str, torch.Tensor]) -> None:
+        for number, name in self._weights.items():
+            self.values[number] = dict(self._named_values())[name]
+        for name, x in inputs.items():
+            number = self._new(x)
+            self._inputs[number] = name
+            self.values[number] = x.detach().numpy().copy()
+
+    def _named_values(self):
+        for name, t in (*self._module.named_parameters(), *self._module.named_buffers()):
+            yield name, t.detach().numpy().copy()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        hooks = []
+        for name, part in self._module.named_modules():
+            hooks.append(part.register_forward_pre_hook(lambda *_, name=name: self._stack.append(name)))
+            hooks.append(part.register_forward_hook(lambda *_: self._leave(), always_call=True))
+        try:
+            with self:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _leave(self) -> None:
+        self._stack.pop()
+
+    def recording(self, outputs: Sequence[torch.Tensor]) -> Recording:
+        numbers = [self._numbers[id(x)] for x in outputs]
+        return Recording(self.values, self.steps, self._weights, self._inputs, numbers)
+
+    def _new(self, tensor: torch.Tensor) -> int:
+        number = len(self._alive)
+        self._alive.append(tensor)
+        self._numbers[id(tensor)] = number
+        return number
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if self._lift:
+            if func in _APART and not _is_integer(args):
+                with self:
+                    return _APART[func](*args, **kwargs)
+            if func is aten.convolution.default and args[2] is not None:
+                with self:
+                    bare = aten.convolution.default(*args[:2], None, *args[3:], **kwargs)
+                    return bare + args[2].reshape(-1, *[1] * (bare.ndim - 2))
+            args, kwargs = _lifted_arguments(args, kwargs)
+        result = func(*args, **kwargs)
+        place, caller = _place()
+        name = func.overloadpacket.__name__
+        sources = [self._numbers[id(x)] for x in tree_flatten((args, kwargs))[0] if id(x) in self._numbers]
+        for x in tree_flatten(result)[0]:
+            if not isinstance(x, torch.Tensor):
+                continue
+            if not self._lift:
+                if x.dtype in _NARROW and name == "_to_copy":
+                    self.narrow.append(NarrowCast(str(x.dtype).removeprefix("torch."), place))
+                continue
+            number = self._new(x)
+            if x.dtype == torch.float64 or not x.is_floating_point():
+                self.values[number] = x.detach().clone().numpy() if not x.is_complex() else np.zeros(0)
+            module = self._stack[-1] if self._stack else ""
+            self.steps.append(
+                Step(number, name, caller, place, module, tuple(sources), name in LAYOUT or name.rstrip("_") in LAYOUT)
+            )
+        return result
+
+
+def _is_integer(args) -> bool:
+    return isinstance(args[0], torch.Tensor) and not args[0].is_floating_point()
+
+
+def _place() -> tuple[str, str]:
+    """The innermost line outside PyTorch, and the function of PyTorch that it calls."""
+    frame, caller = sys._getframe(2), ""
+    while frame is not None:
+        code = frame.f_code
+        if is_library(code.co_filename, _LIBRARIES):
+            if code.co_filename.endswith(_NAMED) and code.co_name not in ("forward", "inner"):
+                caller = code.co_name.lstrip("_")
+        elif "/parity/models/" not in code.co_filename:
+            return short_place(code.co_filename, frame.f_lineno), caller
+        frame = frame.f_back
+    return "", caller

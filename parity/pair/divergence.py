@@ -1,0 +1,267 @@
+"""Where two models part: the first value, in order of computation, that one has and the other doesn't.
+
+Values are found on the other side by their elements, whatever the layout. Two right programs needn't share every value
+(one squares and subtracts, the other subtracts and squares); what isn't shared is no difference as long as everything
+that is made of it is. The first value from which that fails is where they part.
+"""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from parity.models.model import Recording, Step
+from parity.pair.fingerprints import CLOSE, Index, fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """The first value of each side that the other doesn't have."""
+
+    reference: str
+    candidate: str
+    difference: float
+    """Relative to the largest magnitude, elements in order of size; infinite where the sizes differ."""
+    lines: list[str]
+    """The candidate's lines that can be the cause, the likeliest first."""
+    agreeing: int
+    """How many computed values agree before it."""
+    candidate_step: Step | None = dataclasses.field(default=None, repr=False, compare=False)
+    reference_step: Step | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.candidate} differs from {self.reference} of the reference by {self.difference:.1e}; "
+            f"{self.agreeing} values before it agree"
+        )
+
+
+class _Side:
+    """One recording, and what is known of its values."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording, self.values = recording, recording.values
+        self.by_number = {s.number: s for s in recording.steps}
+        self.users: dict[int, list[Step]] = defaultdict(list)
+        for step in recording.steps:
+            for source in step.sources:
+                self.users[source].append(step)
+        self.from_data = set(recording.inputs) | set(recording.weights)
+        for step in recording.steps:
+            if any(s in self.from_data for s in step.sources):
+                self.from_data.add(step.number)
+        self.from_weights = set(recording.weights)
+        for step in recording.steps:
+            if step.sources and all(s in self.from_weights for s in step.sources):
+                self.from_weights.add(step.number)
+        self.index = Index(self._searchable())
+        self.matches: dict[int, list[int]] = {}
+        self.agreed: set[int] = set()
+        self.right: set[int] = set()
+
+    def _searchable(self) -> Iterable[tuple[int, np.ndarray]]:
+        for step in self.recording.steps:
+            value = self.values.get(step.number)
+            if isinstance(value, np.ndarray) and step.number not in self.from_weights:
+                yield step.number, value
+                if not step.layout and value.ndim > 1:
+                    for count in (2, 3, 4):
+                        if value.shape[-1] % count == 0 and value.shape[-1] > count:
+                            yield from ((step.number, part) for part in np.split(value, count, -1))
+
+    def match(self, other: "_Side") -> None:
+        """Find which values the other side has, and which follow from such by moving numbers."""
+        self.agreed = set(self.recording.weights) | set(self.recording.inputs)
+        for step in self.recording.steps:
+            value = self.values.get(step.number)
+            found = other.index.find(value, CLOSE) if isinstance(value, np.ndarray) else []
+            if found:
+                self.matches[step.number] = found
+                self.agreed.add(step.number)
+            elif step.layout or not isinstance(value, np.ndarray) or fingerprint(value) is None:
+                if all(s in self.agreed for s in step.sources):
+                    self.agreed.add(step.number)
+
+    def settle(self, right_outputs: set[int]) -> None:
+        """Values that agree, or whose every use does."""
+        outputs = set(self.recording.outputs)
+        self.right = set(self.recording.weights) | set(self.recording.inputs)
+        for step in reversed(self.recording.steps):
+            n = step.number
+            if n in outputs:
+                fine = n in right_outputs
+            else:
+                users = self.users[n]
+                fine = n in self.agreed or (bool(users) and all(u.number in self.right for u in users))
+            if fine:
+                self.right.add(n)
+
+    def frontier(self) -> list[Step]:
+        """Wrong values that are computed from right ones, in order."""
+        used = self._used()
+        found = []
+        for step in self.recording.steps:
+            if step.number in self.right or step.number not in self.from_data or step.number not in used:
+                continue
+            if all(s in self.right or s not in self.from_data for s in step.sources):
+                found.append(step)
+        return found
+
+    def _used(self) -> set[int]:
+        used = set(self.recording.outputs)
+        for step in reversed(self.recording.steps):
+            if step.number in used:
+                used.update(step.sources)
+        return used
+
+    def origins(self, step: Step) -> list[tuple[int, list[Step]]]:
+        """Of each operand the value that it is by moving numbers alone, and the steps that move them."""
+        return [self._origin(s) for s in step.sources]
+
+    def _origin(self, number: int) -> tuple[int, list[Step]]:
+        chain = []
+        while (step := self.by_number.get(number)) is not None and step.layout and step.sources:
+            chain.append(step)
+            number = next((s for s in step.sources if s in self.from_data), step.sources[0])
+        return number, chain
+
+    def made_of(self, number: int) -> list[Step]:
+        """The steps behind a value that doesn't depend on the inputs: a table, a mask."""
+        found, queue = [], [number]
+        while queue:
+            step = self.by_number.get(queue.pop())
+            if step is not None and step not in found:
+                found.append(step)
+                queue.extend(step.sources)
+        return found
+
+
+def locate(
+    candidate: Recording, reference: Recording, right_outputs: Sequence[bool], weights: dict[str, Sequence[str]]
+) -> Divergence | None:
+    """The first divergence; None if no output differs. `right_outputs` says which of the candidate's outputs equal the
+    reference's; `weights` which of the reference's weights each of the candidate's is made of."""
+    if all(right_outputs):
+        return None
+    ours, theirs = _Side(candidate), _Side(reference)
+    ours.match(theirs)
+    theirs.match(ours)
+    ours.settle({n for n, right in zip(candidate.outputs, right_outputs, strict=True) if right})
+    theirs.settle({n for n, right in zip(reference.outputs, right_outputs, strict=False) if right})
+    fronts = ours.frontier(), theirs.frontier()
+    agreeing = sum(n in ours.matches for n in ours.agreed)
+    if not fronts[0]:
+        return _of_outputs(ours, theirs, right_outputs, agreeing)
+    step = fronts[0][0]
+    before = sum(s.number in ours.matches for s in candidate.steps if s.number < step.number)
+    operands = _operands(ours, step, weights)
+    partner = _partner(theirs, fronts[1], operands)
+    lines = _lines(ours, theirs, step, partner, operands)
+    return Divergence(
+        str(partner) if partner else "nothing that it computes",
+        str(step),
+        _difference(ours, theirs, step, partner),
+        lines,
+        before,
+        step,
+        partner,
+    )
+
+
+def _of_outputs(ours: _Side, theirs: _Side, right: Sequence[bool], agreeing: int) -> Divergence:
+    """All values agree, and an output is another one of them or has another order."""
+    which = list(right).index(False)
+    number = ours.recording.outputs[which]
+    step = ours.by_number.get(number)
+    theirs_number = theirs.recording.outputs[min(which, len(theirs.recording.outputs) - 1)]
+    partner = theirs.by_number.get(theirs_number)
+    chain = [step, *ours._origin(number)[1]] if step else []
+    lines = list(dict.fromkeys(s.place for s in chain if s and s.place))
+    difference = _difference(ours, theirs, step, partner) if step and partner else math.inf
+    return Divergence(str(partner), f"{step}, an output with other values or in another order", difference, lines, agreeing, step, partner)
+
+
+Operand = tuple[set, list[Step], int]
+
+
+def _operands(ours: _Side, step: Step, weights: dict[str, Sequence[str]]) -> list[Operand]:
+    """Of each operand: what it is in the reference, the steps that move its numbers, its own number."""
+    found = []
+    for number, chain in ours.origins(step):
+        if number in ours.recording.weights:
+            names = weights.get(ours.recording.weights[number], ())
+            found.append(({("weight", n) for n in names}, chain, number))
+        elif number in ours.recording.inputs:
+            found.append(({("input", list(ours.recording.inputs).index(number))}, chain, number))
+        else:
+            found.append((set(ours.matches.get(number, ())), chain, number))
+    return found
+
+
+def _identity(theirs: _Side, number: int) -> object:
+    if number in theirs.recording.weights:
+        return "weight", theirs.recording.weights[number]
+    if number in theirs.recording.inputs:
+        return "input", list(theirs.recording.inputs).index(number)
+    return number
+
+
+def _identities(theirs: _Side, step: Step) -> set:
+    """Everything that an operand of the step is on its way through layouts."""
+    found = set()
+    for source in step.sources:
+        number, chain = theirs._origin(source)
+        found |= {_identity(theirs, number), *(s.number for s in chain)}
+    return found
+
+
+def _partner(theirs: _Side, front: list[Step], operands: list[Operand]) -> Step | None:
+    """The reference's wrong value that is made of most of the same."""
+
+    def shared(step: Step) -> int:
+        identities = _identities(theirs, step)
+        return sum(bool(what & identities) for what, _, _ in operands)
+
+    return max(front, key=lambda s: (shared(s), -s.number), default=None)
+
+
+def _lines(ours: _Side, theirs: _Side, step: Step, partner: Step | None, operands: list[Operand]) -> list[str]:
+    identities = _identities(theirs, partner) if partner else set()
+    foreign, moved, tables = [], [], []
+    for what, chain, number in operands:
+        if number not in ours.from_data:
+            tables += ours.made_of(number)
+            continue
+        moved += chain
+        if partner and what and not what & identities and number in ours.by_number:
+            foreign.append(ours.by_number[number])
+            moved += ours._origin(number)[1]
+    suspects = [*foreign, step, *moved, *tables]
+    if partner and _kind(step) != _kind(partner):
+        # An operation that the candidate doesn't have belongs where its operand is made.
+        suspects += [ours.by_number[n] for _, _, n in operands if n in ours.by_number]
+    if all(what & identities for what, _, n in operands if n in ours.from_data) and moved and partner:
+        # The same operands and the same kind of operation: it is how they are laid out.
+        suspects = [step, *moved, *tables]
+    return list(dict.fromkeys(s.place for s in suspects if s.place))
+
+
+_KINDS = ({"mm", "bmm", "dot_general", "matmul"}, {"add", "add_", "add_any"}, {"sub", "sub_", "rsub"}, {"mul", "mul_"})
+
+
+def _kind(step: Step) -> object:
+    return next((i for i, names in enumerate(_KINDS) if step.primitive in names), step.primitive.rstrip("_"))
+
+
+def _difference(ours: _Side, theirs: _Side, step: Step, partner: Step | None) -> float:
+    if partner is None:
+        return math.inf
+    a, b = ours.values[step.number], theirs.values.get(partner.number)
+    if b is None or np.size(a) != np.size(b):
+        return math.inf
+    a, b = np.sort(np.ravel(a)), np.sort(np.ravel(b))
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return math.nan
+    return float(np.abs(a - b).max() / (np.abs(b).max() or 1.0))

@@ -1,0 +1,358 @@
+"""Inferring the mapping of weights: by names, shapes and order of use, and by following values.
+
+The source has run, and every value that it computed is known. The target's program is evaluated operation by operation;
+where it needs a weight, the source's tensors that fit by shape are tried, the most likely first, and one is accepted
+when a value that the target computes with it occurs in the source. Where none does, names decide, and the source's
+value is put in the place of the target's, so that what follows can be told apart from what went wrong.
+"""
+
+import dataclasses
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from parity.models.jax_model import LAYOUT
+from parity.models.model import Arrays, Recording, Weight
+from parity.models.program import Constant, Operation, Program, evaluate
+from parity.pair import candidates, layouts
+from parity.pair.fingerprints import CLOSE, NEAR, Index
+from parity.pair.mapping import Row
+from parity.pair.naming import alike
+from parity.pair.transforms import Transform
+
+MOST_OPERATIONS = 60
+"""Of the target's program that follow a weight's first use, until a value that the source has must appear."""
+MOST_TRIALS = 200
+"""Of candidates for one weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    source: tuple[str, ...]
+    transform: Transform
+    likely: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Substitution:
+    """A value of the target in whose place the source's was put, because the two differ."""
+
+    weight: str
+    target: int
+    source: int
+
+
+class Inference:
+    """One inference: `rows` are what it found, `substitutions` where values disagreed on the way."""
+
+    def __init__(self, recording: Recording, source: dict[str, Weight], weights: Arrays, program: Program,
+                 target: dict[str, Weight], inputs: Sequence[np.ndarray], ignore: Sequence[str]) -> None:  # fmt: skip
+        self._recording, self._weights, self._program = recording, weights, program
+        self._index = Index(_searchable(recording))
+        self._shapes = {n: weights[n].shape for n, w in source.items() if n not in ignore}
+        self._order = {n: i for i, n in enumerate(_order_of_use(recording))}
+        self._values: dict[int, Any] = dict(zip(program.inputs, inputs, strict=True))
+        self._used: Counter[str] = Counter()
+        self._forms: dict[tuple, Counter[str]] = defaultdict(Counter)
+        self._layouts = layouts.Layouts()
+        self._users: dict[int, list[int]] = defaultdict(list)
+        for position, operation in enumerate(program.operations):
+            for x in operation.inputs:
+                if not isinstance(x, Constant):
+                    self._users[x].append(position)
+        self._kept = [n for n, w in source.items() if w.kept]
+        self._groups = candidates.groups({n: s for n, s in self._shapes.items() if n in set(self._kept)})
+        self.rows: list[Row] = []
+        self.substitutions: list[Substitution] = []
+        self._units = self._find_units(list(target), ignore)
+        self._from_weights = _weight_only(program)
+        self._chosen: dict[int, tuple[Candidate, bool, tuple[str, ...]]] = {}
+        self._run()
+        self._collect(list(target))
+
+    def _find_units(self, names: list[str], ignore: Sequence[str]) -> dict[int, tuple[str, int | None, tuple[int, ...]]]:
+        """Numbers of the values that are unknown weights: whole ones, and each layer's row of one that a scan walks."""
+        shapes: dict[int, tuple[str, int | None, tuple[int, ...]]] = {}
+        target_shapes = self._program_shapes(names)
+        for number, name in zip(self._program.weights, names, strict=True):
+            users = [self._program.operations[p] for p in self._users[number]]
+            if users and all(o.primitive == "row" for o in users):
+                for o in users:
+                    shapes[o.outputs[0]] = (name, o.params["index"], target_shapes[name][1:])
+            else:
+                shapes[number] = (name, None, target_shapes[name])
+        return shapes
+
+    def _program_shapes(self, names: list[str]) -> dict[str, tuple[int, ...]]:
+        return {n: tuple(s) for n, s in zip(names, self._program.weight_shapes, strict=True)}
+
+    # --- Walking the program ---
+
+    def _run(self) -> None:
+        for position, operation in enumerate(self._program.operations):
+            if operation.primitive == "row" and operation.outputs[0] in self._units:
+                continue
+            for x in operation.inputs:
+                if not isinstance(x, Constant) and x in self._units and x not in self._values:
+                    self._look_ahead(position)
+                    self._choose(x)
+            if operation.outputs[0] not in self._values:
+                evaluate(operation, self._values, lifted=True)
+            self._learn_layout(operation)
+            self._substitute_if_due(operation)
+
+    def _look_ahead(self, position: int) -> None:
+        """Evaluate what comes next and needs no unknown weight: trials meet it."""
+        for operation in self._program.operations[position : position + 4 * MOST_OPERATIONS]:
+            known = all(isinstance(x, Constant) or x in self._values for x in operation.inputs)
+            if known and operation.outputs[0] not in self._values and operation.outputs[0] not in self._units:
+                evaluate(operation, self._values, lifted=True)
+
+    def _choose(self, unit: int) -> None:
+        name, _, shape = self._units[unit]
+        ranked = self._candidates(name, shape)
+        found: list[tuple[Candidate, int]] = []
+        for close in (CLOSE, NEAR):
+            for candidate in ranked[:MOST_TRIALS]:
+                if found and candidate.likely < found[0][0].likely - 1.0:
+                    break
+                if self._agrees(unit, candidate, close):
+                    found.append((candidate, 1))
+                    if len(found) > 3:
+                        break
+            if found:
+                break
+        if found:
+            chosen = found[0][0]
+            others = [c for c, _ in found[1:] if c.source != chosen.source and c.likely > chosen.likely - 0.05]
+            self._take(unit, chosen, True, tuple(" + ".join(c.source) for c in others))
+        elif ranked:
+            rivals = [c for c in ranked[1:] if c.source != ranked[0].source and c.likely > ranked[0].likely - 0.05]
+            self._take(unit, ranked[0], False, tuple(" + ".join(c.source) for c in rivals[:4]))
+        else:
+            self._values[unit] = np.zeros(shape)
+
+    def _take(self, unit: int, candidate: Candidate, verified: bool, alternatives: tuple[str, ...]) -> None:
+        self._values[unit] = self._made(candidate)
+        self._chosen[unit] = (candidate, verified, alternatives)
+        name, _, shape = self._units[unit]
+        self._forms[self._family(name, len(shape))][candidate.transform.form] += 2 if verified else 1
+        for n in candidate.source:
+            self._used[n] += 1
+
+    def _made(self, candidate: Candidate) -> np.ndarray:
+        return np.ascontiguousarray(candidate.transform(*(self._weights[n] for n in candidate.source)))
+
+    def _agrees(self, unit: int, candidate: Candidate, close: float) -> bool:
+        """Whether one of the values computed with the candidate occurs in the source."""
+        trial = _Overlay(self._values)
+        trial[unit] = self._made(candidate)
+        queue, seen, count = list(self._users[unit]), set(), 0
+        heapq.heapify(queue)
+        while queue and count < MOST_OPERATIONS:
+            position = heapq.heappop(queue)
+            if position in seen:
+                continue
+            seen.add(position)
+            operation = self._program.operations[position]
+            if any(not isinstance(x, Constant) and x not in trial for x in operation.inputs):
+                continue
+            if operation.primitive == "row" and operation.outputs[0] in self._units:
+                continue
+            evaluate(operation, trial, lifted=True)
+            count += 1
+            for x in operation.outputs:
+                if x not in self._from_weights and operation.primitive not in _REPEATS:
+                    value = trial[x]
+                    if isinstance(value, np.ndarray) and self._index.find(value, close):
+                        return True
+                for user in self._users[x]:
+                    heapq.heappush(queue, user)
+        return False
+
+    # --- Candidates ---
+
+    def _candidates(self, name: str, shape: tuple[int, ...]) -> list[Candidate]:
+        found: list[Candidate] = []
+        for source, transform in self._fitting(shape):
+            found.append(Candidate(source, transform, self._likely(name, len(shape), source, transform)))
+        return sorted(found, key=lambda c: -c.likely)
+
+    def _fitting(self, shape: tuple[int, ...]) -> Iterator[tuple[tuple[str, ...], Transform]]:
+        for n, s in self._shapes.items():
+            for kind in (candidates.one_to_one, candidates.part_of, candidates.padded):
+                for transform in kind(s, shape):
+                    yield (n,), transform
+        for names in self._groups:
+            for transform in candidates.of_group(names, self._shapes, shape):
+                yield names, transform
+
+    def _likely(self, name: str, rank: int, source: tuple[str, ...], transform: Transform) -> float:
+        """How likely this is right by names, order, what its siblings did and how usual the transform is."""
+        names = max(alike(name, n) for n in source) if len(source) == 1 else np.mean([alike(name, n) for n in source])
+        unused = -2.0 * any(self._used[n] for n in source) * (not _is_part(transform))
+        forms = self._forms[self._family(name, rank)]
+        usual = 0.6 * forms[transform.form] / forms.total() if forms else 0.0
+        after = np.mean([self._order.get(n, len(self._order)) for n in source])
+        expected = len([n for n in self._order if self._used[n]])
+        distance = abs(after - expected) / max(1, len(self._order))
+        plain = -0.05 * len(transform.steps) - 0.3 * (len(source) > 1) - 0.2 * _is_part(transform)
+        return float(names + unused + usual - 0.5 * distance + plain + self._convention(name, rank, transform))
+
+    def _convention(self, name: str, rank: int, transform: Transform) -> float:
+        """Before siblings are known: kernels are transposed, embeddings aren't."""
+        leaf = name.rpartition(".")[2].lower()
+        if rank == 2 and leaf in ("kernel", "w"):
+            return 0.2 * (transform.form.endswith("transpose"))
+        return 0.2 * (transform.form == "") if rank == 2 else 0.0
+
+    def _family(self, name: str, rank: int) -> tuple:
+        return name.rpartition(".")[2], rank
+
+    # --- Going on after a difference ---
+
+    def _learn_layout(self, operation: Operation) -> None:
+        if operation.primitive in LAYOUT:
+            return
+        for x in operation.outputs:
+            value = self._values[x]
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim > 1:
+                for number in self._index.find(value)[:1]:
+                    self._layouts.learn(self._recording.values[number], value)
+
+    def _substitute_if_due(self, operation: Operation) -> None:
+        """After the first operation that combines an unverified weight with data, go on with the source's value."""
+        for x in operation.inputs:
+            origin = None if isinstance(x, Constant) else self._unit_behind(x)
+            if origin is None or self._chosen.get(origin, (None, True))[1]:
+                continue
+            candidate = self._chosen[origin][0]
+            if len(candidate.source) > 1 or operation.outputs[0] in self._from_weights:
+                continue
+            value = self._values[operation.outputs[0]]
+            for number in _first_uses(self._recording, candidate.source[0]):
+                theirs = self._recording.values.get(number)
+                if theirs is None or not isinstance(value, np.ndarray) or theirs.size != value.size:
+                    continue
+                laid_out = self._layouts.apply(theirs, value.shape)
+                if laid_out is not None and not np.array_equal(laid_out, value):
+                    self._values[operation.outputs[0]] = laid_out
+                    self.substitutions.append(Substitution(self._units[origin][0], operation.outputs[0], number))
+                    return
+
+    def _unit_behind(self, x: int) -> int | None:
+        """The weight that this value is, through operations on weights alone."""
+        while x not in self._units:
+            if x not in self._from_weights:
+                return None
+            operation = self._from_weights[x]
+            sources = [s for s in operation.inputs if not isinstance(s, Constant)]
+            if len(sources) != 1:
+                return None
+            x = sources[0]
+        return x
+
+    # --- Results ---
+
+    def _collect(self, names: list[str]) -> None:
+        by_name: dict[str, dict[int | None, int]] = defaultdict(dict)
+        for unit in self._chosen:
+            name, index, _ = self._units[unit]
+            by_name[name][index] = unit
+        for name in names:
+            rows = by_name.get(name)
+            if not rows:
+                continue
+            if None in rows:
+                candidate, verified, alternatives = self._chosen[rows[None]]
+                self.rows.append(Row(candidate.source, candidate.transform, name, verified, alternatives))
+            else:
+                self.rows.append(_stacked(name, [self._chosen[rows[i]] for i in sorted(rows)]))
+
+
+def _stacked(name: str, layers: list[tuple[Candidate, bool, tuple[str, ...]]]) -> Row:
+    """A weight of which every layer is a row."""
+    transforms = {c.transform for c, _, _ in layers}
+    sources = tuple(n for c, _, _ in layers for n in c.source)
+    verified = all(v for _, v, _ in layers)
+    if len(transforms) == 1 and all(len(c.source) == 1 for c, _, _ in layers):
+        return Row(sources, Transform((("each", ()), *transforms.pop().steps)), name, verified)
+    return Row(sources, Transform((("stack", (0,)),)), name, False)
+
+
+def _is_part(transform: Transform) -> bool:
+    return any(kind in ("chunk", "interleaved") for kind, _ in transform.steps)
+
+
+# Operations whose result has its operand's elements again: no evidence of their own.
+_REPEATS = frozenset({"convert_element_type", "copy", "stop_gradient", "optimization_barrier"})
+
+
+class _Overlay(dict):
+    """Values on top of others that stay as they are."""
+
+    def __init__(self, below: dict[int, Any]) -> None:
+        super().__init__()
+        self._below = below
+
+    def __missing__(self, key: int) -> Any:
+        return self._below[key]
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in self._below
+
+
+def _weight_only(program: Program) -> dict[int, Operation]:
+    """Values that depend on weights and constants alone, and what computes them."""
+    from_data, alone = set(program.inputs), {}
+    for operation in program.operations:
+        sources = [x for x in operation.inputs if not isinstance(x, Constant)]
+        if any(x in from_data for x in sources):
+            from_data.update(operation.outputs)
+        else:
+            alone |= dict.fromkeys(operation.outputs, operation)
+    return alone
+
+
+def _searchable(recording: Recording) -> Iterator[tuple[int, np.ndarray]]:
+    """Values that are evidence: not weights or what is made of weights alone, and each once."""
+    alone = set(recording.weights)
+    for step in recording.steps:
+        x = recording.values.get(step.number)
+        if step.sources and all(s in alone for s in step.sources):
+            alone.add(step.number)
+        elif x is not None and step.sources:
+            yield step.number, x
+            # What is split only after a sum: gates, or q, k and v, as the other side computes them one by one.
+            if step.primitive in ("mm", "bmm", "add", "add_", "addmm") and x.ndim > 1:
+                for count in (2, 3, 4):
+                    if x.shape[-1] % count == 0 and x.shape[-1] > count:
+                        for part in np.split(x, count, -1):
+                            yield step.number, part
+
+
+def _order_of_use(recording: Recording) -> list[str]:
+    behind = {n: name for n, name in recording.weights.items()}
+    order: dict[str, None] = {}
+    for step in recording.steps:
+        for s in step.sources:
+            if s in behind:
+                order.setdefault(behind[s])
+    return list(order)
+
+
+def _first_uses(recording: Recording, weight: str) -> Iterator[int]:
+    """The values that a weight is combined with data into."""
+    mine = {n for n, name in recording.weights.items() if name == weight}
+    alone = set(recording.weights)
+    for step in recording.steps:
+        if all(s in alone for s in step.sources):
+            alone.add(step.number)
+            if mine.intersection(step.sources):
+                mine.add(step.number)
+        elif mine.intersection(step.sources):
+            yield step.number
+

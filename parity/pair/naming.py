@@ -1,0 +1,60 @@
+"""How alike two names of weights are, across the habits of frameworks: 'h.0.attn.q_proj.weight', 'layers_0.query.kernel'."""
+
+import functools
+import re
+from collections import Counter
+
+# One word for each group; the first is what the others become.
+_GROUPS = (
+    "weight kernel w gamma scale embedding embeddings",
+    "bias b beta offset",
+    "q query queries wq",
+    "k key keys wk",
+    "v value values wv",
+    "attn attention self selfattention sa mha mixer",
+    "cross crossattention encdec xattn",
+    "proj projection linear dense fc lin conv",
+    "out o output wo",
+    "mlp ffn ff feedforward intermediate",
+    "norm ln layernorm rmsnorm layer_norm bn batchnorm groupnorm gn",
+    "embed embeddings wte tok token tokens word vocab patch",
+    "pos position positions positional wpe",
+    "head classifier logits lm cls score",
+    "up wi fc1",
+    "down fc2",
+    "mean running_mean",
+    "var variance running_var",
+    "layer layers block blocks h stage stages",
+    "gate g",
+    "enc encoder",
+    "dec decoder",
+)
+_WORDS = {word: group.split()[0] for group in _GROUPS for word in group.split()}
+_LEAVES = ("weight", "bias", "mean", "var")
+
+
+@functools.lru_cache(maxsize=100_000)
+def parts(name: str) -> tuple[Counter, tuple[int, ...], str]:
+    """Its words, its numbers, and what kind of tensor it is by its last word."""
+    name = re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower().replace("running_", "")
+    words = [w for w in re.split(r"[._/\s]+", name) if w]
+    split = []
+    for word in words:
+        split += [word] if word in _WORDS else re.findall(r"\d+|[a-z]+", word)
+    numbers = tuple(int(w) for w in split if w.isdigit())
+    plain = [_WORDS.get(w, w) for w in split if not w.isdigit()]
+    leaf = plain[-1] if plain and plain[-1] in _LEAVES else ""
+    return Counter(plain), numbers, leaf
+
+
+def alike(a: str, b: str) -> float:
+    """From 0 for nothing in common to 3 for the same words, numbers and kind."""
+    (words_a, numbers_a, leaf_a), (words_b, numbers_b, leaf_b) = parts(a), parts(b)
+    total = words_a.total() + words_b.total()
+    common = 2 * (words_a & words_b).total() / total if total else 0.0
+    return common + (numbers_a == numbers_b) + (bool(leaf_a) and leaf_a == leaf_b)
+
+
+def pattern(name: str) -> str:
+    """The name with its numbers left out: what the same tensor of every layer has in common."""
+    return re.sub(r"\d+", "*", name)
