@@ -428,6 +428,7 @@ VIT = Pair(
     ),
     to_candidate=channels_last,
     differs_at=("jax.nn.gelu(self.linear1(layer_output))",),
+    hint="GELU",
 )
 
 # --- dinov3: rotary positions in two dimensions; the checkout rounds them to bfloat16, and its GELU is the tanh form -
@@ -497,6 +498,7 @@ DINOV3 = Pair(
         "sin = sin.astype(jnp.bfloat16)",
         "self.down_proj(self.act_fn(self.up_proj(x)))",
     ),
+    hint="GELU|bfloat16",
 )
 
 # --- whisper, the encoder: convolutions over time, keys without a bias; the GELU of its convolutions is the tanh form
@@ -557,7 +559,9 @@ WHISPER = Pair(
     ),
     to_candidate=channels_last,
     differs_at=("jax.nn.gelu(self.conv1(input_features))", "jax.nn.gelu(self.conv2(inputs_embeds))"),
-    without_source=(r"layers\.\d\.self_attn\.key\.bias",),
+    hint="GELU",
+    # A bias of the keys adds the same to all scores of a query: softmax takes it away.
+    ignore=("layers.0.self_attn.key.bias", "layers.1.self_attn.key.bias"),
 )
 
 # --- convnext: depthwise convolutions; the original's norms have an epsilon of 1e-6, the checkout's of 1e-12 ---------
@@ -619,6 +623,7 @@ CONVNEXT = Pair(
         "x = l(x)",
         "x = self.norm(self.dwconv(x))",
     ),
+    hint="epsilon",
 )
 
 # --- gemma3, the text model: two kinds of attention, a tied head; the embeddings' scale is rounded to bfloat16 -------
@@ -710,6 +715,7 @@ GEMMA3 = Pair(
         Rule(r"language_model\.norm\.scale", "model.norm.weight"),
     ),
     differs_at=("self.weight(input_ids, out_sharding=shd) * self.embed_scale", "dtype=jnp.bfloat16).astype"),
+    hint="bfloat16|scale|factor",
 )
 
 PAIRS = (QWEN3, UMT5, MAMBA2, RESNET, VIT, DINOV3, WHISPER, CONVNEXT, GEMMA3)
@@ -725,7 +731,8 @@ def main() -> None:
     checkout = Checkout(arguments.checkout, arguments.mended)
     # A mended pair has nothing that is known to differ.
     chosen = [dataclasses.replace(p, differs_at=()) if arguments.mended else p for p in arguments.pairs]
-    raise SystemExit(pairs.run(chosen, arguments.by_hand, checkout, arguments.checkout))
+    models = arguments.checkout / "bonsai" / "models"
+    raise SystemExit(pairs.run(chosen, arguments.by_hand, checkout, lambda pair: models / pair.name))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import transformers
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
+
+import parity
 
 # --- layouts: how a candidate's tensor is made of the reference's --------------------------------------------------
 
@@ -80,7 +83,8 @@ class Pair:
     """A PyTorch model, its port to JAX, and what is known of them.
 
     `make_candidate` gets what the command was given (a checkout). `differs_at` are pieces of the candidate's source
-    lines that compute something else than the reference does; empty where the two are the same.
+    lines that compute something else than the reference does, empty where the two are the same; `hint` is what a hint
+    must say of them, a regular expression. `ignore` are tensors that only one side has, and that no output depends on.
     """
 
     name: str
@@ -90,7 +94,8 @@ class Pair:
     rules: tuple[Rule, ...]
     to_candidate: Callable | None = None
     differs_at: tuple[str, ...] = ()
-    without_source: tuple[str, ...] = ()  # patterns of candidate tensors that the reference doesn't have
+    hint: str = ""
+    ignore: tuple[str, ...] = ()
 
 
 class Output(torch.nn.Module):
@@ -157,7 +162,7 @@ def weights_by_rule(pair: Pair, reference: torch.nn.Module, candidate) -> dict[s
     for name, tensor in candidate_tensors(candidate).items():
         found = sources_of(pair, name)
         if found is None:
-            if not any(re.fullmatch(pattern, name) for pattern in pair.without_source):
+            if name not in pair.ignore:
                 raise ValueError(f"{pair.name}: no rule names the candidate's tensor {name} {tensor.shape}")
             continue
         sources, layout = found
@@ -246,7 +251,7 @@ def wrongly_mapped(pair: Pair, reference: torch.nn.Module, candidate, mapping: S
         elif row is None:
             wrong[name] = f"left out; it is {', '.join(found[0])}"
         else:
-            given = (row.reference,) if isinstance(row.reference, str) else tuple(row.reference)
+            given = row.reference.split(" + ")
             made = transform_of(row)(*(numbers[source.removeprefix(prefix)] for source in given))
             if not np.array_equal(made, found[1](*(numbers[source] for source in found[0]))):
                 wrong[name] = f"{', '.join(given)} {row.transform}; it is {', '.join(found[0])}"
@@ -289,11 +294,12 @@ def parse(parser: argparse.ArgumentParser, pairs: Sequence[Pair]) -> argparse.Na
     return arguments
 
 
-def run(pairs: Sequence[Pair], without_parity: bool, given=None, sources: Path | None = None) -> int:
+def run(pairs: Sequence[Pair], without_parity: bool, given=None, sources: Callable[[Pair], Path] | None = None) -> int:
     """Print the table of these pairs; 0 if all are as they are known to be, else 1.
 
-    `given` is what candidates are made from, `sources` a folder in which their source files lie.
+    `given` is what candidates are made from, `sources` names the folder of a candidate's source files.
     """
+    transformers.logging.set_verbosity_error()
     return 0 if (by_hand(pairs, given) if without_parity else compared(pairs, given, sources)) else 1
 
 
@@ -317,45 +323,53 @@ def by_hand(pairs: Sequence[Pair], given) -> bool:
     return as_near
 
 
-def compared(pairs: Sequence[Pair], given, sources: Path | None) -> bool:
-    """A table of `parity`'s reports; whether all are as they are known to be."""
-    from parity import compare
-
+def compared(pairs: Sequence[Pair], given, sources: Callable[[Pair], Path] | None) -> bool:
+    """A table of `parity`'s reports, and what is to be said of each; whether all are as they are known to be."""
     console = Console()
-    table = Table("pair", "mapped right", "verdict", "difference", "first divergence", "known", "seconds")
+    table = Table()
+    for column in ("pair", "mapped right", "verdict", "difference", "first divergence", "as known", "seconds"):
+        table.add_column(column, no_wrap=True)
     remarks, all_known = [], True
     for pair in pairs:
         reference, candidate = pair.make_reference(), pair.make_candidate(given)
         started = time.monotonic()
         try:
-            report = compare(reference, candidate, inputs=pair.inputs, to_candidate=pair.to_candidate)
+            report = parity.compare(
+                reference, candidate, inputs=pair.inputs, to_candidate=pair.to_candidate, ignore=pair.ignore
+            )
         except Exception as error:
             console.print_exception(max_frames=4)
-            remarks.append(f"{pair.name}: {type(error).__name__}: {error}")
-            table.add_row(pair.name, "", "error", "", "", "no", f"{time.monotonic() - started:.1f}")
+            table.add_row(pair.name, "", "error", "", type(error).__name__, "no", "")
             all_known = False
             continue
         seconds = time.monotonic() - started
         wrong = wrongly_mapped(pair, reference, candidate, report.mapping)
+        known = is_known(pair, report, sources(pair) if sources else None)
+        all_known &= known and not wrong
+        ruled = [name for name in candidate_tensors(candidate) if sources_of(pair, name) or name in wrong]
+        forward = [r.measured for r in report.results if r.check == "forward" and "as written" not in r.case]
+        place = report.first_divergence.lines[0] if report.first_divergence and report.first_divergence.lines else ""
+        count = f"{len(ruled) - len(wrong)} / {len(ruled)}"
+        difference = f"{max(forward):.0e}" if forward else ""
+        yes = "yes" if known else "no"
+        table.add_row(pair.name, count, report.verdict, difference, place, yes, f"{seconds:.1f}")
         remarks += [f"{pair.name}: {name} is mapped from {what}" for name, what in wrong.items()]
-        remarks += [f"{pair.name}: {hint}" for hint in report.hints]
-        divergence = report.first_divergence
-        if pair.differs_at:
-            known = report.verdict == "different" and divergence and known_lines(pair, divergence.lines, sources)
-        else:
-            known = report.verdict == "same"
-        all_known &= bool(known) and not wrong
-        total = sum(sources_of(pair, name) is not None for name in candidate_tensors(candidate))
-        table.add_row(
-            pair.name,
-            f"{total - len(wrong)} / {total}",
-            report.verdict,
-            f"{divergence.difference:.0e}" if divergence else "",
-            str(divergence.candidate) if divergence else "",
-            "yes" if known else "no",
-            f"{seconds:.1f}",
-        )
+        remarks += [
+            f"{pair.name}: {r.check}, {r.case}: {r.measured:.1e}, limit {r.limit:.1e}; {r.where}"
+            for r in report.results
+            if not r.passed
+        ]
+        remarks += [f"{pair.name}: {text}" for text in (*report.hints, *report.doubts)]
     console.print(table)
     for remark in remarks:
-        console.print(remark, soft_wrap=True, highlight=False)
+        console.print(remark, soft_wrap=True, highlight=False, markup=False)
     return all_known
+
+
+def is_known(pair: Pair, report, folder: Path | None) -> bool:
+    """Whether a report says what is known of the pair: that it is the same, or where it differs and why."""
+    if not pair.differs_at:
+        return report.verdict == "same"
+    place = report.first_divergence
+    hinted = any(re.search(pair.hint, hint) for hint in report.hints)
+    return report.verdict == "different" and bool(place) and hinted and known_lines(pair, place.lines[:1], folder)
