@@ -8,7 +8,7 @@ import math
 import os
 import platform
 from collections.abc import Collection, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,16 @@ from parity.engine.evidence import Coverage, Curves, Depth, Errors, Evidence, Te
 from parity.engine.results import Result, Skipped, explanation
 
 LOWEST, HIGHEST = -17, 1  # of the bars' scale, in powers of ten
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A further table of the page."""
+
+    title: str
+    text: str
+    columns: list[str]
+    rows: list[list[str]]
 
 
 @dataclasses.dataclass
@@ -46,6 +56,11 @@ class Report:
     """Verdicts on planted mistakes, where they were asked for."""
     evidence: dict[str, Evidence] = dataclasses.field(default_factory=dict)
     """What the checks left to be drawn, by names that begin with theirs."""
+    conclusion: str = ""
+    """The verdict in place of the one made from the results: where nothing failed and something can't be told."""
+    sections: list[Section] = dataclasses.field(default_factory=list)
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further entries of report.json."""
 
     def add(self, answer: Any) -> None:
         """What a task answered: results and skipped cases of a check, or the verdict on a fault."""
@@ -58,10 +73,17 @@ class Report:
     @property
     def passed(self) -> bool:
         """Whether everything that ran passed; nothing at all is a failure."""
-        return bool(self.results) and all(r.passed for r in self.results) and all(v.in_place for v in self.faults)
+        return (
+            not self.conclusion
+            and bool(self.results)
+            and all(r.passed for r in self.results)
+            and all(v.in_place for v in self.faults)
+        )
 
     @property
     def verdict(self) -> str:
+        if self.conclusion:
+            return self.conclusion
         if not self.results:
             return "nothing was compared"
         failed = sum(not r.passed for r in self.results)
@@ -118,12 +140,21 @@ def _write(path: Path, content: bytes | str) -> None:
 def environment(source: str) -> dict[str, str]:
     """What the figures depend on."""
     packages = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
+    installed = {name: _version(name) for name in packages}
     return {
         "weights": source,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        **{name: version(name) for name in packages},
+        **{name: number for name, number in installed.items() if number},
     }
+
+
+def _version(package: str) -> str:
+    """Empty if it isn't installed: a comparison needs the frameworks of its two models only."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _as_json(report: Report, facts: dict[str, str]) -> dict[str, Any]:
@@ -156,6 +187,7 @@ def _as_json(report: Report, facts: dict[str, str]) -> dict[str, Any]:
             }
             for v in report.faults
         ],
+        **report.details,
     }
 
 
@@ -220,6 +252,7 @@ def _page(report: Report, facts: dict[str, str], plots: list[dict]) -> str:
         faults=faults,
         classes=_by_check(report.faults),
         cannot_see=report.cannot_see,
+        sections=report.sections,
         faults_verdict=f"{caught} of {len(faults)} planted mistakes were caught, each by its check and at its place.",
         command=report.command,
     )

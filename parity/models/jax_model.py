@@ -13,7 +13,7 @@ import numpy as np
 
 from parity.engine.errors import EngineError
 from parity.models import program as programs
-from parity.models.model import Arrays, Inputs, NarrowCast, Recording, Step, Weight
+from parity.models.model import Arrays, Inputs, NarrowCast, Recording, Step, Trained, Weight
 from parity.models.program import Constant, Program
 
 LAYOUT = frozenset({
@@ -58,7 +58,7 @@ class JaxModel:
         program evaluated in float64."""
         program, native = self._program(inputs)
         if not native:
-            values = program.run(self._ordered(weights), _arrays(inputs), lifted=True)
+            values = program.run(self._ordered(weights), arrays_of(inputs), lifted=True)
             return [programs.read(x, values) for x in program.outputs]
         with jax.enable_x64(True):
             outputs = self._compiled([jnp.asarray(w) for w in self._ordered(weights)], _traced(inputs))
@@ -66,7 +66,7 @@ class JaxModel:
 
     def gradients(self, weights: Arrays, inputs: Inputs, cotangents: Sequence[np.ndarray]) -> tuple[Arrays, Arrays]:
         program = self.program(inputs)
-        values = _arrays(inputs)
+        values = arrays_of(inputs)
         numbers = [i for i, x in enumerate(values) if programs.is_float(x)]
 
         def loss(arrays, chosen):
@@ -96,6 +96,36 @@ class JaxModel:
             _, state = jax.jit(self._outputs)([jnp.asarray(w) for w in self._ordered(weights)], _traced(inputs))
         return {name: np.asarray(x, np.float64) for name, x in state.items()}
 
+    def train(self, weights: Arrays, inputs: Inputs, loss: Callable | None, optimizer: Any, steps: int) -> "Trained":
+        """Train on one input with an optax transformation."""
+        import optax
+
+        names, trained = self._definition.names, self._definition.trained
+        given = _traced(inputs)
+
+        def of_loss(parameters, others):
+            arrays = [parameters[n] if t else others[n] for n, t in zip(names, trained, strict=True)]
+            outputs, state = self._definition.apply(arrays, given)
+            value = loss(outputs, *given.values()) if loss else _mean_square(outputs)
+            return value, {**others, **{n: x for n, x in state.items() if n in others}}
+
+        def step(parameters, others, state):
+            (value, others), grads = jax.value_and_grad(of_loss, has_aux=True)(parameters, others)
+            updates, state = optimizer.update(grads, state, parameters)
+            return optax.apply_updates(parameters, updates), others, state, value
+
+        with jax.enable_x64(True):
+            arrays = dict(zip(names, map(jnp.asarray, self._ordered(weights)), strict=True))
+            parameters = {n: arrays[n] for n, t in zip(names, trained, strict=True) if t}
+            others = {n: x for n, x in arrays.items() if n not in parameters}
+            state, compiled, losses, first = optimizer.init(parameters), jax.jit(step), [], {}
+            for number in range(steps):
+                parameters, others, state, value = compiled(parameters, others, state)
+                losses.append(float(value))
+                if number == 0:
+                    first = {n: np.asarray(x, np.float64) for n, x in parameters.items()}
+        return Trained(np.array(losses), first)
+
     def program(self, inputs: Inputs) -> Program:
         return self._program(inputs)[0]
 
@@ -105,7 +135,7 @@ class JaxModel:
 
     def record(self, weights: Arrays, inputs: Inputs) -> Recording:
         program = self.program(inputs)
-        values = program.run(self._ordered(weights), _arrays(inputs), lifted=True)
+        values = program.run(self._ordered(weights), arrays_of(inputs), lifted=True)
         return recording(program, values, self._definition.names, inputs.names())
 
     def narrow_casts(self, inputs: Inputs) -> list[NarrowCast]:
@@ -119,9 +149,6 @@ class JaxModel:
                 if jnp.issubdtype(dtype, jnp.floating) and dtype != jnp.float64:
                     found.append(NarrowCast(dtype.name, operation.place))
         return list(dict.fromkeys(found))
-
-    def functions(self) -> Definition:
-        return self._definition
 
     def _ordered(self, weights: Arrays) -> list[np.ndarray]:
         return [weights[name] for name in self._definition.names]
@@ -184,6 +211,10 @@ def recording(program: Program, values: dict[int, Any], names: Sequence[str], in
     return Recording(values, steps, weights, dict(zip(program.inputs, inputs, strict=True)), outputs)
 
 
+def _mean_square(outputs: Any) -> Any:
+    return jnp.mean(jnp.square(next(x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating))))
+
+
 def _module_of(weight: str) -> str:
     return weight.rpartition(".")[0]
 
@@ -192,15 +223,15 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
-def _arrays(inputs: Inputs) -> list[np.ndarray]:
-    """With floating-point inputs in float64."""
+def arrays_of(inputs: Inputs) -> list[np.ndarray]:
+    """As the model is given them: floating-point numbers in float64, integers as JAX has them by default, in 32 bits."""
     found = [np.asarray(x) for x in inputs.values()]
-    return [x.astype(np.float64) if programs.is_float(x) else x for x in found]
+    found = [x.astype(np.float64) if programs.is_float(x) else x for x in found]
+    return [x.astype(np.int32) if x.dtype == np.int64 else x for x in found]
 
 
 def _traced(inputs: Inputs) -> Inputs:
-    """Integers as JAX has them by default, in 32 bits."""
-    return inputs.with_values([x.astype(np.int32) if x.dtype == np.int64 else x for x in _arrays(inputs)])
+    return inputs.with_values(arrays_of(inputs))
 
 
 # --- Kinds of models ---
@@ -294,3 +325,28 @@ def _key(key: Any) -> str:
 
 def _without(name: str, prefix: str) -> str:
     return name[len(prefix) :] if name.startswith(prefix) else name
+
+
+def rewritten(target: Any, weights: Arrays) -> Any:
+    """The model with these weights: an NNX module changed in place, or a new one."""
+
+    def with_dtype(name, leaf):
+        return jnp.asarray(weights[name], leaf.dtype) if name in weights else leaf
+
+    if any(c.__module__.startswith("flax.nnx") for c in type(target).__mro__):
+        from flax import nnx
+
+        state = nnx.state(target)
+        leaves = nnx.to_flat_state(state)
+        filled = [(path, leaf.replace(with_dtype(".".join(map(str, path)), leaf.get_value()))) for path, leaf in leaves]
+        nnx.update(target, nnx.from_flat_state(filled))
+        return target
+    tree = target[1] if isinstance(target, tuple) else target
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+
+    def name(path):
+        joined = ".".join(_key(k) for k in path)
+        return _without(joined.replace("/~/", ".").replace("/", "."), "params.")
+
+    made = jax.tree.unflatten(structure, [with_dtype(name(path), leaf) for path, leaf in leaves])
+    return (target[0], made, *target[2:]) if isinstance(target, tuple) else made

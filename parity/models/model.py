@@ -95,6 +95,16 @@ class NarrowCast:
     place: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A short training."""
+
+    losses: np.ndarray
+    """Before each step."""
+    after_one: Arrays
+    """Parameters after the first step."""
+
+
 class Model(Protocol):
     """A model with its weights, computing in float64 on the CPU."""
 
@@ -114,6 +124,9 @@ class Model(Protocol):
 
     def run_in_float32(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
         """The outputs of the model and its inputs in float32."""
+
+    def train(self, weights: Arrays, inputs: Inputs, loss: Any, optimizer: Any, steps: int) -> Trained:
+        """Train on one input; the mean square of the first output is the loss where none is given."""
 
     def state_after(self, weights: Arrays, inputs: Inputs) -> Arrays:
         """Buffers after one call."""

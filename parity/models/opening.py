@@ -1,6 +1,7 @@
 """Which kind of model something is. Frameworks are recognised by their classes' modules: none is imported for it."""
 
 import inspect
+import sys
 from typing import Any
 
 from parity.engine.errors import EngineError
@@ -8,12 +9,15 @@ from parity.models.model import Model
 
 KINDS = (
     "a torch.nn.Module, a flax.nnx.Module, an Equinox module, (Linen module, variables), (Haiku transformed function, "
-    "parameters), or (function of (parameters, inputs), parameters)"
+    "parameters), (function of (parameters, inputs), parameters), or a function without arguments that makes one of these"
 )
 
 
 def open_model(given: Any, role: str, training: bool = False) -> Model:
     """The model behind the common interface. Raises EngineError if it is none of KINDS; `role` names it there."""
+    given = _made(given)
+    if _is(given, "parity.pair.capturing", "Captured"):
+        return given
     if _is(given, "torch.nn.modules.module", "Module"):
         from parity.models.torch_model import TorchModel
 
@@ -35,6 +39,22 @@ def open_model(given: Any, role: str, training: bool = False) -> Model:
         function, parameters = given
         definition = jax_model.of_tree(parameters, function, "function of (parameters, inputs)")
     return jax_model.JaxModel(definition)
+
+
+def _made(given: Any) -> Any:
+    """The model of a function without arguments. It is made with float64 as PyTorch's default, so that the tables that it
+    computes are as exact as its weights."""
+    if not inspect.isfunction(given) or inspect.signature(given).parameters:
+        return given
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return given()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return given()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _call(module, *arguments, **keywords):

@@ -74,7 +74,6 @@ class Program:
             evaluate(operation, values, lifted=lifted)
         return values
 
-
     def traced(self, weights: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         """The outputs, lifted, by JAX's own operations: what `jax.grad` can differentiate."""
         values: dict[int, Any] = dict(zip(self.weights, weights, strict=True))

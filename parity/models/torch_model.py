@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from parity.engine.errors import EngineError
-from parity.models.model import Arrays, Inputs, NarrowCast, Recording, Step, Weight
+from parity.models.model import Arrays, Inputs, NarrowCast, Recording, Step, Trained, Weight
 from parity.models.program import is_library, short_place
 
 aten = torch.ops.aten
@@ -114,14 +114,31 @@ class TorchModel:
             outputs = _floats(narrow, _tensors(inputs).with_values(values))
             return [x.double().numpy() for x in outputs]
 
+    def train(self, weights: Arrays, inputs: Inputs, loss: Any, optimizer: Any, steps: int) -> Trained:
+        """Train on one input with what `optimizer(parameters)` returns, an optimizer of torch.optim."""
+        values = _tensors(inputs)
+        with self._holding(weights):
+            parameters = {
+                n: t.requires_grad_(True) for n, t in self._tensors.items() if isinstance(t, torch.nn.Parameter)
+            }
+            stepper, losses, first = optimizer(list(parameters.values())), [], {}
+            for number in range(steps):
+                outputs = self._module(*values.arguments, **values.keywords)
+                value = loss(outputs, *values.values()) if loss else _first_float(outputs).square().mean()
+                stepper.zero_grad()
+                value.backward()
+                stepper.step()
+                losses.append(float(value))
+                if number == 0:
+                    first = {n: t.detach().numpy().copy() for n, t in parameters.items()}
+        return Trained(np.array(losses), first)
+
     def state_after(self, weights: Arrays, inputs: Inputs) -> Arrays:
         """Buffers after one call."""
         with self._holding(weights), torch.no_grad():
             self._call(_tensors(inputs))
             return {
-                n: t.detach().numpy().copy()
-                for n, t in self._tensors.items()
-                if not isinstance(t, torch.nn.Parameter)
+                n: t.detach().numpy().copy() for n, t in self._tensors.items() if not isinstance(t, torch.nn.Parameter)
             }
 
     def record(self, weights: Arrays, inputs: Inputs) -> Recording:
@@ -155,6 +172,10 @@ class TorchModel:
             with torch.no_grad():
                 for name, t in self._tensors.items():
                     t.copy_(before[name])
+
+
+def _first_float(outputs: Any) -> torch.Tensor:
+    return next(x for x in _leaves(outputs) if isinstance(x, torch.Tensor) and x.is_floating_point())
 
 
 def _floats(module: torch.nn.Module, inputs: Inputs) -> list[torch.Tensor]:

@@ -12,10 +12,13 @@ from parity.engine.errors import EngineError
 from parity.engine.results import Result, Skipped
 from parity.models.model import Arrays, Inputs, Model, Weight
 from parity.models.opening import open_model
-from parity.pair import divergence, layouts, weights as drawing
+from parity.pair import divergence, layouts
+from parity.pair import weights as drawing
+from parity.pair.by_name import rows_by_name
+from parity.pair.by_value import rows_by_value
+from parity.pair.capturing import Captured
 from parity.pair.divergence import Divergence
 from parity.pair.hints import hints as hints_of
-from parity.pair.inference import Inference
 from parity.pair.mapping import Mapping, complete, from_table
 from parity.pair.report import Report
 
@@ -110,7 +113,9 @@ def compare(
         raise EngineError(f"weights {weights!r}: expected 'random' or 'own'")
     say("opening both models")
     cases = _cases(inputs, to_candidate)
-    models = open_model(reference, "reference", mode == "train"), open_model(candidate, "candidate", mode == "train")
+    models = [open_model(m, r, mode == "train") for m, r in ((reference, "reference"), (candidate, "candidate"))]
+    if any(isinstance(m, Captured) for m in models):
+        weights = "own" if isinstance(models[1], Captured) else weights
     comparison = _map(*models, cases, mapping, ignore, weights, seed, say)
     found = Report(comparison.names, [], [], None, [], comparison.mapping)
     found.from_reference = comparison.source is comparison.reference
@@ -155,20 +160,23 @@ def _map(reference, candidate, cases, given, ignore, own, seed, say) -> Comparis
     for name in ignore:
         if name not in mine and name not in theirs:
             raise EngineError(f"ignore: {name} is a weight of neither model")
-    drawn = drawing.draw(mine.values(), np.random.default_rng(seed)) if own == "random" else _values(mine)
+    fixed = own == "own" or isinstance(source, Captured)
+    drawn = _values(mine) if fixed else drawing.draw(mine.values(), np.random.default_rng(seed))
     source_inputs, target_inputs = cases[0] if from_reference else cases[0][::-1]
     if given is not None:
         mapping = from_table(given, mine, theirs, ignore)
     elif hasattr(target, "program"):
         say("inferring the mapping of weights")
         recording = source.record(drawn, source_inputs)
-        arrays = [np.asarray(x, np.float64 if np.asarray(x).dtype.kind == "f" else None) for x in target_inputs.values()]
-        inference = Inference(recording, mine, drawn, target.program(target_inputs), theirs, arrays, ignore)
+        from parity.models.jax_model import arrays_of
+        from parity.pair.inference import Inference
+
+        program, arrays = target.program(target_inputs), arrays_of(target_inputs)
+        inference = Inference(recording, mine, drawn, program, theirs, arrays, ignore)
         mapping = complete(inference.rows, mine, theirs, ignore)
     else:
-        from parity.pair.by_name import rows_by_name
-
-        mapping = complete(rows_by_name(mine, theirs, ignore), mine, theirs, ignore)
+        by = rows_by_value if isinstance(target, Captured) else rows_by_name
+        mapping = complete(by(mine, theirs, ignore), mine, theirs, ignore)
     made = mapping.apply(drawn) if own == "random" else {}
     filled = {name: made.get(name, w.value) for name, w in theirs.items()}
     held = {"reference": drawn, "candidate": filled} if from_reference else {"reference": filled, "candidate": drawn}
@@ -201,12 +209,17 @@ def _weights(check: str, c: Comparison, found: Report, options: dict) -> Iterato
     mapping = c.mapping
     roles = ("reference", "candidate") if c.source is c.reference else ("candidate", "reference")
     for role, left in zip(roles, (mapping.source_left, mapping.target_left), strict=True):
-        where = f"{', '.join(left[:8])}{', ...' if len(left) > 8 else ''}: list them in ignore= if that is right" if left else ""
+        where = (
+            f"{', '.join(left[:8])}{', ...' if len(left) > 8 else ''}: list them in ignore= if that is right"
+            if left
+            else ""
+        )
         yield Result(check, f"weights of the {role} without a counterpart", float(len(left)), 0.0, where)
         if left:
-            found.hints.append(f"{', '.join(left[:8])} of the {role} {'have' if len(left) > 1 else 'has'} no counterpart")
-    shapes = {w.name: w.value.shape for w in c.source.weights()}
-    unusual = mapping.unusual(shapes)
+            found.hints.append(
+                f"{', '.join(left[:8])} of the {role} {'have' if len(left) > 1 else 'has'} no counterpart"
+            )
+    unusual = mapping.unusual()
     where = "; ".join(
         f"{row.target}: {row.transform} of {', '.join(row.source)}, where its siblings have {usual or 'identity'}"
         for row, usual in unusual
@@ -241,11 +254,15 @@ def _forward(check: str, c: Comparison, found: Report, options: dict) -> Iterato
         pairs = _paired(a, b)
         if not pairs:
             sizes = f"{[list(x.shape) for x in a]} and {[list(x.shape) for x in b]}"
-            raise EngineError(f"no output of the candidate has as many elements as one of the reference: shapes {sizes}")
+            raise EngineError(
+                f"no output of the candidate has as many elements as one of the reference: shapes {sizes}"
+            )
         differences = [_difference(a[i], b[j]) for i, j in pairs]
         worst = _worst(differences)
         if worst <= FORWARD:
-            yield Result(check, case, worst, FORWARD, f"{len(pairs)} arrays, {sum(a[i].size for i, _ in pairs):,} values")
+            yield Result(
+                check, case, worst, FORWARD, f"{len(pairs)} arrays, {sum(a[i].size for i, _ in pairs):,} values"
+            )
             continue
         yield from _parted(check, case, c, found, (theirs, ours), (a, b), worst)
 
@@ -361,7 +378,11 @@ def _state(check: str, c: Comparison, found: Report, options: dict) -> Iterator[
         "reference": c.reference.state_after(c.weights["reference"], theirs),
         "candidate": c.candidate.state_after(c.weights["candidate"], ours),
     }
-    source, target = (after["reference"], after["candidate"]) if c.source is c.reference else (after["candidate"], after["reference"])
+    source, target = (
+        (after["reference"], after["candidate"])
+        if c.source is c.reference
+        else (after["candidate"], after["reference"])
+    )
     before = c.weights["reference" if c.source is c.reference else "candidate"]
     rows = [r for r in c.mapping.rows if r.target in target and all(n in source for n in r.source)]
     if not rows:
@@ -384,7 +405,9 @@ def _state_hints(row, before: np.ndarray, theirs: np.ndarray, ours: np.ndarray) 
             f"{row.target} moves {ratio:.4g} times as far as the reference's in one step: momentum m of PyTorch is 1 - m "
             "of Flax (0.1 there is 0.9 here)"
         ]
-    return [f"{row.target} differs by more than a factor: PyTorch keeps the unbiased variance (Bessel's correction) in it"]
+    return [
+        f"{row.target} differs by more than a factor: PyTorch keeps the unbiased variance (Bessel's correction) in it"
+    ]
 
 
 def _optimizer(check: str, c: Comparison, found: Report, options: dict) -> Iterator[Result | Skipped]:
@@ -393,7 +416,7 @@ def _optimizer(check: str, c: Comparison, found: Report, options: dict) -> Itera
         return
     from parity.pair import training
 
-    yield from training.check(check, c, found, options, FORWARD, GRADIENTS)
+    yield from training.check(check, c, found, options)
 
 
 # --- Outputs ---

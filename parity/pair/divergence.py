@@ -180,7 +180,15 @@ def _of_outputs(ours: _Side, theirs: _Side, right: Sequence[bool], agreeing: int
     chain = [step, *ours._origin(number)[1]] if step else []
     lines = list(dict.fromkeys(s.place for s in chain if s and s.place))
     difference = _difference(ours, theirs, step, partner) if step and partner else math.inf
-    return Divergence(str(partner), f"{step}, an output with other values or in another order", difference, lines, agreeing, step, partner)
+    return Divergence(
+        str(partner),
+        f"{step}, an output with other values or in another order",
+        difference,
+        lines,
+        agreeing,
+        step,
+        partner,
+    )
 
 
 Operand = tuple[set, list[Step], int]

@@ -110,13 +110,13 @@ def _activation_of(recording: Recording, scene: Scene, step: Step) -> tuple[str,
 def _epsilon(scene: Scene) -> Iterator[str]:
     ours = _epsilons(scene.candidate, scene, scene.ours)
     theirs = _epsilons(scene.reference, scene, scene.theirs) if scene.theirs else []
-    for (form, a) in ours:
-        for (other, b) in theirs:
+    for form, a in ours:
+        for other, b in theirs:
             if form == other and abs(a - b) > 1e-3 * max(abs(a), abs(b)):
                 yield f"epsilon is {_plain(a)} in the candidate and {_plain(b)} in the reference"
                 return
-    for (form, a) in ours:
-        for (other, b) in theirs:
+    for form, a in ours:
+        for other, b in theirs:
             if form != other and abs(a - b) <= 1e-3 * max(a, b):
                 yield f"epsilon {_plain(a)} is added {form} in the candidate and {other} in the reference"
                 return
@@ -133,7 +133,12 @@ def _epsilons(recording: Recording, scene: Scene, step: Step) -> list[tuple[str,
         value = recording.values.get(s.number)
         for source in s.sources:
             x = recording.values.get(source)
-            if not isinstance(x, np.ndarray) or not isinstance(value, np.ndarray) or x.shape != value.shape or not x.size:
+            if (
+                not isinstance(x, np.ndarray)
+                or not isinstance(value, np.ndarray)
+                or x.shape != value.shape
+                or not x.size
+            ):
                 continue
             added = value - x
             if added.size > 1 and 0 < np.abs(added).max() < 0.1 and np.ptp(added) <= 1e-6 * np.abs(added).max() + 1e-15:
@@ -170,7 +175,12 @@ def _factor(scene: Scene) -> Iterator[str]:
                     f"{a} in the reference)"
                 )
                 return
-        for name, value in ((f"sqrt({a})", np.sqrt(a)), (f"1/sqrt({a})", 1 / np.sqrt(a)), (str(a), a), (f"1/{a}", 1 / a)):
+        for name, value in (
+            (f"sqrt({a})", np.sqrt(a)),
+            (f"1/sqrt({a})", 1 / np.sqrt(a)),
+            (str(a), a),
+            (f"1/{a}", 1 / a),
+        ):
             if a > 1 and _equal(factor, value):
                 yield f"the candidate is {name} times the reference: a scale that only one of them applies"
                 return
@@ -212,7 +222,11 @@ def _bias(scene: Scene) -> Iterator[str]:
     ):
         if step is None or step.primitive not in ("add", "add_"):
             continue
-        index = Index((s.number, other.values[s.number]) for s in other.steps if isinstance(other.values.get(s.number), np.ndarray))
+        index = Index(
+            (s.number, other.values[s.number])
+            for s in other.steps
+            if isinstance(other.values.get(s.number), np.ndarray)
+        )
         by_number = {s.number: s for s in recording.steps}
         for a, b in (step.sources[:2], step.sources[:2][::-1]) if len(step.sources) >= 2 else ():
             name = _weight_behind(recording, by_number, a)
@@ -251,7 +265,10 @@ def _order(scene: Scene) -> Iterator[str]:
 
 def _softmax_axis(scene: Scene) -> Iterator[str]:
     sums = {}
-    for who, recording, step in (("candidate", scene.candidate, scene.ours), ("reference", scene.reference, scene.theirs)):
+    for who, recording, step in (
+        ("candidate", scene.candidate, scene.ours),
+        ("reference", scene.reference, scene.theirs),
+    ):
         if step is None:
             return
         for s in scene.near(recording, step, 12):
@@ -268,7 +285,10 @@ def _softmax_axis(scene: Scene) -> Iterator[str]:
 def _mask(scene: Scene) -> Iterator[str]:
     """Attention weights that are zero at different positions."""
     found = {}
-    for who, recording, step in (("candidate", scene.candidate, scene.ours), ("reference", scene.reference, scene.theirs)):
+    for who, recording, step in (
+        ("candidate", scene.candidate, scene.ours),
+        ("reference", scene.reference, scene.theirs),
+    ):
         if step is None:
             return
         for s in scene.near(recording, step, 14):
@@ -283,7 +303,11 @@ def _mask(scene: Scene) -> Iterator[str]:
         if a.shape == b.shape and not np.array_equal(a, b):
             for k in (1, -1):
                 if np.array_equal(a, _shifted(b, k)):
-                    yield "the mask is off by one: " + ("the candidate sees one position more" if a.sum() < b.sum() else "the candidate sees one position less")
+                    yield "the mask is off by one: " + (
+                        "the candidate sees one position more"
+                        if a.sum() < b.sum()
+                        else "the candidate sees one position less"
+                    )
                     return
             yield f"the mask hides {int(a.sum())} of {a.size} positions in the candidate and {int(b.sum())} in the reference"
     elif len(found) == 1:
@@ -338,7 +362,9 @@ def _swapped(scene: Scene) -> Iterator[str]:
     if len(foreign) == 1 and shared:
         source, matched = foreign[0]
         made, there = ours_steps.get(source), theirs_steps.get(matched[0])
-        missing = [s for s in scene.theirs.sources if not any(s in _chain_all(theirs_steps, s2) for _, m in shared for s2 in m)]
+        missing = [
+            s for s in scene.theirs.sources if not any(s in _chain_all(theirs_steps, s2) for _, m in shared for s2 in m)
+        ]
         instead = theirs_steps.get(missing[0]) if missing else None
         if made and there:
             yield f"the candidate uses {made} here" + (f", where the reference uses {instead}" if instead else "")
@@ -367,7 +393,9 @@ def _sin_cos(scene: Scene) -> Iterator[str]:
         near = {*scene.behind(recording, step, 40), *(n for s in scene.near(recording, step, 10) for n in s.sources)}
         near |= {n for s in list(near) if s in by_number for n in scene.behind(recording, by_number[s], 20)}
         tables[who] = {
-            by_number[n].primitive: recording.values[n] for n in near if n in by_number and by_number[n].primitive in ("sin", "cos")
+            by_number[n].primitive: recording.values[n]
+            for n in near
+            if n in by_number and by_number[n].primitive in ("sin", "cos")
         }
     if not all("sin" in t and "cos" in t for t in tables.values()):
         return

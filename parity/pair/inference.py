@@ -73,7 +73,9 @@ class Inference:
         self._run()
         self._collect(list(target))
 
-    def _find_units(self, names: list[str], ignore: Sequence[str]) -> dict[int, tuple[str, int | None, tuple[int, ...]]]:
+    def _find_units(
+        self, names: list[str], ignore: Sequence[str]
+    ) -> dict[int, tuple[str, int | None, tuple[int, ...]]]:
         """Numbers of the values that are unknown weights: whole ones, and each layer's row of one that a scan walks."""
         shapes: dict[int, tuple[str, int | None, tuple[int, ...]]] = {}
         target_shapes = self._program_shapes(names)
@@ -355,4 +357,3 @@ def _first_uses(recording: Recording, weight: str) -> Iterator[int]:
                 mine.add(step.number)
         elif mine.intersection(step.sources):
             yield step.number
-

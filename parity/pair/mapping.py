@@ -32,6 +32,8 @@ class Mapping:
     source_left: list[str]
     """Weights of the source that nothing is made of."""
     target_left: list[str]
+    shapes: dict[str, tuple[int, ...]]
+    """Of the source's weights."""
     confirmed: bool = False
     """Whether a person wrote it: then no transform is suspicious."""
 
@@ -44,25 +46,29 @@ class Mapping:
             made[row.target] = row.transform(*(weights[n] for n in row.source))
         return made
 
-    def unusual(self, shapes: Map[str, tuple[int, ...]]) -> list[tuple[Row, str]]:
+    def unusual(self) -> list[tuple[Row, str]]:
         """Rows whose tensor is turned differently from its siblings' (the weights with the same last word) although
-        the siblings' way would fit its shape too, and that way. `shapes` are those of the source's tensors."""
+        the siblings' way would fit its shape too, and that way."""
         if self.confirmed:
             return []
         by_kind = defaultdict(list)
         for row in self.rows:
-            by_kind[self._kind(row, shapes)].append(row)
+            by_kind[self._kind(row)].append(row)
         found = []
         for rows in by_kind.values():
             turned = Counter(row.transform.turn for row in rows)
             usual, count = turned.most_common(1)[0]
             for row in rows:
-                if row.transform.turn != usual and count > len(rows) / 2 and _may_turn(shapes[row.source[0]], usual):
+                if (
+                    row.transform.turn != usual
+                    and count > len(rows) / 2
+                    and _may_turn(self.shapes[row.source[0]], usual)
+                ):
                     found.append((row, usual))
         return found
 
-    def _kind(self, row: Row, shapes: Map[str, tuple[int, ...]]) -> tuple:
-        return row.target.rpartition(".")[2], len(shapes[row.source[0]])
+    def _kind(self, row: Row) -> tuple:
+        return row.target.rpartition(".")[2], len(self.shapes[row.source[0]])
 
     def as_yaml(self) -> str:
         table = [
@@ -89,12 +95,16 @@ def from_table(given: Any, source: Map[str, Weight], target: Map[str, Weight], i
             if name not in source:
                 raise EngineError(f"mapping: {name} is no weight of the source; {_closest(name, source)}")
         if entry["target"] not in target:
-            raise EngineError(f"mapping: {entry['target']} is no weight of the target; {_closest(entry['target'], target)}")
+            raise EngineError(
+                f"mapping: {entry['target']} is no weight of the target; {_closest(entry['target'], target)}"
+            )
         row = Row(tuple(names), parse(str(entry.get("transform", "identity"))), entry["target"])
         made = row.transform(*(source[n].value for n in names))
         wanted = target[row.target].value.shape
         if made.shape != wanted:
-            raise EngineError(f"mapping: {row.target} has shape {wanted}, and {row.transform} of {names} gives {made.shape}")
+            raise EngineError(
+                f"mapping: {row.target} has shape {wanted}, and {row.transform} of {names} gives {made.shape}"
+            )
         rows.append(row)
     return complete(rows, source, target, ignore, confirmed=True)
 
@@ -108,6 +118,7 @@ def complete(
         rows,
         [n for n, w in source.items() if n not in used and n not in ignore and w.kept],
         [n for n, w in target.items() if n not in made and n not in ignore and w.kept],
+        {n: w.value.shape for n, w in source.items()},
         confirmed,
     )
 
@@ -130,7 +141,9 @@ def _read(given: Any) -> list:
         except yaml.YAMLError as error:
             raise EngineError(f"mapping: is not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(given, list):
-        raise EngineError(f"mapping: expected a list of rows with source, transform and target, not {type(given).__name__}")
+        raise EngineError(
+            f"mapping: expected a list of rows with source, transform and target, not {type(given).__name__}"
+        )
     return given
 
 

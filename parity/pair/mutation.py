@@ -21,10 +21,20 @@ class Mutant:
     position: int
     story: str
     operation: Operation
+    original: Operation
 
     @property
     def place(self) -> str:
         return self.operation.place
+
+    def at(self, here: Operation, values: dict[int, Any]) -> "Mutant":
+        """The same change of the same operation in the program of another input, where values have other numbers."""
+        if here is self.original:
+            return self
+        for story, changed in _changes(here, values):
+            if story == self.story:
+                return dataclasses.replace(self, operation=changed, original=here)
+        raise LookupError(self.story)
 
 
 # An operation for another one that looks like it.
@@ -56,7 +66,7 @@ def mutants(program: Program, values: dict[int, Any]) -> list[Mutant]:
     found = []
     for position, operation in enumerate(program.operations):
         for story, changed in _changes(operation, values):
-            found.append(Mutant(position, story, changed))
+            found.append(Mutant(position, story, changed, operation))
     return found
 
 
@@ -64,13 +74,18 @@ def _changes(operation: Operation, values: dict[int, Any]) -> Iterator[tuple[str
     name, inputs = operation.primitive, operation.inputs
     arguments = [read(x, values) for x in inputs]
     if (other := _SWAPS.get(name)) and all(getattr(a, "dtype", None) is not None for a in arguments):
-        params = {"accuracy": None} if name in ("tanh", "erf", "logistic", "exp", "sqrt", "sin", "cos") else operation.params
+        params = (
+            {"accuracy": None} if name in ("tanh", "erf", "logistic", "exp", "sqrt", "sin", "cos") else operation.params
+        )
         yield f"{other} in place of {name}", dataclasses.replace(operation, primitive=other, params=params)
     if name in ("add", "mul", "sub", "div") and is_float(arguments[0]):
         for i in (0, 1):
             kept = arguments[i]
             if np.shape(kept) == np.shape(values[operation.outputs[0]]) and not isinstance(inputs[i], Constant):
-                yield f"{name} left out", dataclasses.replace(operation, primitive="copy", inputs=[inputs[i]], params={})
+                yield (
+                    f"{name} left out",
+                    dataclasses.replace(operation, primitive="copy", inputs=[inputs[i]], params={}),
+                )
                 break
     for i, x in enumerate(inputs):
         if isinstance(x, Constant) and np.ndim(x.value) == 0 and name not in ("pad", "gather", "scatter"):
@@ -122,18 +137,23 @@ def _by_kind(operation: Operation, arguments: list[Any]) -> Iterator[tuple[str, 
         starts, limits, shape = params["start_indices"], params["limit_indices"], np.shape(arguments[0])
         for i in range(len(shape)):
             if limits[i] < shape[i]:
-                yield "a slice one further", with_params(
-                    start_indices=_plus_one(starts, i), limit_indices=_plus_one(limits, i)
+                yield (
+                    "a slice one further",
+                    with_params(start_indices=_plus_one(starts, i), limit_indices=_plus_one(limits, i)),
                 )
     elif name == "concatenate" and len(operation.inputs) == 2 and np.shape(arguments[0]) == np.shape(arguments[1]):
         yield "parts in the other order", dataclasses.replace(operation, inputs=operation.inputs[::-1])
     elif name == "split" and len(set(params["sizes"])) == 1 and len(operation.outputs) > 1:
-        yield "parts in another order", dataclasses.replace(operation, outputs=[*operation.outputs[1:], operation.outputs[0]])
+        yield (
+            "parts in another order",
+            dataclasses.replace(operation, outputs=[*operation.outputs[1:], operation.outputs[0]]),
+        )
     elif name == "integer_pow":
         yield f"power {params['y'] + 1} in place of {params['y']}", with_params(y=params["y"] + 1)
     elif name == "select_n" and len(arguments) == 3:
-        yield "the cases of a selection swapped", dataclasses.replace(
-            operation, inputs=[operation.inputs[0], operation.inputs[2], operation.inputs[1]]
+        yield (
+            "the cases of a selection swapped",
+            dataclasses.replace(operation, inputs=[operation.inputs[0], operation.inputs[2], operation.inputs[1]]),
         )
     elif name == "conv_general_dilated":
         padding = params["padding"]
@@ -216,4 +236,3 @@ def _same_bits(a: Any, b: Any) -> bool:
     if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
         return False
     return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
-

@@ -5,9 +5,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from parity.engine.evidence import Evidence
 from parity.engine.results import Result, Skipped
 from parity.pair.divergence import Divergence
-from parity.pair.mapping import Mapping, Row
+from parity.pair.mapping import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Report:
     first_divergence: Divergence | None
     hints: list[str]
     table: Mapping = dataclasses.field(repr=False)
-    ambiguous: list[Row] = dataclasses.field(default_factory=list)
     mutation_score: Any = None
+    evidence: dict[str, Evidence] = dataclasses.field(default_factory=dict)
+    """What is drawn, by names that begin with the check's."""
     from_reference: bool = True
     """Whether the mapping leads from the reference to the candidate."""
 
@@ -53,7 +55,9 @@ class Report:
         found = []
         for row in self.table.rows:
             if row.alternatives and not self.table.confirmed:
-                found.append(f"{row.target} may be {' + '.join(row.source)} or {', '.join(row.alternatives)}: give mapping=")
+                found.append(
+                    f"{row.target} may be {' + '.join(row.source)} or {', '.join(row.alternatives)}: give mapping="
+                )
         compared = [r for r in self.results if r.check != "weights"]
         if compared and all(r.measured == 0.0 for r in compared) and len(compared) > 1 and not self.table.rows:
             found.append("the two models have no weights in common")

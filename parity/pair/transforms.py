@@ -116,7 +116,9 @@ class Transform:
     def __str__(self) -> str:
         if not self.steps:
             return "identity"
-        return " | ".join(f"{name}({', '.join(map(str, numbers))})" if numbers else name for name, numbers in self.steps)
+        return " | ".join(
+            f"{name}({', '.join(map(str, numbers))})" if numbers else name for name, numbers in self.steps
+        )
 
 
 def parse(text: str) -> Transform:
