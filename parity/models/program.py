@@ -74,6 +74,11 @@ class Program:
             evaluate(operation, values, lifted=lifted)
         return values
 
+    def with_operation(self, position: int, operation: Operation) -> "Program":
+        """With another operation in this place."""
+        operations = [*self.operations[:position], operation, *self.operations[position + 1 :]]
+        return dataclasses.replace(self, operations=operations)
+
     def traced(self, weights: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         """The outputs, lifted, by JAX's own operations: what `jax.grad` can differentiate."""
         values: dict[int, Any] = dict(zip(self.weights, weights, strict=True))

@@ -111,12 +111,18 @@ def compare(
         raise EngineError(f"mode {mode!r}: expected 'eval' or 'train'")
     if weights not in ("random", "own"):
         raise EngineError(f"weights {weights!r}: expected 'random' or 'own'")
-    say("opening both models")
-    cases = _cases(inputs, to_candidate)
-    models = [open_model(m, r, mode == "train") for m, r in ((reference, "reference"), (candidate, "candidate"))]
-    if any(isinstance(m, Captured) for m in models):
-        weights = "own" if isinstance(models[1], Captured) else weights
-    comparison = _map(*models, cases, mapping, ignore, weights, seed, say)
+    comparison = opened(
+        reference,
+        candidate,
+        inputs=inputs,
+        to_candidate=to_candidate,
+        mapping=mapping,
+        ignore=ignore,
+        mode=mode,
+        weights=weights,
+        seed=seed,
+        progress=say,
+    )
     found = Report(comparison.names, [], [], None, [], comparison.mapping)
     found.from_reference = comparison.source is comparison.reference
     for check in checks:
@@ -128,6 +134,28 @@ def compare(
         say(f"{mutants} changes of the candidate")
         found.mutation_score = mutation_score(comparison, mutants, seed, FORWARD)
     return found
+
+
+def opened(
+    reference: Any,
+    candidate: Any,
+    *,
+    inputs: Any,
+    to_candidate: Callable[[Any], Any] | None = None,
+    mapping: Any = None,
+    ignore: Sequence[str] = (),
+    mode: str = "eval",
+    weights: str = "random",
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Comparison:
+    """Both models with their mapping and weights; arguments as of `compare`."""
+    progress("opening both models")
+    cases = _cases(inputs, to_candidate)
+    models = [open_model(m, r, mode == "train") for m, r in ((reference, "reference"), (candidate, "candidate"))]
+    if any(isinstance(m, Captured) for m in models):
+        weights = "own" if isinstance(models[1], Captured) else weights
+    return _map(*models, cases, mapping, ignore, weights, seed, progress)
 
 
 def _cases(inputs: Any, to_candidate: Callable[[Any], Any] | None) -> list[tuple[Inputs, Inputs]]:

@@ -243,7 +243,10 @@ def _lines(ours: _Side, theirs: _Side, step: Step, partner: Step | None, operand
     foreign, moved, tables = [], [], []
     for what, chain, number in operands:
         if number not in ours.from_data:
-            tables += ours.made_of(number)
+            made = ours.made_of(number)
+            # If the reference lacks values of a table, the first of them; otherwise any step behind it may be it.
+            lacking = [s for s in made if s.number not in ours.agreed]
+            tables += _first_of(ours, lacking) or made
             continue
         moved += chain
         if partner and what and not what & identities and number in ours.by_number:
@@ -258,6 +261,12 @@ def _lines(ours: _Side, theirs: _Side, step: Step, partner: Step | None, operand
         # The same operands and the same kind of operation: it is how they are laid out.
         suspects = [step, *moved, *tables]
     return list(dict.fromkeys(s.place for s in suspects if s.place))
+
+
+def _first_of(ours: _Side, steps: list[Step]) -> list[Step]:
+    """Those that are made of none of the others."""
+    numbers = {s.number for s in steps}
+    return [s for s in steps if not numbers.intersection(s.sources)]
 
 
 def _makers_of_shared(ours: _Side, step: Step, identities: set, most: int = 16) -> list[Step]:
