@@ -335,7 +335,7 @@ def compared(pairs: Sequence[Pair], given, sources: Callable[[Pair], Path] | Non
         started = time.monotonic()
         try:
             report = parity.compare(
-                reference, candidate, inputs=pair.inputs, to_candidate=pair.to_candidate, ignore=pair.ignore
+                pair.make_reference, candidate, inputs=pair.inputs, to_candidate=pair.to_candidate, ignore=pair.ignore
             )
         except Exception as error:
             console.print_exception(max_frames=4)

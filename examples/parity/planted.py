@@ -29,7 +29,7 @@ FEW = 3
 def planted(pair: pairs.Pair, checkout: bonsai.Checkout, count: int, seed: int) -> list[tuple[Mutant, list[str]]]:
     """Changes of the pair's candidate, and the lines that the first divergence names."""
     comparison = opened(
-        pair.make_reference(),
+        pair.make_reference,
         pair.make_candidate(checkout),
         inputs=pair.inputs,
         to_candidate=pair.to_candidate,

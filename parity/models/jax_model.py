@@ -3,9 +3,10 @@
 Each is reduced to one function of its floating-point arrays and the inputs; the rest works on that function's jaxpr.
 """
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ class JaxModel:
     def __init__(self, definition: Definition) -> None:
         self._definition = definition
         self.kind = definition.kind
-        self._programs: dict[Any, tuple[Program, bool]] = {}
+        self._programs: dict[Any, tuple[Program, Callable | None]] = {}
         self._compiled = jax.jit(lambda arrays, inputs: self._outputs(arrays, inputs)[0])
 
     def weights(self) -> list[Weight]:
@@ -57,13 +58,13 @@ class JaxModel:
     def run(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
         """Compiled by XLA, as the user's own program would be; where the model can't be traced in float64, its float32
         program evaluated in float64."""
-        program, native = self._program(inputs)
-        if not native:
+        program, ladder = self._program(inputs)
+        if ladder is None:
             values = program.run(self._ordered(weights), arrays_of(inputs), lifted=True)
             return [programs.read(x, values) for x in program.outputs]
-        with jax.enable_x64(True):
+        with ladder():
             outputs = self._compiled([jnp.asarray(w) for w in self._ordered(weights)], _traced(inputs))
-        return [np.asarray(x) for x in outputs]
+        return [np.asarray(x, np.float64) for x in outputs]
 
     def gradients(self, weights: Arrays, inputs: Inputs, cotangents: Sequence[np.ndarray]) -> tuple[Arrays, Arrays]:
         program = self.program(inputs)
@@ -130,18 +131,14 @@ class JaxModel:
     def program(self, inputs: Inputs) -> Program:
         return self._program(inputs)[0]
 
-    def is_native(self, inputs: Inputs) -> bool:
-        """Whether the model can be traced in float64."""
-        return self._program(inputs)[1]
-
     def record(self, weights: Arrays, inputs: Inputs) -> Recording:
         program = self.program(inputs)
         values = program.run(self._ordered(weights), arrays_of(inputs), lifted=True)
         return recording(program, values, self._definition.names, inputs.names())
 
     def narrow_casts(self, inputs: Inputs) -> list[NarrowCast]:
-        program, native = self._program(inputs)
-        if not native:
+        program, ladder = self._program(inputs)
+        if ladder is None:
             return [NarrowCast("float32", "the whole program: it can't be traced in float64")]
         found = []
         for operation in program.operations:
@@ -161,13 +158,14 @@ class JaxModel:
             raise EngineError("the JAX model returns complex numbers, which can't be compared yet; return real ones")
         return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)], state
 
-    def _program(self, inputs: Inputs) -> tuple[Program, bool]:
+    def _program(self, inputs: Inputs) -> "tuple[Program, Callable | None]":
+        """And in which of `_LADDER` the model can be traced; None if only in float32."""
         key = tuple((np.shape(x), str(np.asarray(x).dtype)) for x in inputs.values()), tuple(inputs.keywords)
         if key not in self._programs:
             self._programs[key] = self._trace(inputs)
         return self._programs[key]
 
-    def _trace(self, inputs: Inputs) -> tuple[Program, bool]:
+    def _trace(self, inputs: Inputs) -> "tuple[Program, Callable | None]":
         def trace(dtype):
             arrays = [jnp.asarray(a, dtype) for a in self._definition.arrays]
             values = _traced(inputs)
@@ -178,19 +176,41 @@ class JaxModel:
 
             return programs.flatten(jax.make_jaxpr(function)(arrays, flat), len(arrays))
 
-        try:
-            with jax.enable_x64(True):
-                return trace(jnp.float64), True
-        except EngineError:
-            raise
-        except Exception as in_float64:
+        failed = None
+        for ladder in _LADDER:
             try:
-                with jax.enable_x64(False):
-                    return trace(jnp.float32), False
-            except Exception:
-                raise EngineError(
-                    f"the JAX model can't be traced with these inputs: {_first_line(in_float64)}"
-                ) from in_float64
+                with ladder():
+                    return trace(jnp.float64), ladder
+            except EngineError:
+                raise
+            except Exception as error:  # the user's own code, which float64 may not suit
+                failed = failed or error
+        try:
+            with jax.enable_x64(False):
+                return trace(jnp.float32), None
+        except Exception:
+            raise EngineError(f"the JAX model can't be traced with these inputs: {_first_line(failed)}") from failed
+
+
+def _in_64_bits() -> contextlib.AbstractContextManager:
+    return jax.enable_x64(True)
+
+
+@contextlib.contextmanager
+def _where_asked_for() -> Iterator[None]:
+    """float64 for what is made of float64 arrays, and JAX's 32 bits for everything else: code that mixes its own integers
+    with an index in int32 breaks under the other."""
+    before = jax.config.jax_explicit_x64_dtypes
+    with jax.enable_x64(False):
+        jax.config.update("jax_explicit_x64_dtypes", "allow")
+        try:
+            yield
+        finally:
+            jax.config.update("jax_explicit_x64_dtypes", before)
+
+
+_LADDER = (_in_64_bits, _where_asked_for)
+"""Ways to compute in float64, the plainest first."""
 
 
 def recording(program: Program, values: dict[int, Any], names: Sequence[str], inputs: Sequence[str]) -> Recording:
@@ -244,25 +264,30 @@ def of_nnx(module: Any, training: bool) -> Definition:
 
     graph, state = nnx.split(module)
     leaves = nnx.to_flat_state(state)
-    chosen = [i for i, (_, leaf) in enumerate(leaves) if programs.is_float(leaf.get_value())]
+    chosen = [i for i, (_, leaf) in enumerate(leaves) if programs.is_float(_value_of(leaf))]
 
     def apply(arrays, inputs):
         filled = list(leaves)
         for number, array in zip(chosen, arrays, strict=True):
             path, leaf = leaves[number]
-            filled[number] = (path, leaf.replace(array))
+            filled[number] = (path, leaf.replace(array) if hasattr(leaf, "replace") else array)
         merged = nnx.merge(graph, nnx.from_flat_state(filled))
         merged.train() if training else merged.eval()
         outputs = merged(*inputs.arguments, **inputs.keywords)
         after = dict(nnx.to_flat_state(nnx.state(merged)))
-        kept = {".".join(map(str, leaves[i][0])): after[leaves[i][0]].get_value() for i in chosen}
+        kept = {".".join(map(str, leaves[i][0])): _value_of(after[leaves[i][0]]) for i in chosen}
         return outputs, {name: kept[name] for name, trained in zip(kept, is_trained, strict=True) if not trained}
 
     is_trained = [isinstance(leaves[i][1], nnx.Param) for i in chosen]
     names = [".".join(map(str, leaves[i][0])) for i in chosen]
     return Definition(
-        "flax.nnx.Module", names, [np.asarray(leaves[i][1].get_value()) for i in chosen], is_trained, apply
+        "flax.nnx.Module", names, [np.asarray(_value_of(leaves[i][1])) for i in chosen], is_trained, apply
     )
+
+
+def _value_of(leaf: Any) -> Any:
+    """Of a variable of NNX, or of a bare array among the attributes of a module."""
+    return leaf.get_value() if hasattr(leaf, "get_value") else leaf
 
 
 def of_linen(module: Any, variables: Any, training: bool) -> Definition:

@@ -42,19 +42,16 @@ def open_model(given: Any, role: str, training: bool = False) -> Model:
 
 
 def _made(given: Any) -> Any:
-    """The model of a function without arguments. It is made with float64 as PyTorch's default, so that tables which it
-    computes are as exact as its weights."""
+    """The model of a function without arguments. It is made with float64 as PyTorch's default and casts to narrower types
+    lifted, so that tables which it computes are as exact as its weights."""
     if not inspect.isfunction(given) or inspect.signature(given).parameters:
         return given
-    torch = sys.modules.get("torch")
-    if torch is None:
+    if "torch" not in sys.modules:
         return given()
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
+    from parity.models.torch_model import exact_tables
+
+    with exact_tables():
         return given()
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _call(module, *arguments, **keywords):

@@ -5,6 +5,8 @@ that have no rule in `arithmetic` are evaluated by JAX itself.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ class Constant:
     """An array of the program itself."""
 
     value: Any
+    exact: float | None = None
+    """The number as the program's author wrote it, before it was rounded to the array's type."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -93,7 +97,9 @@ class Program:
 
 def read(value: "int | Constant", values: dict[int, Any], lifted: bool = True) -> Any:
     if isinstance(value, Constant):
-        return lift(value.value) if lifted else value.value
+        if not lifted:
+            return value.value
+        return lift(value.value) if value.exact is None else np.asarray(value.exact, np.float64)
     return values[value]
 
 
@@ -112,13 +118,31 @@ def evaluate(operation: Operation, values: dict[int, Any], *, lifted: bool) -> N
 
 
 def lift(x: Any) -> Any:
-    """A constant in float64. What was rounded to a narrower type gets back the decimals it was most likely written
-    with: the float32 nearest to 1e-6 becomes 1e-6."""
+    """A constant in float64. What was rounded to a narrower type gets back the digits it was most likely written with:
+    the float32 nearest to 1e-6 becomes 1e-6, the one nearest to 2 pi becomes 2 pi."""
     if not is_float(x) or x.dtype == np.float64:
         return x
     if x.dtype == np.float32 and x.size <= 64:
-        return np.array([float(str(v)) for v in x.ravel()], np.float64).reshape(x.shape)
+        return np.array([_written(v) for v in x.ravel()], np.float64).reshape(x.shape)
     return x.astype(np.float64)
+
+
+def _written(x: np.float32) -> float:
+    decimals = str(abs(x))
+    if len(decimals.replace(".", "").partition("e")[0].strip("0")) <= 6:
+        return float(str(x))
+    exact = _irrational().get(abs(x))
+    return float(str(x)) if exact is None else math.copysign(exact, x)
+
+
+@functools.cache
+def _irrational() -> dict[np.float32, float]:
+    """Numbers that programs have beside short decimals, by the float32 nearest to them."""
+    n = np.arange(2.0, 16385.0)
+    pi = math.pi * np.array([0.25, 0.5, 1, 2, 4])
+    several = [math.e, math.log(2), math.log(10), math.sqrt(2 / math.pi), math.sqrt(2 * math.pi), math.log(2 * math.pi)]
+    found = np.concatenate([1 / n, np.sqrt(n), 1 / np.sqrt(n), pi, 1 / pi, several, 1 / np.array(several)])
+    return dict(zip(found.astype(np.float32), found.tolist(), strict=True))
 
 
 def is_float(x: Any) -> bool:
@@ -175,7 +199,7 @@ class _Builder:
         values |= zip(jaxpr.constvars, (Constant(_to_host(c)) for c in consts), strict=True)
 
         def read(atom):
-            return Constant(_literal(atom)) if isinstance(atom, core.Literal) else values[atom]
+            return _constant(atom) if isinstance(atom, core.Literal) else values[atom]
 
         for equation in jaxpr.eqns:
             inputs = [read(atom) for atom in equation.invars]
@@ -257,8 +281,9 @@ def _to_host(x: Any) -> Any:
     return np.asarray(x)
 
 
-def _literal(atom) -> np.ndarray:
-    return np.asarray(atom.val, atom.aval.dtype)
+def _constant(literal) -> Constant:
+    value = np.asarray(literal.val, literal.aval.dtype)
+    return Constant(value, float(literal.val) if isinstance(literal.val, float) and is_float(value) else None)
 
 
 def _needed(operations: list[Operation], outputs: Iterable) -> list[Operation]:

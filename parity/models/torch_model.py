@@ -41,6 +41,18 @@ _NAMED = ("torch/nn/functional.py", "torch/functional.py")
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@contextlib.contextmanager
+def exact_tables() -> Iterator[None]:
+    """What is constructed inside, and asks for a narrower type or for none, is in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Lifted():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class TorchModel:
     framework = "PyTorch"
     kind = "torch.nn.Module"
@@ -168,7 +180,7 @@ class TorchModel:
         try:
             with torch.no_grad():
                 for name, t in self._tensors.items():
-                    t.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
+                    t.copy_(torch.from_numpy(np.array(weights[name])))
             yield
         finally:
             with torch.no_grad():

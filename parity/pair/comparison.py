@@ -19,7 +19,7 @@ from parity.pair.by_name import rows_by_name
 from parity.pair.by_value import rows_by_value
 from parity.pair.capturing import Captured
 from parity.pair.hints import hints as hints_of
-from parity.pair.mapping import Mapping, complete, from_table, with_buffers
+from parity.pair.mapping import Mapping, complete, from_table, with_buffers, with_unused
 from parity.pair.report import Report
 
 FORWARD = 1e-10
@@ -201,7 +201,7 @@ def _map(reference, candidate, cases, given, ignore, own, seed, say) -> Comparis
 
         program, arrays = target.program(target_inputs), arrays_of(target_inputs)
         inference = Inference(recording, mine, drawn, program, theirs, arrays, ignore)
-        mapping = complete(with_buffers(inference.rows, mine, theirs), mine, theirs, ignore)
+        mapping = complete(with_unused(with_buffers(inference.rows, mine, theirs), mine, theirs), mine, theirs, ignore)
     else:
         by = rows_by_value if isinstance(target, Captured) else rows_by_name
         mapping = complete(by(mine, theirs, ignore), mine, theirs, ignore)

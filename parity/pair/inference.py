@@ -18,7 +18,7 @@ from parity.models.jax_model import LAYOUT
 from parity.models.model import Arrays, Recording, Weight
 from parity.models.program import Constant, Operation, Program, evaluate
 from parity.pair import candidates, layouts
-from parity.pair.fingerprints import CLOSE, NEAR, Index
+from parity.pair.fingerprints import NEAR, Index
 from parity.pair.mapping import Row
 from parity.pair.naming import alike
 from parity.pair.transforms import Transform
@@ -117,16 +117,16 @@ class Inference:
         name, _, shape = self._units[unit]
         ranked = self._candidates(name, shape)
         found: list[tuple[Candidate, int]] = []
-        for close in (CLOSE, NEAR):
-            for candidate in ranked[:MOST_TRIALS]:
-                if found and candidate.likely < found[0][0].likely - 1.0:
-                    break
-                if count := self._agreeing(unit, candidate, close):
-                    found.append((candidate, count))
-                    if len(found) > 3 and len(candidate.source) == 1:
-                        break
-            if found:
+        for candidate in ranked[:MOST_TRIALS]:
+            if found and candidate.likely < found[0][0].likely - 1.0:
                 break
+            matched = self._agreeing(unit, self._made(candidate), len(candidate.source))
+            if matched:
+                found.append((candidate, len(matched)))
+                if len(found) == 1 and self._says_nothing(unit, matched[0]):
+                    return  # any tensor would do: a bias of keys, which softmax takes out again
+                if len(found) > 3 and len(candidate.source) == 1:
+                    break
         # Of what is put together from several tensors, every part must show.
         found.sort(key=lambda f: -(f[1] >= len(f[0].source)))
         if found:
@@ -139,6 +139,16 @@ class Inference:
         else:
             self._values[unit] = np.zeros(shape)
 
+    def _says_nothing(self, unit: int, first: int) -> bool:
+        """Whether a tensor of random numbers agrees as soon as the candidate does."""
+        name, _, shape = self._units[unit]
+        noise = np.random.default_rng(len(name)).standard_normal(shape)
+        matched = self._agreeing(unit, noise, 1)
+        if not matched or matched[0] > first:
+            return False
+        self._values[unit] = np.zeros(shape)
+        return True
+
     def _take(self, unit: int, candidate: Candidate, verified: bool, alternatives: tuple[str, ...]) -> None:
         self._values[unit] = self._made(candidate)
         self._chosen[unit] = (candidate, verified, alternatives)
@@ -150,10 +160,11 @@ class Inference:
     def _made(self, candidate: Candidate) -> np.ndarray:
         return np.ascontiguousarray(candidate.transform(*(self._weights[n] for n in candidate.source)))
 
-    def _agreeing(self, unit: int, candidate: Candidate, close: float) -> int:
-        """How many of the values computed with the candidate occur in the source: up to as many as it has parts."""
-        trial, matched = _Overlay(self._values), set()
-        trial[unit] = self._made(candidate)
+    def _agreeing(self, unit: int, tensor: np.ndarray, parts: int) -> list[int]:
+        """Positions of the operations whose values, computed with this tensor, occur in the source: of as many different
+        ones as it has parts."""
+        trial, matched = _Overlay(self._values), {}
+        trial[unit] = tensor
         queue, seen, count = list(self._users[unit]), set(), 0
         heapq.heapify(queue)
         while queue and count < MOST_OPERATIONS:
@@ -171,13 +182,13 @@ class Inference:
             for x in operation.outputs:
                 if x not in self._from_weights and operation.primitive not in _REPEATS:
                     value = trial[x]
-                    numbers = self._index.find(value, close) if isinstance(value, np.ndarray) else []
-                    matched.update((n, value.size) for n in numbers[:1])
-                    if len(matched) >= len(candidate.source):
-                        return len(matched)
+                    for number in self._index.find(value, NEAR)[:1] if isinstance(value, np.ndarray) else ():
+                        matched.setdefault((number, value.size), position)
+                    if len(matched) >= parts:
+                        return list(matched.values())
                 for user in self._users[x]:
                     heapq.heappush(queue, user)
-        return len(matched)
+        return list(matched.values())
 
     # --- Candidates ---
 

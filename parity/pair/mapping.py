@@ -125,6 +125,22 @@ def complete(
     )
 
 
+def with_unused(rows: list[Row], source: Map[str, Weight], target: Map[str, Weight]) -> list[Row]:
+    """Rows for weights that no output depends on, in both models: of equal shape and all but equal name."""
+    used, made, found = {n for r in rows for n in r.source}, {r.target for r in rows}, []
+    for name, weight in target.items():
+        fitting = [n for n, w in source.items() if n not in used and w.value.shape == weight.value.shape]
+        best = max(fitting, key=lambda n: alike(name, n), default=None) if name not in made else None
+        if best is not None and best.rpartition(".")[2] == name.rpartition(".")[2] and alike(name, best) > UNUSED_ALIKE:
+            used.add(best)
+            found.append(Row((best,), Transform(), name, verified=False))
+    return [*rows, *found]
+
+
+UNUSED_ALIKE = 1.7
+"""Of two names (see `alike`) that are taken for one without a value to show it."""
+
+
 def with_buffers(rows: list[Row], source: Map[str, Weight], target: Map[str, Weight]) -> list[Row]:
     """Rows for buffers that no output shows (statistics in training mode): those of a module whose other tensors are
     mapped, by their names."""
