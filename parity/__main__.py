@@ -73,7 +73,7 @@ def _compare(arguments: list[str]) -> None:
     if found.mutation_score:
         score = found.mutation_score
         console.print(
-            f"mutation score {score.score:.2f}: {score.noticed} of {score.noticed + len(score.survivors)} changes would be noticed"
+            f"mutation score {score.score:.2f}: {score.noticed} of {score.effective} changes would be noticed"
         )
         for sentence in score.in_words():
             console.print(f"  {sentence}", markup=False)
@@ -109,8 +109,12 @@ def _compare_parser() -> Parser:
     parser.add_argument(
         "--to_candidate", type=str, help="module:function from the reference's inputs to the candidate's."
     )
-    parser.add_argument("--checks", type=str, default="weights,forward,gradients", help="Among weights, forward, gradients, "
-                        "state, optimizer, loss_curve; comma between.")  # fmt: skip
+    parser.add_argument(
+        "--checks",
+        type=str,
+        default="weights,forward,gradients",
+        help="Among weights, forward, gradients, state, optimizer, loss_curve; comma between.",
+    )
     parser.add_argument("--mapping", type=str, help="A mapping of weights, as the report's mapping.yaml.")
     parser.add_argument("--ignore", type=str, help="Names of weights without a counterpart, comma between.")
     parser.add_argument(
@@ -120,8 +124,12 @@ def _compare_parser() -> Parser:
                         "torch.optim optimizer, optax transformation).")  # fmt: skip
     parser.add_argument("--steps", type=int, default=20, help="Length of the loss curve, in steps.")
     parser.add_argument("--mode", type=str, default="eval", help="eval, or train (dropout off).")
-    parser.add_argument("--weights", type=str, default="random", help="random: random ones in which every tensor matters; "
-                        "own: each model's own.")  # fmt: skip
+    parser.add_argument(
+        "--weights",
+        type=str,
+        default="random",
+        help="random: random ones in which every tensor matters; own: each model's own.",
+    )
     parser.add_argument("--seed", type=int, default=0, help="Of the random weights and changes.")
     parser.add_argument("--mutants", type=int, default=0, help="How many changes of the candidate to try.")
     parser.add_argument("--report", type=str, default="parity_report", help="Folder for index.html and report.json.")

@@ -138,7 +138,7 @@ def _against(other: str, device: str, case) -> list:
     candidate, reference = both(case.weights, device)
     module, colon, _ = other.partition(":")
     if colon and not Path(other).exists():
-        run = functools.partial(external.function, case, reference, other)
+        run = functools.partial(external.implementation, case, reference, other)
     else:
         run = functools.partial(external.weights, case, candidate, read_weights(other))
     # What the user typed is theirs: lines of the module are named too, and a UserError is no failed case.
@@ -205,8 +205,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--against",
         type=str,
-        help="Compare --weights with other weights (a path), or with your own implementation (module:function, from "
-        "token ids to logits) that holds them, instead of the checks.",
+        help="Compare --weights with other weights (a path), or with your own implementation (module:name of a model "
+        "of either framework, of a function that makes one, or of a function from token ids to logits) that holds "
+        "them, instead of the checks.",
     )
     parser.add_argument(
         "--device",

@@ -13,12 +13,19 @@ from gpt2_core.errors import UserError
 from gpt2_core.weights import Weights
 from parity.engine import divergence
 from parity.engine.divergence import Divergence
+from parity.engine.errors import EngineError
 from parity.engine.precision import relative_error
-from parity.engine.results import Result, relative_norm, relative_to_largest
+from parity.engine.results import Result, Skipped, relative_norm, relative_to_largest
 from parity.gpt2 import limits
 from parity.gpt2.adapters.protocol import Adapter
 from parity.gpt2.cases import Case
 from parity.gpt2.naming import first_beyond
+from parity.models import functions
+from parity.models.model import Inputs
+from parity.models.opening import open_model
+from parity.pair.comparison import compare
+from parity.pair.divergence import locate
+from parity.pair.hints import hints
 
 
 def weights(case: Case, candidate: Adapter, other: Weights) -> Iterator[Result]:
@@ -41,23 +48,52 @@ def weights(case: Case, candidate: Adapter, other: Weights) -> Iterator[Result]:
     yield Result("against", title, divergence.worst_of(passed), limits.FORWARD, where)
 
 
-def function(case: Case, reference: Adapter, name: str) -> Iterator[Result]:
-    """A user's own implementation against the reference in float64.
+def implementation(case: Case, reference: Adapter, name: str) -> Iterator[Result | Skipped]:
+    """A user's own implementation against the reference in float64; `name` is module:attribute.
 
-    `name` is module:function; the function takes token ids, an int64 numpy array (B, T), and gives logits (B, T, V) as
+    A model of either framework, or a function without arguments that makes one, goes through `parity.compare` with the
+    weights that it holds: its tensors, its values, its gradients.
+    """
+    given = _load(name)
+    if functions.is_plain_function(given):
+        yield from _function(case, reference, name, given)
+        return
+    tokens = [tokens_BT for tokens_BT in _tokens(case)]
+    try:
+        found = compare(reference.module(), given, inputs=tokens, weights="own")
+    except EngineError as error:
+        raise UserError(f"--against {name}: {error}") from error
+    hint = "; ".join(found.hints[:2])
+    for r in found.results:
+        where = f"{r.where}; {hint}" if hint and not r.passed and r.check == "forward" else r.where
+        yield Result("against", f"{r.check}: {r.case}", r.measured, r.limit, where)
+    for s in found.skipped:
+        yield Skipped("against", f"{s.check}: {s.reason}")
+
+
+def _tokens(case: Case) -> Iterator[np.ndarray]:
+    block_size = case.weights.config.block_size
+    for batch, length in ((1, 1), (1, block_size), (4, max(1, block_size // 2 + 1))):
+        yield case.tokens[: batch * length].reshape(batch, length).astype(np.int64)
+
+
+def _function(case: Case, reference: Adapter, name: str, compute: Callable[[np.ndarray], Any]) -> Iterator[Result]:
+    """A function that takes token ids, an int64 numpy array (B, T), and gives logits (B, T, V) as
     an array of either framework or numpy. In float64 it must agree to rounding; in a narrower dtype it may be no
     further from the truth than the reference is in that dtype.
     """
-    compute = _load(name)
-    block_size = case.weights.config.block_size
-    for batch, length in ((1, 1), (1, block_size), (4, max(1, block_size // 2 + 1))):
-        tokens_BT = case.tokens[: batch * length].reshape(batch, length).astype(np.int64)
+    for tokens_BT in _tokens(case):
+        batch, length = tokens_BT.shape
         expected = reference.logits(tokens_BT)
         logits, dtype = _as_numpy(compute(tokens_BT), name)
         if logits.shape != expected.shape:
             raise UserError(f"--against {name}: gives the shape {logits.shape} for {batch} x {length} tokens; "
                             f"expected {expected.shape}")  # fmt: skip
-        title, where = f"{name}: logits in {dtype}, {batch} x {length} tokens", _where(logits, expected)
+        title = f"{name}: logits in {dtype}, {batch} x {length} tokens"
+        apart = relative_to_largest(logits, expected) > (
+            limits.FORWARD if dtype == "float64" else limits.FLOAT32_LOGITS
+        )
+        where = (_first_place(compute, reference, tokens_BT) if apart else "") or _where(logits, expected)
         if dtype == "float64":
             yield Result("against", title, relative_to_largest(logits, expected), limits.FORWARD, where)
             continue
@@ -67,12 +103,23 @@ def function(case: Case, reference: Adapter, name: str) -> Iterator[Result]:
         yield Result("against", f"{title}: error over {reference.name}'s", error / other, limits.EXTERNAL_RATIO, where)
 
 
+def _first_place(compute: Callable, reference: Adapter, tokens_BT: np.ndarray) -> str:
+    """The first value that differs, with a hint; empty for a function that can't be followed."""
+    recording = functions.record(compute, tokens_BT)
+    if recording is None:
+        return ""
+    theirs = open_model(reference.module(), "reference")
+    truth = theirs.record({w.name: w.value for w in theirs.weights()}, Inputs.of(tokens_BT))
+    place = locate(recording, truth, [False], {})
+    return "; ".join([str(place), *hints(recording, truth, place)[:2]]) if place else ""
+
+
 def _where(logits: np.ndarray, expected: np.ndarray) -> str:
     row, position, token = np.unravel_index(np.argmax(np.abs(logits - expected)), expected.shape)
     return f"largest at sequence {row}, position {position}, token {token}"
 
 
-def _load(name: str) -> Callable[[np.ndarray], Any]:
+def _load(name: str) -> Any:
     module, _, attribute = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -81,8 +128,6 @@ def _load(name: str) -> Callable[[np.ndarray], Any]:
         raise UserError(f"--against {name}: {error}; expected module:function, importable from here") from error
     finally:
         sys.path.pop(0)
-    if not callable(function):
-        raise UserError(f"--against {name}: is not a function of token ids")
     return function
 
 

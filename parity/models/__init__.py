@@ -1,1 +1,1 @@
-"""Models of either framework behind one interface: their weights by name, what they compute value by value, gradients."""
+"""Models of either framework behind one interface: weights by name, values in order of computation, gradients."""

@@ -1,4 +1,4 @@
-"""JAX's primitives in numpy. A rule returns NotImplemented for what it doesn't cover; JAX then evaluates the operation."""
+"""JAX's primitives in numpy. Where a rule returns NotImplemented, JAX evaluates the operation."""
 
 import functools
 import math

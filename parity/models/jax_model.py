@@ -4,6 +4,7 @@ Each is reduced to one function of its floating-point arrays and the inputs; the
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -200,7 +201,8 @@ def recording(program: Program, values: dict[int, Any], names: Sequence[str], in
         sources = tuple(x for x in operation.inputs if not isinstance(x, Constant))
         owners = [module[s] for s in sources if module.get(s)]
         own = next((_module_of(weights[s]) for s in sources if s in weights), "")
-        inherited = own or (owners[-1] if owners else "")
+        # JAX doesn't say which module computes a value: the last one whose weights went into it is named.
+        inherited = own or (f"after {owners[-1].removeprefix('after ')}" if owners else "")
         layout = operation.primitive in LAYOUT
         for number in operation.outputs:
             module[number] = inherited
@@ -224,7 +226,7 @@ def _first_line(error: Exception) -> str:
 
 
 def arrays_of(inputs: Inputs) -> list[np.ndarray]:
-    """As the model is given them: floating-point numbers in float64, integers as JAX has them by default, in 32 bits."""
+    """As the model is given them: floating-point numbers in float64, integers in 32 bits, JAX's default."""
     found = [np.asarray(x) for x in inputs.values()]
     found = [x.astype(np.float64) if programs.is_float(x) else x for x in found]
     return [x.astype(np.int32) if x.dtype == np.int64 else x for x in found]
@@ -286,14 +288,16 @@ def of_haiku(transformed: Any, params: Any, state: Any = None) -> Definition:
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     names = [".".join(_key(k) for k in path).replace("/~/", ".").replace("/", ".") for path, _ in leaves]
     kept, state_tree = jax.tree_util.tree_flatten_with_path(state if state is not None else {})
+    # `without_apply_rng` takes the random key away.
+    rng = (None,) if "rng" in inspect.signature(transformed.apply).parameters else ()
     state_names = [".".join(_key(k) for k in path).replace("/~/", ".").replace("/", ".") for path, _ in kept]
 
     def apply(arrays, inputs):
         given = jax.tree.unflatten(tree, arrays[: len(names)])
         if state is None:
-            return transformed.apply(given, None, *inputs.arguments, **inputs.keywords), {}
+            return transformed.apply(given, *rng, *inputs.arguments, **inputs.keywords), {}
         before = jax.tree.unflatten(state_tree, arrays[len(names) :])
-        outputs, after = transformed.apply(given, before, None, *inputs.arguments, **inputs.keywords)
+        outputs, after = transformed.apply(given, before, *rng, *inputs.arguments, **inputs.keywords)
         return outputs, dict(zip(state_names, jax.tree.leaves(after), strict=True))
 
     arrays = [np.asarray(leaf) for _, leaf in (*leaves, *kept)]

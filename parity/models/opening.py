@@ -9,7 +9,7 @@ from parity.models.model import Model
 
 KINDS = (
     "a torch.nn.Module, a flax.nnx.Module, an Equinox module, (Linen module, variables), (Haiku transformed function, "
-    "parameters), (function of (parameters, inputs), parameters), or a function without arguments that makes one of these"
+    "parameters), (function of (parameters, inputs), parameters), or a function without arguments that makes one"
 )
 
 
@@ -42,7 +42,7 @@ def open_model(given: Any, role: str, training: bool = False) -> Model:
 
 
 def _made(given: Any) -> Any:
-    """The model of a function without arguments. It is made with float64 as PyTorch's default, so that the tables that it
+    """The model of a function without arguments. It is made with float64 as PyTorch's default, so that tables which it
     computes are as exact as its weights."""
     if not inspect.isfunction(given) or inspect.signature(given).parameters:
         return given

@@ -74,6 +74,11 @@ class Program:
             evaluate(operation, values, lifted=lifted)
         return values
 
+    def with_operation(self, position: int, operation: Operation) -> "Program":
+        """With another operation in this place."""
+        operations = [*self.operations[:position], operation, *self.operations[position + 1 :]]
+        return dataclasses.replace(self, operations=operations)
+
     def traced(self, weights: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         """The outputs, lifted, by JAX's own operations: what `jax.grad` can differentiate."""
         values: dict[int, Any] = dict(zip(self.weights, weights, strict=True))
@@ -280,7 +285,10 @@ def _place(equation: Any) -> tuple[str, str]:
 
 
 def _shorter(function: str) -> str:
-    parts = [p for p in function.split(".") if p not in ("<locals>", "<lambda>")]
+    """The name that a user calls it by; empty for a library's inner workings."""
+    parts = [p for p in function.split(".") if p not in ("<locals>", "<lambda>", "__call__")]
+    if any(p.startswith("_") or "wrap" in p or "reraise" in p or p in ("op", "fun") for p in parts):
+        return ""
     return ".".join(parts[-2:])
 
 

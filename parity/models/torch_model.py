@@ -1,7 +1,8 @@
-"""PyTorch models: run in float64, watched through hooks and a dispatch mode; the user's module is copied, not changed."""
+"""PyTorch models: run in float64, watched through hooks and a dispatch mode. The user's module is copied first."""
 
 import contextlib
 import copy
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,7 +32,8 @@ LAYOUT = frozenset({
 _APART = get_decompositions([
     *(aten.addmm, aten.baddbmm, aten.addbmm, aten.native_layer_norm, aten.native_group_norm, aten.gelu, aten.silu),
     *(aten._softmax, aten._log_softmax, aten.mish, aten.hardswish, aten.hardsigmoid, aten.softplus, aten.elu),
-    *(aten.leaky_relu, aten._native_batch_norm_legit_no_training, aten.native_batch_norm, aten.addcmul, aten.addcdiv, aten.var_mean),
+    *(aten.leaky_relu, aten._native_batch_norm_legit_no_training, aten.native_batch_norm),
+    *(aten.addcmul, aten.addcdiv, aten.var_mean),
 ])  # fmt: skip
 _LIBRARIES = ("torch",)
 # Files whose functions a user calls by name.
@@ -128,7 +130,7 @@ class TorchModel:
                 stepper.zero_grad()
                 value.backward()
                 stepper.step()
-                losses.append(float(value))
+                losses.append(float(value.detach()))
                 if number == 0:
                     first = {n: t.detach().numpy().copy() for n, t in parameters.items()}
         return Trained(np.array(losses), first)
@@ -146,7 +148,7 @@ class TorchModel:
         with self._holding(weights), torch.no_grad():
             values = _tensors(inputs)
             watch.begin(dict(zip(inputs.names(), values.values(), strict=True)))
-            with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False), watch.watching():
+            with sdpa_kernel(SDPBackend.MATH), watch.watching():
                 outputs = self._call(values)
         return watch.recording(outputs)
 
@@ -218,7 +220,14 @@ class _Lifted(TorchDispatchMode):
 
 
 def _lifted_arguments(args, kwargs):
-    return tree_map(lambda x: torch.float64 if isinstance(x, torch.dtype) and x in _NARROW else x, (args, kwargs))
+    """With float64 for every narrower type, and for the values of tensors that came in one."""
+
+    def lifted(x):
+        if isinstance(x, torch.dtype) and x in _NARROW:
+            return torch.float64
+        return x.double() if isinstance(x, torch.Tensor) and x.dtype in _NARROW else x
+
+    return tree_map(lifted, (args, kwargs))
 
 
 class _Watch(TorchDispatchMode):
@@ -230,6 +239,7 @@ class _Watch(TorchDispatchMode):
         self._numbers: dict[int, int] = {}
         self._alive: list[Any] = []  # so that no identity is given twice
         self._stack: list[str] = []
+        self._outer = ""  # the operation that is being taken apart
         self.values: dict[int, np.ndarray] = {}
         self.steps: list[Step] = []
         self.narrow: list[NarrowCast] = []
@@ -261,6 +271,16 @@ class _Watch(TorchDispatchMode):
             for hook in hooks:
                 hook.remove()
 
+    @contextlib.contextmanager
+    def _inside(self, operation: str) -> Iterator[None]:
+        """Watch what an operation is taken apart into, under its name."""
+        before, self._outer = self._outer, self._outer or operation.removeprefix("native_").lstrip("_")
+        try:
+            with self:
+                yield
+        finally:
+            self._outer = before
+
     def _leave(self) -> None:
         self._stack.pop()
 
@@ -276,19 +296,22 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        sources = [self._numbers[id(x)] for x in tree_flatten((args, kwargs))[0] if id(x) in self._numbers]
         if self._lift:
-            if func in _APART and not _is_integer(args):
-                with self:
-                    return _APART[func](*args, **kwargs)
+            apart = _variance if func in (aten.var.correction, torch.ops.prims.var.default) else _APART.get(func)
+            apart = _deviation if func is aten.std.correction else apart
+            if apart and not _is_integer(args):
+                with self._inside(func.overloadpacket.__name__):
+                    return apart(*args, **kwargs)
             if func is aten.convolution.default and args[2] is not None:
-                with self:
+                with self._inside("conv"):
                     bare = aten.convolution.default(*args[:2], None, *args[3:], **kwargs)
                     return bare + args[2].reshape(-1, *[1] * (bare.ndim - 2))
             args, kwargs = _lifted_arguments(args, kwargs)
         result = func(*args, **kwargs)
         place, caller = _place()
+        caller = self._outer or caller
         name = func.overloadpacket.__name__
-        sources = [self._numbers[id(x)] for x in tree_flatten((args, kwargs))[0] if id(x) in self._numbers]
         for x in tree_flatten(result)[0]:
             if not isinstance(x, torch.Tensor):
                 continue
@@ -304,6 +327,18 @@ class _Watch(TorchDispatchMode):
                 Step(number, name, caller, place, module, tuple(sources), name in LAYOUT or name.rstrip("_") in LAYOUT)
             )
         return result
+
+
+def _variance(x, dim=None, correction=1, keepdim=False, output_dtype=None):
+    """A variance step by step; `aten.var` keeps no axis unless asked to, `prims.var` never does."""
+    axes = list(range(x.ndim)) if not dim else [d % x.ndim for d in dim]
+    count = math.prod(x.shape[d] for d in axes)
+    squares = (x - x.mean(axes, keepdim=True)).square().sum(axes, keepdim=keepdim)
+    return squares / (count - (1 if correction is None else correction))
+
+
+def _deviation(*args, **kwargs):
+    return _variance(*args, **kwargs).sqrt()
 
 
 def _is_integer(args) -> bool:
@@ -322,3 +357,17 @@ def _place() -> tuple[str, str]:
             return short_place(code.co_filename, frame.f_lineno), caller
         frame = frame.f_back
     return "", caller
+
+
+def record_function(function: Any, inputs: np.ndarray) -> Recording | None:
+    """What a function from a numpy array computes with PyTorch, if it does; its float32 weights count as float64."""
+    watch = _Watch(torch.nn.Module(), {}, lift=True)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch.watching():
+        try:
+            outputs = function(inputs)
+        except Exception:  # the user's own code, which may do what can't be watched
+            return None
+    leaves = [x for x in _leaves(outputs) if isinstance(x, torch.Tensor)]
+    if not leaves or not watch.steps:
+        return None
+    return watch.recording(leaves)

@@ -1,4 +1,4 @@
-"""Which tensors, transformed how, could be a given weight of the other model: by shape alone, the usual layouts first."""
+"""Which tensors, transformed how, could be a given weight of the other model by shape: the usual layouts first."""
 
 import itertools
 import math
@@ -79,8 +79,13 @@ def part_of(source: Shape, target: Shape) -> Iterator[Transform]:
 
 
 def padded(source: Shape, target: Shape) -> Iterator[Transform]:
-    """Rows of zeros at the end: a vocabulary of a rounder size."""
-    if source and len(source) == len(target) and source[1:] == target[1:] and source[0] < target[0]:
+    """Rows of zeros at the end: a vocabulary of a rounder size, at most 127 rows more or a quarter."""
+    if (
+        source
+        and len(source) == len(target)
+        and source[1:] == target[1:]
+        and 0 < target[0] - source[0] <= max(127 if source[0] > 127 else 0, source[0] // 4)
+    ):
         yield _SAME.then("pad", target[0] - source[0])
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping as Map, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping as Map
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,8 @@ from parity.pair import weights as drawing
 from parity.pair.by_name import rows_by_name
 from parity.pair.by_value import rows_by_value
 from parity.pair.capturing import Captured
-from parity.pair.divergence import Divergence
 from parity.pair.hints import hints as hints_of
-from parity.pair.mapping import Mapping, complete, from_table
+from parity.pair.mapping import Mapping, complete, from_table, with_buffers
 from parity.pair.report import Report
 
 FORWARD = 1e-10
@@ -111,12 +111,18 @@ def compare(
         raise EngineError(f"mode {mode!r}: expected 'eval' or 'train'")
     if weights not in ("random", "own"):
         raise EngineError(f"weights {weights!r}: expected 'random' or 'own'")
-    say("opening both models")
-    cases = _cases(inputs, to_candidate)
-    models = [open_model(m, r, mode == "train") for m, r in ((reference, "reference"), (candidate, "candidate"))]
-    if any(isinstance(m, Captured) for m in models):
-        weights = "own" if isinstance(models[1], Captured) else weights
-    comparison = _map(*models, cases, mapping, ignore, weights, seed, say)
+    comparison = opened(
+        reference,
+        candidate,
+        inputs=inputs,
+        to_candidate=to_candidate,
+        mapping=mapping,
+        ignore=ignore,
+        mode=mode,
+        weights=weights,
+        seed=seed,
+        progress=say,
+    )
     found = Report(comparison.names, [], [], None, [], comparison.mapping)
     found.from_reference = comparison.source is comparison.reference
     for check in checks:
@@ -128,6 +134,28 @@ def compare(
         say(f"{mutants} changes of the candidate")
         found.mutation_score = mutation_score(comparison, mutants, seed, FORWARD)
     return found
+
+
+def opened(
+    reference: Any,
+    candidate: Any,
+    *,
+    inputs: Any,
+    to_candidate: Callable[[Any], Any] | None = None,
+    mapping: Any = None,
+    ignore: Sequence[str] = (),
+    mode: str = "eval",
+    weights: str = "random",
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Comparison:
+    """Both models with their mapping and weights; arguments as of `compare`."""
+    progress("opening both models")
+    cases = _cases(inputs, to_candidate)
+    models = [open_model(m, r, mode == "train") for m, r in ((reference, "reference"), (candidate, "candidate"))]
+    if any(isinstance(m, Captured) for m in models):
+        weights = "own" if isinstance(models[1], Captured) else weights
+    return _map(*models, cases, mapping, ignore, weights, seed, progress)
 
 
 def _cases(inputs: Any, to_candidate: Callable[[Any], Any] | None) -> list[tuple[Inputs, Inputs]]:
@@ -173,7 +201,7 @@ def _map(reference, candidate, cases, given, ignore, own, seed, say) -> Comparis
 
         program, arrays = target.program(target_inputs), arrays_of(target_inputs)
         inference = Inference(recording, mine, drawn, program, theirs, arrays, ignore)
-        mapping = complete(inference.rows, mine, theirs, ignore)
+        mapping = complete(with_buffers(inference.rows, mine, theirs), mine, theirs, ignore)
     else:
         by = rows_by_value if isinstance(target, Captured) else rows_by_name
         mapping = complete(by(mine, theirs, ignore), mine, theirs, ignore)
@@ -227,8 +255,8 @@ def _weights(check: str, c: Comparison, found: Report, options: dict) -> Iterato
     yield Result(check, "transforms unlike their siblings'", float(len(unusual)), 0.0, where)
     for row, usual in unusual:
         found.hints.append(
-            f"{row.target} is {row.source[0]} {'untransposed' if usual == 'transpose' else 'turned otherwise'}, unlike its "
-            "siblings: a transposed kernel; confirm with mapping= if it is meant"
+            f"{row.target} is {row.source[0]} with {row.transform}, where its siblings have {usual or 'identity'}: a "
+            "transposed kernel; confirm with mapping= if it is meant"
         )
     if options["own"]:
         yield from _own_weights(check, c)
@@ -303,7 +331,7 @@ def _rounding(check, case, c: Comparison, inputs, outputs, truth, pairs) -> Resu
         f"{case}, as written: the candidate's error over the reference's",
         ours_error / allowed if allowed else math.inf,
         NARROW,
-        f"from the float64 truth: candidate {ours_error:.1e}; reference {theirs_error:.1e}, in float32 {in_float32:.1e}",
+        f"from the float64 truth: candidate {ours_error:.1e}, reference {theirs_error:.1e} (float32 {in_float32:.1e})",
     )
 
 
@@ -402,8 +430,8 @@ def _state_hints(row, before: np.ndarray, theirs: np.ndarray, ours: np.ndarray) 
     ratio = float(np.vdot(b, a) / np.vdot(b, b)) if np.vdot(b, b) else math.nan
     if np.allclose(a, ratio * b, rtol=1e-6, atol=1e-12):
         return [
-            f"{row.target} moves {ratio:.4g} times as far as the reference's in one step: momentum m of PyTorch is 1 - m "
-            "of Flax (0.1 there is 0.9 here)"
+            f"{row.target} moves {ratio:.4g} times as far as the reference's in one step: momentum m of PyTorch is "
+            "1 - m of Flax (0.1 there is 0.9 here)"
         ]
     return [
         f"{row.target} differs by more than a factor: PyTorch keeps the unbiased variance (Bessel's correction) in it"

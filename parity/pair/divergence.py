@@ -49,6 +49,8 @@ class _Side:
             for source in step.sources:
                 self.users[source].append(step)
         self.from_data = set(recording.inputs) | set(recording.weights)
+        if not recording.inputs:  # a function that makes tensors of its input by itself
+            self.from_data |= {s.number for s in recording.steps if not s.sources}
         for step in recording.steps:
             if any(s in self.from_data for s in step.sources):
                 self.from_data.add(step.number)
@@ -80,9 +82,10 @@ class _Side:
             if found:
                 self.matches[step.number] = found
                 self.agreed.add(step.number)
-            elif step.layout or not isinstance(value, np.ndarray) or fingerprint(value) is None:
-                if all(s in self.agreed for s in step.sources):
-                    self.agreed.add(step.number)
+                continue
+            moved = step.layout or not isinstance(value, np.ndarray) or fingerprint(value) is None
+            if moved and all(s in self.agreed for s in step.sources):
+                self.agreed.add(step.number)
 
     def settle(self, right_outputs: set[int]) -> None:
         """Values that agree, or whose every use does."""
@@ -240,7 +243,10 @@ def _lines(ours: _Side, theirs: _Side, step: Step, partner: Step | None, operand
     foreign, moved, tables = [], [], []
     for what, chain, number in operands:
         if number not in ours.from_data:
-            tables += ours.made_of(number)
+            made = ours.made_of(number)
+            # If the reference lacks values of a table, the first of them; otherwise any step behind it may be it.
+            lacking = [s for s in made if s.number not in ours.agreed]
+            tables += _first_of(ours, lacking) or made
             continue
         moved += chain
         if partner and what and not what & identities and number in ours.by_number:
@@ -248,12 +254,34 @@ def _lines(ours: _Side, theirs: _Side, step: Step, partner: Step | None, operand
             moved += ours._origin(number)[1]
     suspects = [*foreign, step, *moved, *tables]
     if partner and _kind(step) != _kind(partner):
-        # An operation that the candidate doesn't have belongs where its operand is made.
+        # An operation that the candidate doesn't have belongs after its operand, which may be some way back.
         suspects += [ours.by_number[n] for _, _, n in operands if n in ours.by_number]
+        suspects += _makers_of_shared(ours, step, identities)
     if all(what & identities for what, _, n in operands if n in ours.from_data) and moved and partner:
         # The same operands and the same kind of operation: it is how they are laid out.
         suspects = [step, *moved, *tables]
     return list(dict.fromkeys(s.place for s in suspects if s.place))
+
+
+def _first_of(ours: _Side, steps: list[Step]) -> list[Step]:
+    """Those that are made of none of the others."""
+    numbers = {s.number for s in steps}
+    return [s for s in steps if not numbers.intersection(s.sources)]
+
+
+def _makers_of_shared(ours: _Side, step: Step, identities: set, most: int = 16) -> list[Step]:
+    """The nearest steps behind this one that make, or only move, an operand of the partner."""
+    queue, seen = list(step.sources), set()
+    while queue and len(seen) < most:
+        number = queue.pop(0)
+        made = ours.by_number.get(number)
+        if made is None or number in seen:
+            continue
+        seen.add(number)
+        if identities.intersection(ours.matches.get(number, ())):
+            return [made, *ours._origin(number)[1]]
+        queue.extend(made.sources)
+    return []
 
 
 _KINDS = ({"mm", "bmm", "dot_general", "matmul"}, {"add", "add_", "add_any"}, {"sub", "sub_", "rsub"}, {"mul", "mul_"})

@@ -171,8 +171,8 @@ def _factor(scene: Scene) -> Iterator[str]:
         for b in _widths(scene):
             if a != b and _equal(factor, np.sqrt(a / b)):
                 yield (
-                    f"the candidate is sqrt({a}/{b}) times the reference: a scale by the wrong width ({b} in the candidate, "
-                    f"{a} in the reference)"
+                    f"the candidate is sqrt({a}/{b}) times the reference: a scale by the wrong width ({b} in the "
+                    f"candidate, {a} in the reference)"
                 )
                 return
         for name, value in (
@@ -209,8 +209,6 @@ def _widths(scene: Scene) -> list[int]:
         numbers = [step.number, *scene.behind(recording, step, 8)]
         for number in numbers:
             sizes |= set(np.shape(recording.values.get(number)))
-    for name, weight in scene.reference.weights.items():
-        sizes |= set(np.shape(scene.reference.values.get(name, weight)))
     return sorted(sizes)
 
 
@@ -259,7 +257,7 @@ def _order(scene: Scene) -> Iterator[str]:
                 inner[axis] = slice(1, -1)
                 if ours.shape[axis] > 3 and _close(ours[tuple(inner)], moved[tuple(inner)]):
                     way = "later" if shift == 1 else "earlier"
-                    yield f"along axis {axis} the candidate is one position {way} than the reference: an offset or padding by one"
+                    yield f"along axis {axis} the candidate is one position {way} than the reference: an offset by one"
                     return
 
 
@@ -279,11 +277,12 @@ def _softmax_axis(scene: Scene) -> Iterator[str]:
                     sums[who] = (axes[0] - x.ndim, x.shape)
                     break
     if len(sums) == 2 and sums["candidate"][0] != sums["reference"][0]:
-        yield f"softmax is over axis {sums['candidate'][0]} in the candidate and over axis {sums['reference'][0]} in the reference"
+        ours, theirs = sums["candidate"][0], sums["reference"][0]
+        yield f"softmax is over axis {ours} in the candidate and over axis {theirs} in the reference"
 
 
 def _mask(scene: Scene) -> Iterator[str]:
-    """Attention weights that are zero at different positions."""
+    """Attention scores or weights that are hidden at different positions."""
     found = {}
     for who, recording, step in (
         ("candidate", scene.candidate, scene.ours),
@@ -292,34 +291,36 @@ def _mask(scene: Scene) -> Iterator[str]:
         if step is None:
             return
         for s in scene.near(recording, step, 14):
-            x = recording.values.get(s.number)
-            if isinstance(x, np.ndarray) and x.ndim >= 2 and x.dtype.kind == "f" and x.size > 3:
-                hidden = ~np.isfinite(x) | (x < -1e3) if (x.min() < -1e3 or not np.isfinite(x).all()) else x == 0
-                if hidden.any() and not hidden.all() and x.shape[-1] > 1 and x.shape[-2] > 1:
-                    found[who] = hidden.reshape(-1, *x.shape[-2:]).all(axis=0)
-                    break
-    if len(found) == 2:
-        a, b = found["candidate"], found["reference"]
-        if a.shape == b.shape and not np.array_equal(a, b):
-            for k in (1, -1):
-                if np.array_equal(a, _shifted(b, k)):
-                    yield "the mask is off by one: " + (
-                        "the candidate sees one position more"
-                        if a.sum() < b.sum()
-                        else "the candidate sees one position less"
-                    )
-                    return
-            yield f"the mask hides {int(a.sum())} of {a.size} positions in the candidate and {int(b.sum())} in the reference"
-    elif len(found) == 1:
+            hidden = _hidden(recording.values.get(s.number))
+            if hidden is not None:
+                found[who] = hidden
+                break
+    if len(found) == 1:
         (who,) = found
         yield f"only the {who} masks positions there"
+    if len(found) < 2 or found["candidate"].shape != found["reference"].shape:
+        return
+    a, b = found["candidate"], found["reference"]
+    differing = np.argwhere(a != b)
+    if not len(differing):
+        return
+    if len(set(differing[:, 1] - differing[:, 0])) == 1 and len(differing) > 1:
+        more = "fewer" if a.sum() > b.sum() else "more"
+        yield f"the mask is off by one: along one diagonal the candidate sees {more} positions than the reference"
+    else:
+        yield f"the mask hides {a.sum()} of {a.size} positions in the candidate and {b.sum()} in the reference"
 
 
-def _shifted(mask: np.ndarray, k: int) -> np.ndarray:
-    """A causal mask with its diagonal moved."""
-    n, m = mask.shape
-    hidden = [np.argmax(row) if row.any() else m for row in mask]
-    return np.array([[j >= h + k for j in range(m)] for h in hidden])
+def _hidden(x: np.ndarray | None) -> np.ndarray | None:
+    """The positions that a mask hides in scores (very negative there) or in attention weights (zero there)."""
+    if not isinstance(x, np.ndarray) or x.ndim < 2 or x.dtype.kind != "f" or min(x.shape[-2:]) < 2:
+        return None
+    hidden = ~np.isfinite(x) | (x < -1e3)
+    if not hidden.any() and x.min() == 0.0 and np.allclose(x.sum(-1), 1.0, atol=1e-9):
+        hidden = x == 0.0
+    if not hidden.any() or hidden.all():
+        return None
+    return hidden.reshape(-1, *x.shape[-2:]).all(axis=0)
 
 
 def _kernel(scene: Scene) -> Iterator[str]:
@@ -370,6 +371,55 @@ def _swapped(scene: Scene) -> Iterator[str]:
             yield f"the candidate uses {made} here" + (f", where the reference uses {instead}" if instead else "")
 
 
+def _elsewhere(scene: Scene) -> Iterator[str]:
+    """The same operation on different values that both models have."""
+    if scene.theirs is None or _kind_of(scene.ours) != _kind_of(scene.theirs):
+        return
+    ours = {s.number: s for s in scene.candidate.steps}
+    theirs = {s.number: s for s in scene.reference.steps}
+    x = scene.candidate.values.get(scene.ours.sources[0]) if scene.ours.sources else None
+    y = scene.reference.values.get(scene.theirs.sources[0]) if scene.theirs.sources else None
+    if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray) or x.size != y.size:
+        return
+    if Index([(0, y)]).find(x) or fingerprint(x) is None or fingerprint(y) is None:
+        return
+    there = _index_of(scene.reference).find(x)
+    here = _index_of(scene.candidate).find(y)
+    if there and here:
+        a = ours.get(scene.ours.sources[0])
+        b = theirs.get(scene.theirs.sources[0])
+        yield (
+            f"the candidate applies this to {a or 'an input'}, the reference to {b or 'an input'}, and both have both: "
+            "swapped halves, gates or operands"
+        )
+
+
+def _kind_of(step: Step) -> str:
+    return step.caller or step.primitive
+
+
+def _index_of(recording: Recording) -> Index:
+    return Index((s.number, recording.values[s.number]) for s in recording.steps
+                 if isinstance(recording.values.get(s.number), np.ndarray))  # fmt: skip
+
+
+def _flattened(scene: Scene) -> Iterator[str]:
+    """A product whose input has each row's numbers in another order."""
+    if scene.theirs is None:
+        return
+    for a in scene.ours.sources[:2]:
+        for b in scene.theirs.sources[:2]:
+            x, y = scene.candidate.values.get(a), scene.reference.values.get(b)
+            if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray) or x.ndim < 2 or x.shape != y.shape:
+                continue
+            if x.dtype.kind == "f" and not _close(x, y) and _close(np.sort(x, -1), np.sort(y, -1)):
+                yield (
+                    "the last axis holds the same numbers in another order: flattened as height, width, channels "
+                    "(NHWC) in one model and as channels, height, width (NCHW) in the other, or heads and widths reordered"
+                )
+                return
+
+
 def _chain(steps: dict[int, Step], number: int) -> list[int]:
     found = [number]
     while (step := steps.get(number)) is not None and step.layout and step.sources:
@@ -403,12 +453,34 @@ def _sin_cos(scene: Scene) -> Iterator[str]:
     width_a, width_b = a.shape[-1], b.shape[-1]
     half = {tuple(np.round(np.unique(np.abs(x)), 9)) for x in (a, b)}
     if len(half) == 1:
-        yield "both rotate by the same angles, but rotate other pairs: rotary positions by neighbours (0, 1), (2, 3) and by halves (0, d/2) differ"
+        yield (
+            "both rotate by the same angles, and other pairs: rotary positions by neighbours (0, 1), (2, 3) in one, by "
+            "halves (0, d/2) in the other"
+        )
     elif width_a != width_b and width_a not in (2 * width_b, width_b // 2):
         yield f"the candidate rotates {width_a} numbers and the reference {width_b}: partial rotary positions"
     else:
-        base = np.arcsin(np.clip(a, -1, 1)), np.arcsin(np.clip(b, -1, 1))
-        yield f"rotary angles differ (largest sine {np.abs(base[0]).max():.3g} and {np.abs(base[1]).max():.3g}): base, scaling or the first position"
+        largest = f"{np.abs(a).max():.3g} and {np.abs(b).max():.3g}"
+        yield f"rotary angles differ (largest sine {largest}): base, scaling or the first position"
+
+
+def _padding(scene: Scene) -> Iterator[str]:
+    """A convolution or pooling that pads its two ends otherwise."""
+    if scene.theirs is None or "conv" not in scene.ours.primitive + scene.theirs.primitive:
+        return
+    pair = _pair(scene)
+    if pair is None:
+        return
+    if pair[0].size != pair[1].size:
+        shapes = f"{pair[0].shape} in the candidate and {pair[1].shape} in the reference"
+        yield f"a convolution gives the shape {shapes}: padding or stride"
+        return
+    same = np.intersect1d(np.round(pair[0].ravel(), 9), np.round(pair[1].ravel(), 9)).size
+    yield (
+        f"a convolution of the same weights gives other values ({same} of {pair[0].size} occur in both): padding (SAME "
+        "pads the end more where a stride doesn't divide; PyTorch's number pads both ends alike), stride, dilation "
+        "or a flipped kernel"
+    )
 
 
 def _pair(scene: Scene) -> tuple[np.ndarray, np.ndarray] | None:
@@ -429,6 +501,7 @@ def _close(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 RULES: tuple[Callable[[Scene], Iterator[str]], ...] = (
-    _activation, _epsilon, _kernel, _bias, _softmax_axis, _mask, _factor, _sin_cos, _order, _swapped,
+    _activation, _epsilon, _kernel, _bias, _softmax_axis, _mask, _factor, _sin_cos, _order, _flattened, _swapped,
+    _elsewhere, _padding,
 )  # fmt: skip
 """Further rules can be appended: a function of a Scene that yields sentences."""

@@ -121,12 +121,14 @@ class Inference:
             for candidate in ranked[:MOST_TRIALS]:
                 if found and candidate.likely < found[0][0].likely - 1.0:
                     break
-                if self._agrees(unit, candidate, close):
-                    found.append((candidate, 1))
-                    if len(found) > 3:
+                if count := self._agreeing(unit, candidate, close):
+                    found.append((candidate, count))
+                    if len(found) > 3 and len(candidate.source) == 1:
                         break
             if found:
                 break
+        # Of what is put together from several tensors, every part must show.
+        found.sort(key=lambda f: -(f[1] >= len(f[0].source)))
         if found:
             chosen = found[0][0]
             others = [c for c, _ in found[1:] if c.source != chosen.source and c.likely > chosen.likely - 0.05]
@@ -148,9 +150,9 @@ class Inference:
     def _made(self, candidate: Candidate) -> np.ndarray:
         return np.ascontiguousarray(candidate.transform(*(self._weights[n] for n in candidate.source)))
 
-    def _agrees(self, unit: int, candidate: Candidate, close: float) -> bool:
-        """Whether one of the values computed with the candidate occurs in the source."""
-        trial = _Overlay(self._values)
+    def _agreeing(self, unit: int, candidate: Candidate, close: float) -> int:
+        """How many of the values computed with the candidate occur in the source: up to as many as it has parts."""
+        trial, matched = _Overlay(self._values), set()
         trial[unit] = self._made(candidate)
         queue, seen, count = list(self._users[unit]), set(), 0
         heapq.heapify(queue)
@@ -169,11 +171,13 @@ class Inference:
             for x in operation.outputs:
                 if x not in self._from_weights and operation.primitive not in _REPEATS:
                     value = trial[x]
-                    if isinstance(value, np.ndarray) and self._index.find(value, close):
-                        return True
+                    numbers = self._index.find(value, close) if isinstance(value, np.ndarray) else []
+                    matched.update((n, value.size) for n in numbers[:1])
+                    if len(matched) >= len(candidate.source):
+                        return len(matched)
                 for user in self._users[x]:
                     heapq.heappush(queue, user)
-        return False
+        return len(matched)
 
     # --- Candidates ---
 

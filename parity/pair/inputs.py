@@ -24,7 +24,7 @@ def generate(given: Inputs, seed: int = 0) -> Iterator[tuple[str, Inputs]]:
             "an odd batch",
             given.with_values([_drawn(np.concatenate([x, x, x])[: 2 * batch + 1], rng) for x in values]),
         )
-    lengths = [i for i, x in enumerate(values) if x.ndim == 2 and x.dtype.kind in "iu" or x.ndim == 3]
+    lengths = [i for i, x in enumerate(values) if (x.ndim == 2 and x.dtype.kind in "iu") or x.ndim == 3]
     if lengths:
         length = values[lengths[0]].shape[1]
         for name, size in (("a longer input", 2 * length), ("a shorter input", max(1, length // 2)), ("length 1", 1)):

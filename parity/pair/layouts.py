@@ -35,8 +35,9 @@ def permutation(source: np.ndarray, target: np.ndarray, close: float = CLOSE) ->
     if source.size != target.size or source.ndim > 6:
         return None
     limit = close * max(1e-30, float(np.max(np.abs(target), initial=0.0)))
-    orders = itertools.permutations(range(source.ndim))
-    for axes in orders:
+    if not (np.isfinite(source).all() and np.isfinite(target).all()):
+        return None
+    for axes in itertools.permutations(range(source.ndim)):
         moved = source.transpose(axes).reshape(target.shape)
         if np.abs(moved.ravel()[:64] - target.ravel()[:64]).max(initial=0.0) <= limit and (
             np.abs(moved - target).max(initial=0.0) <= limit

@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping as Map, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping as Map
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import yaml
 
 from parity.engine.errors import EngineError
 from parity.models.model import Arrays, Weight
+from parity.pair.naming import alike
 from parity.pair.transforms import Transform, parse
 
 
@@ -121,6 +123,35 @@ def complete(
         {n: w.value.shape for n, w in source.items()},
         confirmed,
     )
+
+
+def with_buffers(rows: list[Row], source: Map[str, Weight], target: Map[str, Weight]) -> list[Row]:
+    """Rows for buffers that no output shows (statistics in training mode): those of a module whose other tensors are
+    mapped, by their names."""
+    modules: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        modules[row.target.rpartition(".")[0]][row.source[0].rpartition(".")[0]] += 1
+    used, made, found = {n for r in rows for n in r.source}, {r.target for r in rows}, []
+    for name, weight in target.items():
+        if name in made or weight.trained:
+            continue
+        module, _, leaf = name.rpartition(".")
+        # Linen and Haiku keep statistics apart from parameters: batch_stats.bn.mean beside bn.scale.
+        known = modules.get(module) or modules.get(module.partition(".")[2]) or Counter()
+        for there, _ in known.most_common(1):
+            fitting = [
+                n
+                for n, w in source.items()
+                if n.rpartition(".")[0] == there
+                and n not in used
+                and not w.trained
+                and w.value.shape == weight.value.shape
+            ]
+            best = max(fitting, key=lambda n: alike(leaf, n.rpartition(".")[2]), default=None)
+            if best is not None:
+                used.add(best)
+                found.append(Row((best,), Transform(), name, verified=False))
+    return [*rows, *found]
 
 
 def _read(given: Any) -> list:

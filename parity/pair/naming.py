@@ -1,4 +1,4 @@
-"""How alike two names of weights are, across the habits of frameworks: 'h.0.attn.q_proj.weight', 'layers_0.query.kernel'."""
+"""How alike two names of weights are, whichever framework's habits they follow: q_proj.weight, query.kernel."""
 
 import functools
 import re

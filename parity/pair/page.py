@@ -48,7 +48,7 @@ def _as_page(found: Report) -> pages.Report:
 def _divergence(d: Any) -> Section | None:
     if d is None:
         return None
-    text = f"The first value, in order of computation, that one model has and the other doesn't. {d.agreeing} values before it agree."
+    text = f"The first value, in order of computation, that only one model has; {d.agreeing} values before it agree."
     return Section(
         "Where they part",
         text,
@@ -74,8 +74,8 @@ def _mutants(found: Report) -> Section | None:
     if score is None:
         return None
     text = (
-        f"Of {score.noticed + len(score.survivors)} small changes of the program that have an effect, these inputs show "
-        f"{score.noticed}; {score.equivalent} others change no bit on any input that was tried."
+        f"Of {score.effective} small changes of the program that have an effect, these inputs show {score.noticed}; "
+        f"{score.equivalent} others change no bit on any input that was tried."
     )
     return Section(
         "What this comparison would miss", text, ["changes that would pass"], [[w] for w in score.in_words()]

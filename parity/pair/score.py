@@ -35,10 +35,14 @@ class MutationScore:
     """Changes with which the program can't be evaluated."""
 
     @property
+    def effective(self) -> int:
+        """How many of the changes have an effect."""
+        return self.noticed + len(self.survivors)
+
+    @property
     def score(self) -> float:
         """The share of changes with an effect that were noticed."""
-        total = self.noticed + len(self.survivors)
-        return self.noticed / total if total else float("nan")
+        return self.noticed / self.effective if self.effective else float("nan")
 
     def in_words(self) -> list[str]:
         """A sentence for each line of the user's on which changes would pass."""

@@ -13,8 +13,8 @@ from parity.pair.mapping import Mapping
 def transfer(source: Any, target: Any, *, inputs: Any, to_candidate: Any = None, mapping: Any = None, ignore=()) -> Any:
     """The target with the source's weights.
 
-    A torch or NNX module is changed in place and returned; of the others, which are immutable, a new one: (Linen module,
-    variables), an Equinox module, (function, parameters). Each weight keeps the target's dtype.
+    A torch or NNX module is changed in place and returned; of the others, which are immutable, a new one: (Linen
+    module, variables), an Equinox module, (function, parameters). Each weight keeps the target's dtype.
 
     Raises EngineError where a weight has no counterpart or may be several.
     """

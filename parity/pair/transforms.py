@@ -129,8 +129,6 @@ def parse(text: str) -> Transform:
     for part in text.split("|"):
         match = re.fullmatch(r"\s*(\w+)\s*(?:\(([-\d\s,]*)\))?\s*", part)
         if match is None or match[1] not in KINDS:
-            raise EngineError(
-                f"transform {text!r}: {part.strip()!r} is unknown; steps are {', '.join(KINDS)}, with numbers in brackets"
-            )
+            raise EngineError(f"transform {text!r}: {part.strip()!r} is unknown; steps are {', '.join(KINDS)}")
         steps.append((match[1], tuple(int(n) for n in (match[2] or "").split(",") if n.strip())))
     return Transform(tuple(steps))

@@ -61,6 +61,10 @@ class TorchAdapter:
         weights = self.weights.astype(np.float64 if self.dtype == "float64" else np.float32)
         return build(weights).to(self.device)
 
+    def module(self) -> torch.nn.Module:
+        """The model as a user would build it, for `parity.compare`."""
+        return build(self.weights.astype(np.float32))
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
 

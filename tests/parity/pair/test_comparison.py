@@ -1,0 +1,286 @@
+"""parity.compare on pairs without a GPT-2: verdicts, mapping, place, hints, state, training, odd models."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+import torch
+from flax import linen, nnx
+
+import parity
+from parity.engine.errors import EngineError
+
+
+def failed(report) -> set[str]:
+    return {r.check for r in report.results if not r.passed}
+
+
+@pytest.fixture(scope="module")
+def right():
+    return parity.compare(
+        tiny.make_torch(),
+        tiny.make_jax(),
+        inputs=tiny.TOKENS,
+        checks=("weights", "forward", "gradients", "optimizer", "loss_curve"),
+        optimizer=(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), optax.sgd(0.1, momentum=0.9)),
+        steps=5,
+        mutants=60,
+    )
+
+
+@pytest.mark.long
+def test_two_right_ports_are_the_same_in_every_check(right):
+    assert right.passed and right.verdict == "same" and right.first_divergence is None
+    assert {r.check for r in right.results} == {"weights", "forward", "gradients", "optimizer", "loss_curve"}
+    # Embeddings of Flax round to float32, and the report says where.
+    assert any("tiny.py" in r.where and "float32" in r.where for r in right.results)
+    right.assert_same()
+
+
+@pytest.mark.long
+def test_every_weight_is_mapped_by_values_to_its_counterpart(right):
+    found = {m.candidate: (m.reference, m.transform, m.verified) for m in right.mapping}
+    expected = {"wte.embedding": "embed.weight", "wpe.embedding": "pos.weight", "head.kernel": "lm_head.weight"}
+    expected |= {f"ln_f.{a}": f"norm.{b}" for a, b in (("scale", "weight"), ("bias", "bias"))}
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj", "up": "fc1", "down": "fc2"}
+    for i in (0, 1):
+        for ours, theirs in names.items():
+            expected |= {f"blocks.{i}.{ours}.kernel": f"layers.{i}.{theirs}.weight"}
+            expected |= {f"blocks.{i}.{ours}.bias": f"layers.{i}.{theirs}.bias"}
+        for n in (1, 2):
+            expected |= {f"blocks.{i}.ln{n}.scale": f"layers.{i}.ln_{n}.weight"}
+            expected |= {f"blocks.{i}.ln{n}.bias": f"layers.{i}.ln_{n}.bias"}
+    assert {name: reference for name, (reference, _, _) in found.items()} == expected
+    assert all(t == ("transpose" if n.endswith("kernel") else "identity") for n, (_, t, _) in found.items())
+    assert all(verified for _, _, verified in found.values()) and not right.unmapped
+
+
+@pytest.mark.long
+def test_the_mutation_score_names_what_the_inputs_miss(right):
+    score = right.mutation_score
+    assert score.score > 0.8 and score.noticed + len(score.survivors) + score.equivalent + score.failed == 60
+    # Seven positions show every change of the attention; what is left is named with its line.
+    assert all("tiny.py:" in s.place or not s.place for s in score.survivors)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("options", "line", "hint"),
+    [
+        ({"approximate": True}, "jax.nn.gelu(h", "GELU by tanh"),
+        ({"epsilon": 1e-3}, "self.ln1(x)", "epsilon is 0.001 in the candidate and 1e-05"),
+    ],
+)
+def test_a_wrong_port_is_named_at_its_line_with_a_hint(options, line, hint, tmp_path):
+    report = parity.compare(
+        tiny.make_torch(), tiny.Decoder(**options), inputs=tiny.TOKENS, checks=("weights", "forward")
+    )
+    assert report.verdict == "different" and failed(report) == {"forward"}
+    source = Path(tiny.__file__).read_text(encoding="utf-8").splitlines()
+    number = int(report.first_divergence.lines[0].rpartition(":")[2])
+    assert line in source[number - 1]
+    assert any(hint in h for h in report.hints)
+    with pytest.raises(AssertionError, match="first divergence"):
+        report.assert_same()
+    report.write(tmp_path / "report")
+    written = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert written["first_divergence"]["lines"] == report.first_divergence.lines and written["hints"] == report.hints
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "Where they part" in page and "Mapping of the weights" in page
+    with pytest.raises(EngineError, match="exists and is not a report"):
+        parity.compare(tiny.make_torch(), tiny.make_torch(), inputs=tiny.TOKENS).write(tmp_path)
+
+
+class Square(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def square(parameters, x, untransposed=""):
+    for name in ("a", "b", "c"):
+        kernel = parameters[name]["kernel"]
+        x = x @ (kernel.T if name == untransposed else kernel) + parameters[name]["bias"]
+        x = jnp.tanh(x) if name != "c" else x
+    return x
+
+
+def parameters(size: int = 6) -> dict:
+    return {n: {"kernel": jnp.zeros((size, size)), "bias": jnp.zeros(size)} for n in ("a", "b", "c")}
+
+
+X = np.random.RandomState(1).standard_normal((5, 6))
+
+
+def test_a_mapping_does_not_absorb_an_untransposed_square_kernel():
+    """With b's kernel untransposed the models agree; that it is unlike its siblings is a failure until confirmed."""
+    wrong = (lambda p, x: square(p, x, "b")), parameters()
+    report = parity.compare(Square(), wrong, inputs=X)
+    assert failed(report) == {"weights"} and "b.kernel" in next(r.where for r in report.results if not r.passed)
+    assert any("transposed kernel" in h for h in report.hints)
+    assert parity.compare(Square(), wrong, inputs=X, mapping=report.mapping_yaml()).verdict == "same"
+    assert parity.compare(Square(), (square, parameters()), inputs=X).verdict == "same"
+
+
+def test_a_weight_without_counterpart_fails_by_name_unless_ignored():
+    class Adapted(Square):
+        def __init__(self):
+            super().__init__()
+            self.lora_a = torch.nn.Parameter(torch.zeros(6, 2))
+
+    report = parity.compare(Adapted(), (square, parameters()), inputs=X)
+    assert report.unmapped == ["lora_a"] and failed(report) == {"weights"} and not report.passed
+    assert parity.compare(Adapted(), (square, parameters()), inputs=X, ignore=["lora_a"]).passed
+
+
+def test_own_weights_are_compared_and_transfer_makes_them_equal():
+    reference = Square()
+    _, written = parity.transfer(reference, (square, parameters()), inputs=X)
+    assert parity.compare(reference, (square, written), inputs=X, weights="own").passed
+    written["c"]["bias"] = written["c"]["bias"] + 1e-3
+    report = parity.compare(reference, (square, written), inputs=X, weights="own")
+    assert failed(report) == {"weights", "forward"}
+    assert next(r.where for r in report.results if "own weights" in r.case) == "c.bias"
+
+
+def test_transfer_works_the_other_way_and_converter_for_checkpoints():
+    drawn = jax.tree.map(lambda x: jnp.asarray(np.random.RandomState(2).standard_normal(x.shape)), parameters())
+    module = parity.transfer((square, drawn), Square(), inputs=X)
+    np.testing.assert_allclose(module(torch.tensor(X, dtype=torch.float32)).detach(), square(drawn, X), atol=1e-5)
+    report = parity.compare(Square(), (square, parameters()), inputs=X, checks=("weights",))
+    made = parity.converter(report.table)({n: t.numpy() for n, t in module.state_dict().items()})
+    np.testing.assert_allclose(made["a.kernel"], drawn["a"]["kernel"], rtol=1e-6)
+
+
+@pytest.mark.long
+def test_each_kind_of_jax_model_is_compared():
+    import equinox
+    import haiku
+
+    class Linen(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = jnp.tanh(linen.Dense(6)(x))
+            return linen.Dense(6)(jnp.tanh(linen.Dense(6)(x)))
+
+    linen_model = Linen()
+    equinox_model = equinox.nn.MLP(6, 6, 6, 2, activation=jnp.tanh, key=jax.random.key(0))
+    transformed = haiku.transform(lambda x: haiku.nets.MLP([6, 6, 6], activation=jnp.tanh)(x))
+    for candidate in (
+        (linen_model, linen_model.init(jax.random.key(0), X)),
+        (lambda m, x: jax.vmap(m)(x), equinox_model),
+        (transformed, transformed.init(jax.random.key(0), X)),
+        nnx.Sequential(*(nnx.Linear(6, 6, rngs=nnx.Rngs(0)) if i % 2 == 0 else jnp.tanh for i in range(5))),
+    ):
+        report = parity.compare(Square(), candidate, inputs=X)
+        assert report.passed, report.in_words()
+
+
+@pytest.mark.long
+def test_running_statistics_are_compared_after_a_training_step():
+    class Reference(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = torch.nn.Linear(6, 6), torch.nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            return self.norm(self.first(x))
+
+    class Port(nnx.Module):
+        def __init__(self, momentum):
+            self.first = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(6, momentum=momentum, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.norm(self.first(x))
+
+    checks = ("weights", "forward", "state")
+    report = parity.compare(Reference(), Port(0.1), inputs=X, mode="train", checks=checks)
+    assert failed(report) == {"state"} and any("momentum" in h for h in report.hints)
+    report = parity.compare(Reference(), Port(0.9), inputs=X, mode="train", checks=checks)
+    # PyTorch keeps the unbiased variance, Flax the biased one: the mean is right, and the variance is named.
+    assert [r.case for r in report.results if not r.passed] == ["norm.var"]
+    assert any("Bessel" in h for h in report.hints)
+
+
+@pytest.mark.long
+def test_scanned_layers_and_fused_projections_are_mapped():
+    class Reference(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(3))
+            self.gate, self.up = torch.nn.Linear(6, 8), torch.nn.Linear(6, 8)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = torch.tanh(layer(x))
+            return torch.sigmoid(self.gate(x)) * self.up(x)
+
+    def port(p, x):
+        x, _ = jax.lax.scan(lambda x, layer: (jnp.tanh(x @ layer["w"] + layer["b"]), None), x, p["layers"])
+        gate, up = jnp.split(x @ p["fused"] + p["bias"], 2, axis=-1)
+        return jax.nn.sigmoid(gate) * up
+
+    empty = {
+        "layers": {"w": jnp.zeros((3, 6, 6)), "b": jnp.zeros((3, 6))},
+        "fused": jnp.zeros((6, 16)),
+        "bias": jnp.zeros(16),
+    }
+    report = parity.compare(Reference(), (port, empty), inputs=X)
+    assert report.passed, report.in_words()
+    found = {m.candidate: (m.reference, m.transform) for m in report.mapping}
+    assert found["layers.w"] == ("layers.0.weight + layers.1.weight + layers.2.weight", "each | transpose")
+    assert found["fused"] == ("gate.weight + up.weight", "concat(0) | transpose")
+
+
+def test_pairs_within_one_framework_are_compared_with_roles():
+    assert parity.compare(Square(), Square(), inputs=X).passed
+    report = parity.compare((square, parameters()), (lambda p, x: square(p, x) * 2, parameters()), inputs=X)
+    assert report.verdict == "different" and any("2" in h for h in report.hints), report.in_words()
+
+
+@pytest.mark.parametrize(
+    ("candidate", "options", "words"),
+    [
+        (lambda: 3, {}, "the candidate is a builtins.int; expected a torch.nn.Module"),
+        (lambda: square, {}, "the function square without its parameters"),
+        (lambda: (square, parameters()), {"checks": ("forwards",)}, "no check is called 'forwards'"),
+        (lambda: (square, parameters()), {"weights": "mine"}, "expected 'random' or 'own'"),
+        (lambda: (square, parameters()), {"ignore": ["d.kernel"]}, "d.kernel is a weight of neither model"),
+        (
+            lambda: (square, parameters()),
+            {"mapping": "- source: a.weigth\n  target: a.kernel\n"},
+            "did you mean a.weight",
+        ),
+        (lambda: (square, parameters()), {"mapping": "- source: a.bias\n  target: a.kernel\n"}, "has shape (6, 6)"),
+        (lambda: (lambda p, x: square(p, x) * jnp.nan, parameters()), {}, "the candidate returns NaN"),
+        (lambda: (lambda p, x: square(p, x) + 1j, parameters()), {}, "complex numbers"),
+        (lambda: (square, parameters(5)), {}, "can't be traced with these inputs"),
+        (lambda: Noisy(), {}, "other outputs when it is called again"),
+    ],
+)
+def test_what_cannot_be_compared_is_a_sentence(candidate, options, words):
+    with pytest.raises(EngineError) as error:
+        parity.compare(Square(), candidate(), inputs=X, **options)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+class Noisy(Square):
+    def forward(self, x):
+        return super().forward(x) + torch.randn(())
+
+
+def test_importing_parity_imports_no_framework():
+    import subprocess
+
+    code = "import parity, sys; sys.exit(bool({'jax', 'torch', 'flax'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
