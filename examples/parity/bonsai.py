@@ -715,7 +715,7 @@ GEMMA3 = Pair(
         Rule(r"language_model\.norm\.scale", "model.norm.weight"),
     ),
     differs_at=("self.weight(input_ids, out_sharding=shd) * self.embed_scale", "dtype=jnp.bfloat16).astype"),
-    hint="bfloat16|scale|factor",
+    hint="times|bfloat16|scale",
 )
 
 PAIRS = (QWEN3, UMT5, MAMBA2, RESNET, VIT, DINOV3, WHISPER, CONVNEXT, GEMMA3)

@@ -83,8 +83,13 @@ ESM2 = Pair(
         Rule(r"model\.logit_head\.linear2\.weight", "esm.embeddings.word_embeddings.weight"),
         Rule(r"model\.logit_head\.linear2\.bias", "lm_head.bias"),
     ),
-    # The contact head isn't part of the logits.
-    ignore=("model.esm.contact_head.regression.weight", "model.esm.contact_head.regression.bias"),
+    ignore=(
+        # Not part of the logits.
+        "model.esm.contact_head.regression.weight",
+        "model.esm.contact_head.regression.bias",
+        # A constant that the original's checkpoints hold and the port computes.
+        "model.esm.rotary_embeddings.inv_freq",
+    ),
 )
 
 # --- a vision transformer in Linen: one kernel for queries, keys and values ------------------------------------------
