@@ -2,9 +2,9 @@
 
     python examples/parity/planted.py PATH_TO_CHECKOUT [--pairs qwen3,vit] [--count 100] [--misses]
 
-Each change is one operation of the candidate's program replaced by another one (`parity.pair.mutation`). Those that move
-the output by less than a rounding of float32 are left out. The table says in how many cases the lines that the first
-divergence names hold the changed one, and in how many of these there are at most three.
+Each change is one operation of the candidate's program replaced by another one (`parity.pair.mutation`). Those that
+move the output by less than a rounding of float32 are left out. The table says in how many cases the lines that the
+first divergence names hold the changed one, and in how many of these there are at most three.
 """
 
 import argparse

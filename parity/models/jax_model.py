@@ -86,6 +86,11 @@ class JaxModel:
             {names[n]: np.asarray(g) for n, g in zip(numbers, by_input, strict=True)},
         )
 
+    def run_lifted(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
+        program = self.program(inputs)
+        values = program.run(self._ordered(weights), arrays_of(inputs), lifted=True)
+        return [programs.read(x, values) for x in program.outputs]
+
     def run_in_float32(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
         with jax.enable_x64(False):
             narrow = [jnp.asarray(w, jnp.float32) for w in self._ordered(weights)]
@@ -198,7 +203,7 @@ def _in_64_bits() -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def _where_asked_for() -> Iterator[None]:
-    """float64 for what is made of float64 arrays, and JAX's 32 bits for everything else: code that mixes its own integers
+    """float64 for what is made of float64 arrays, JAX's 32 bits for everything else: code that mixes its own integers
     with an index in int32 breaks under the other."""
     before = jax.config.jax_explicit_x64_dtypes
     with jax.enable_x64(False):
@@ -264,30 +269,30 @@ def of_nnx(module: Any, training: bool) -> Definition:
 
     graph, state = nnx.split(module)
     leaves = nnx.to_flat_state(state)
-    chosen = [i for i, (_, leaf) in enumerate(leaves) if programs.is_float(_value_of(leaf))]
+    chosen = [i for i, (_, leaf) in enumerate(leaves) if _is_weight(leaf)]
 
     def apply(arrays, inputs):
         filled = list(leaves)
         for number, array in zip(chosen, arrays, strict=True):
             path, leaf = leaves[number]
-            filled[number] = (path, leaf.replace(array) if hasattr(leaf, "replace") else array)
+            filled[number] = (path, leaf.replace(array))
         merged = nnx.merge(graph, nnx.from_flat_state(filled))
         merged.train() if training else merged.eval()
         outputs = merged(*inputs.arguments, **inputs.keywords)
         after = dict(nnx.to_flat_state(nnx.state(merged)))
-        kept = {".".join(map(str, leaves[i][0])): _value_of(after[leaves[i][0]]) for i in chosen}
+        kept = {".".join(map(str, leaves[i][0])): after[leaves[i][0]].get_value() for i in chosen}
         return outputs, {name: kept[name] for name, trained in zip(kept, is_trained, strict=True) if not trained}
 
     is_trained = [isinstance(leaves[i][1], nnx.Param) for i in chosen]
     names = [".".join(map(str, leaves[i][0])) for i in chosen]
     return Definition(
-        "flax.nnx.Module", names, [np.asarray(_value_of(leaves[i][1])) for i in chosen], is_trained, apply
+        "flax.nnx.Module", names, [np.asarray(leaves[i][1].get_value()) for i in chosen], is_trained, apply
     )
 
 
-def _value_of(leaf: Any) -> Any:
-    """Of a variable of NNX, or of a bare array among the attributes of a module."""
-    return leaf.get_value() if hasattr(leaf, "get_value") else leaf
+def _is_weight(leaf: Any) -> bool:
+    """Bare arrays among a module's attributes are its constants."""
+    return hasattr(leaf, "get_value") and programs.is_float(leaf.get_value())
 
 
 def of_linen(module: Any, variables: Any, training: bool) -> Definition:
@@ -367,7 +372,10 @@ def rewritten(target: Any, weights: Arrays) -> Any:
 
         state = nnx.state(target)
         leaves = nnx.to_flat_state(state)
-        filled = [(path, leaf.replace(with_dtype(".".join(map(str, path)), leaf.get_value()))) for path, leaf in leaves]
+        filled = [
+            (path, leaf.replace(with_dtype(".".join(map(str, path)), leaf.get_value())) if _is_weight(leaf) else leaf)
+            for path, leaf in leaves
+        ]
         nnx.update(target, nnx.from_flat_state(filled))
         return target
     tree = target[1] if isinstance(target, tuple) else target

@@ -48,6 +48,14 @@ class Weight:
     """Whether it is part of a checkpoint; a table that is computed at construction isn't."""
 
 
+_KINDS = {
+    "product": {"mm", "bmm", "dot_general", "matmul"},
+    "convolution": {"convolution", "conv_general_dilated"},
+    "add": {"add", "add_any"},
+    "sub": {"sub", "rsub"},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One computed value and what it is made of.
@@ -67,6 +75,12 @@ class Step:
     sources: tuple[int, ...]
     layout: bool
     """Whether the operation only moves or repeats numbers."""
+
+    @property
+    def primitive_kind(self) -> str:
+        """What the primitive does, by one name for both frameworks."""
+        plain = self.primitive.rstrip("_")
+        return next((kind for kind, names in _KINDS.items() if plain in names), plain)
 
     def __str__(self) -> str:
         called = self.caller or self.primitive
@@ -121,6 +135,9 @@ class Model(Protocol):
 
     def gradients(self, weights: Arrays, inputs: Inputs, cotangents: Sequence[np.ndarray]) -> tuple[Arrays, Arrays]:
         """Of sum(output * cotangent), casts to narrower types lifted: by weight, and by floating-point input."""
+
+    def run_lifted(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
+        """The outputs, casts to narrower types lifted."""
 
     def run_in_float32(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
         """The outputs of the model and its inputs in float32."""

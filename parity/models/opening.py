@@ -42,8 +42,8 @@ def open_model(given: Any, role: str, training: bool = False) -> Model:
 
 
 def _made(given: Any) -> Any:
-    """The model of a function without arguments. It is made with float64 as PyTorch's default and casts to narrower types
-    lifted, so that tables which it computes are as exact as its weights."""
+    """The model of a function without arguments. It is made with float64 as PyTorch's default and casts to narrower
+    types lifted, so that tables which it computes are as exact as its weights."""
     if not inspect.isfunction(given) or inspect.signature(given).parameters:
         return given
     if "torch" not in sys.modules:

@@ -5,7 +5,6 @@ that have no rule in `arithmetic` are evaluated by JAX itself.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -120,29 +119,38 @@ def evaluate(operation: Operation, values: dict[int, Any], *, lifted: bool) -> N
 def lift(x: Any) -> Any:
     """A constant in float64. What was rounded to a narrower type gets back the digits it was most likely written with:
     the float32 nearest to 1e-6 becomes 1e-6, the one nearest to 2 pi becomes 2 pi."""
-    if not is_float(x) or x.dtype == np.float64:
-        return x
-    if x.dtype == np.float32 and x.size <= 64:
-        return np.array([_written(v) for v in x.ravel()], np.float64).reshape(x.shape)
-    return x.astype(np.float64)
+    if not is_float(x) or x.size > 64:
+        return x.astype(np.float64) if is_float(x) else x
+    if x.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            narrow = x.astype(np.float32)
+        if not np.array_equal(narrow, x):
+            return x  # it has digits that float32 doesn't have
+        x = narrow
+    if x.dtype != np.float32:
+        return x.astype(np.float64)
+    return np.array([_written(v) for v in x.ravel()], np.float64).reshape(x.shape)
 
 
 def _written(x: np.float32) -> float:
-    decimals = str(abs(x))
-    if len(decimals.replace(".", "").partition("e")[0].strip("0")) <= 6:
-        return float(str(x))
-    exact = _irrational().get(abs(x))
-    return float(str(x)) if exact is None else math.copysign(exact, x)
-
-
-@functools.cache
-def _irrational() -> dict[np.float32, float]:
-    """Numbers that programs have beside short decimals, by the float32 nearest to them."""
-    n = np.arange(2.0, 16385.0)
-    pi = math.pi * np.array([0.25, 0.5, 1, 2, 4])
-    several = [math.e, math.log(2), math.log(10), math.sqrt(2 / math.pi), math.sqrt(2 * math.pi), math.log(2 * math.pi)]
-    found = np.concatenate([1 / n, np.sqrt(n), 1 / np.sqrt(n), pi, 1 / pi, several, 1 / np.array(several)])
-    return dict(zip(found.astype(np.float32), found.tolist(), strict=True))
+    """The number that was most likely rounded to `x`: short decimals, a root of an integer, a multiple of pi, or the
+    inverse of one."""
+    decimals, size = float(str(x)), abs(float(x))
+    digits = str(abs(x)).partition("e")[0].replace(".", "").strip("0")
+    if len(digits) <= 6 or not 1e-6 < size < 1e6:
+        return decimals
+    for number, made in (
+        (size * size, math.sqrt),
+        (1 / size**2, lambda n: 1 / math.sqrt(n)),
+        (1 / size, lambda n: 1 / n),
+        (size / math.pi * 4, lambda n: n * math.pi / 4),
+        (math.pi / size, lambda n: math.pi / n),
+        (size * size * math.pi, lambda n: math.sqrt(n / math.pi)),
+    ):
+        whole = round(number)
+        if 1 <= whole <= 65536 and np.float32(made(whole)) == np.float32(size):
+            return math.copysign(made(whole), x)
+    return decimals
 
 
 def is_float(x: Any) -> bool:
@@ -323,9 +331,10 @@ def is_library(file: str, libraries: Sequence[str]) -> bool:
 
 
 def short_place(file: str, line: int) -> str:
-    """'my_model.py:12', or the path within a package: 'transformers/models/vit/modeling_vit.py:300'."""
+    """The path from the current folder, or within an installed package, or the file with its folder; and the line."""
     _, packages, inside = file.rpartition("-packages/")
     if packages:
         return f"{inside}:{line}"
     path = Path(file)
-    return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}:{line}"
+    here = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(*path.parts[-2:])
+    return f"{here}:{line}"

@@ -107,12 +107,12 @@ class TorchModel:
         floats = {n: x for n, x in zip(inputs.names(), values.values(), strict=True) if x.is_floating_point()}
         for x in floats.values():
             x.requires_grad_(True)
+        parameters = {n: t for n, t in self._tensors.items() if isinstance(t, torch.nn.Parameter)}
+        for t in parameters.values():
+            t.requires_grad_(True)  # frozen ones too
         with self._holding(weights), _Lifted():
             outputs = self._call(values)
             loss = sum((o * torch.from_numpy(c)).sum() for o, c in zip(outputs, cotangents, strict=True))
-            parameters = {n: t for n, t in self._tensors.items() if isinstance(t, torch.nn.Parameter)}
-            for t in parameters.values():
-                t.requires_grad_(True)
             wanted = [*parameters.values(), *floats.values()]
             found = torch.autograd.grad(loss, wanted, allow_unused=True)
         arrays = [np.zeros(w.shape) if g is None else g.numpy() for w, g in zip(wanted, found, strict=True)]
@@ -120,6 +120,10 @@ class TorchModel:
             dict(zip(parameters, arrays, strict=False)),
             dict(zip(floats, arrays[len(parameters) :], strict=True)),
         )
+
+    def run_lifted(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
+        with self._holding(weights), torch.no_grad(), _Lifted():
+            return [x.detach().numpy().copy() for x in self._call(_tensors(inputs))]
 
     def run_in_float32(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
         with self._holding(weights), torch.no_grad():

@@ -106,6 +106,9 @@ class Captured:
     def gradients(self, weights: Arrays, inputs: Inputs, cotangents: Sequence[np.ndarray]) -> tuple[Arrays, Arrays]:
         raise EngineError(f"{self.path}: a captured model has no gradients; compare with checks weights and forward")
 
+    def run_lifted(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
+        raise EngineError(f"{self.path}: a captured model can't be run on other inputs")
+
     def run_in_float32(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
         """Its own outputs rounded once: what float32 costs at least."""
         return [x.astype(np.float32).astype(np.float64) for x in self.run(weights, inputs)]

@@ -14,10 +14,12 @@ from parity.engine.results import Result, Skipped
 from parity.models.model import Arrays, Inputs, Model, Weight
 from parity.models.opening import open_model
 from parity.pair import divergence, layouts
+from parity.pair import inputs as generated
 from parity.pair import weights as drawing
 from parity.pair.by_name import rows_by_name
 from parity.pair.by_value import rows_by_value
 from parity.pair.capturing import Captured
+from parity.pair.causes import causes
 from parity.pair.hints import hints as hints_of
 from parity.pair.mapping import Mapping, complete, from_table, with_buffers, with_unused
 from parity.pair.report import Report
@@ -47,6 +49,7 @@ class Comparison:
     mapping: Mapping
     weights: dict[str, Arrays]
     """By role."""
+    to_candidate: Callable[[Any], Any] | None = None
 
     def made_of(self, role: str) -> dict[str, tuple[str, ...]]:
         """Of each weight of this role's model the weights of the other one that are the same."""
@@ -80,6 +83,7 @@ def compare(
     mode: str = "eval",
     weights: str = "random",
     seed: int = 0,
+    generate: bool = True,
     mutants: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
@@ -98,6 +102,7 @@ def compare(
         optimizer: (a function of parameters that returns a torch.optim optimizer, an optax transformation).
         mode: "eval", or "train" with dropout off.
         weights: "random": random ones in which every tensor matters, in both models; "own": each model's own.
+        generate: compare on inputs made from the given one too: longer, an odd batch, extreme values.
         mutants: how many changes of the candidate's program to try, for the mutation score.
 
     Raises:
@@ -127,7 +132,17 @@ def compare(
     found.from_reference = comparison.source is comparison.reference
     for check in checks:
         say(check)
-        _run(check, comparison, found, loss=loss, optimizer=optimizer, steps=steps, mode=mode, own=weights == "own")
+        _run(
+            check,
+            comparison,
+            found,
+            loss=loss,
+            optimizer=optimizer,
+            steps=steps,
+            mode=mode,
+            own=weights == "own",
+            generate=generate,
+        )
     if mutants:
         from parity.pair.score import mutation_score
 
@@ -155,7 +170,8 @@ def opened(
     models = [open_model(m, r, mode == "train") for m, r in ((reference, "reference"), (candidate, "candidate"))]
     if any(isinstance(m, Captured) for m in models):
         weights = "own" if isinstance(models[1], Captured) else weights
-    return _map(*models, cases, mapping, ignore, weights, seed, progress)
+    found = _map(*models, cases, mapping, ignore, weights, seed, progress)
+    return dataclasses.replace(found, to_candidate=to_candidate)
 
 
 def _cases(inputs: Any, to_candidate: Callable[[Any], Any] | None) -> list[tuple[Inputs, Inputs]]:
@@ -293,6 +309,49 @@ def _forward(check: str, c: Comparison, found: Report, options: dict) -> Iterato
             )
             continue
         yield from _parted(check, case, c, found, (theirs, ours), (a, b), worst)
+    if found.first_divergence is None and options["generate"]:
+        yield from _generated(check, c, found)
+
+
+def _generated(check: str, c: Comparison, found: Report) -> Iterator[Result | Skipped]:
+    """Inputs made from the first one, casts lifted: what both models take, both must compute alike."""
+    if any(isinstance(m, Captured) for m in (c.reference, c.candidate)):
+        return
+    taken, refused, worst = [], [], 0.0
+    for name, theirs in generated.generate(c.cases[0][0]):
+        try:
+            ours = _checked(Inputs.of(c.to_candidate(_as_given(theirs)) if c.to_candidate else theirs))
+            b = c.reference.run_lifted(c.weights["reference"], theirs)
+            a = c.candidate.run_lifted(c.weights["candidate"], ours)
+        except Exception:  # a size that one of the models doesn't take is no difference
+            refused.append(name)
+            continue
+        difference = _worst([_same_or(a[i], b[j]) for i, j in _paired(a, b)])
+        taken.append(name)
+        if not difference <= FORWARD:
+            yield Result(check, f"generated input: {name}", difference, FORWARD, "the given inputs don't show it")
+            found.hints.append(f"only {name} shows a difference: what decides by size or value differs")
+        else:
+            worst = max(worst, difference)
+    if taken:
+        left = f"; not taken by both: {', '.join(refused)}" if refused else ""
+        yield Result(check, f"{len(taken)} generated inputs", worst, FORWARD, f"{', '.join(taken)}{left}")
+
+
+def _as_given(inputs: Inputs) -> Any:
+    """In the form in which a user gives inputs."""
+    if inputs.keywords:
+        return dict(inputs.keywords)
+    return inputs.arguments[0] if len(inputs.arguments) == 1 else inputs.arguments
+
+
+def _same_or(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The difference; none where both have the same values that aren't finite (zeros divided by zeros)."""
+    if ours.shape == theirs.shape and not np.isfinite(theirs).all():
+        finite = np.isfinite(theirs)
+        if np.array_equal(finite, np.isfinite(ours)):
+            return _difference(np.where(finite, ours, 0.0), np.where(finite, theirs, 0.0))
+    return _difference(ours, theirs)
 
 
 def _parted(check, case, c: Comparison, found: Report, inputs, outputs, worst: float) -> Iterator[Result]:
@@ -311,7 +370,11 @@ def _parted(check, case, c: Comparison, found: Report, inputs, outputs, worst: f
         yield _rounding(check, case, c, inputs, outputs, (a, b), pairs)
         return
     place = divergence.locate(candidate, reference, right, c.made_of("candidate"))
-    found.first_divergence = found.first_divergence or place
+    if place and found.first_divergence is None:
+        found.first_divergence = place
+        if hasattr(c.candidate, "program"):
+            weights, made_of = c.weights["candidate"], c.made_of("candidate")
+            found.causes = causes(c.candidate, weights, ours, reference, place, made_of).in_words()
     if place:
         found.hints += [h for h in hints_of(candidate, reference, place) if h not in found.hints]
     yield Result(check, case, worst, FORWARD, str(place) if place else "")

@@ -253,7 +253,7 @@ def _lines(ours: _Side, theirs: _Side, step: Step, partner: Step | None, operand
             foreign.append(ours.by_number[number])
             moved += ours._origin(number)[1]
     suspects = [*foreign, step, *moved, *tables]
-    if partner and _kind(step) != _kind(partner):
+    if partner and step.primitive_kind != partner.primitive_kind:
         # An operation that the candidate doesn't have belongs after its operand, which may be some way back.
         suspects += [ours.by_number[n] for _, _, n in operands if n in ours.by_number]
         suspects += _makers_of_shared(ours, step, identities)
@@ -282,13 +282,6 @@ def _makers_of_shared(ours: _Side, step: Step, identities: set, most: int = 16) 
             return [made, *ours._origin(number)[1]]
         queue.extend(made.sources)
     return []
-
-
-_KINDS = ({"mm", "bmm", "dot_general", "matmul"}, {"add", "add_", "add_any"}, {"sub", "sub_", "rsub"}, {"mul", "mul_"})
-
-
-def _kind(step: Step) -> object:
-    return next((i for i, names in enumerate(_KINDS) if step.primitive in names), step.primitive.rstrip("_"))
 
 
 def _difference(ours: _Side, theirs: _Side, step: Step, partner: Step | None) -> float:

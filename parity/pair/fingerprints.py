@@ -21,7 +21,8 @@ def fingerprint(x: np.ndarray) -> np.ndarray | None:
     finite = np.isfinite(flat)
     if not finite.all():
         flat = np.where(finite, flat, 0.0)
-    scale = np.sqrt(np.mean(np.square(flat)))
+    largest = np.abs(flat).max()
+    scale = largest * np.sqrt(np.mean(np.square(flat / largest))) if largest else 0.0  # squares may overflow
     if not np.isfinite(scale) or scale == 0.0:
         return None
     y = flat / scale

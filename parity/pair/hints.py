@@ -415,7 +415,7 @@ def _flattened(scene: Scene) -> Iterator[str]:
             if x.dtype.kind == "f" and not _close(x, y) and _close(np.sort(x, -1), np.sort(y, -1)):
                 yield (
                     "the last axis holds the same numbers in another order: flattened as height, width, channels "
-                    "(NHWC) in one model and as channels, height, width (NCHW) in the other, or heads and widths reordered"
+                    "(NHWC) in one model and as channels, height, width (NCHW) in the other, or heads reordered"
                 )
                 return
 

@@ -67,19 +67,23 @@ class Inference:
         self._groups = candidates.groups({n: s for n, s in self._shapes.items() if n in set(self._kept)})
         self.rows: list[Row] = []
         self.substitutions: list[Substitution] = []
-        self._units = self._find_units(list(target), ignore)
+        self._units = self._find_units(target, ignore)
         self._from_weights = _weight_only(program)
         self._chosen: dict[int, tuple[Candidate, bool, tuple[str, ...]]] = {}
         self._run()
         self._collect(list(target))
 
     def _find_units(
-        self, names: list[str], ignore: Sequence[str]
+        self, own: dict[str, Weight], ignore: Sequence[str]
     ) -> dict[int, tuple[str, int | None, tuple[int, ...]]]:
         """Numbers of the values that are unknown weights: whole ones, and each layer's row of one that a scan walks."""
         shapes: dict[int, tuple[str, int | None, tuple[int, ...]]] = {}
+        names = list(own)
         target_shapes = self._program_shapes(names)
         for number, name in zip(self._program.weights, names, strict=True):
+            if name in ignore:
+                self._values[number] = own[name].value
+                continue
             users = [self._program.operations[p] for p in self._users[number]]
             if users and all(o.primitive == "row" for o in users):
                 for o in users:
@@ -161,8 +165,8 @@ class Inference:
         return np.ascontiguousarray(candidate.transform(*(self._weights[n] for n in candidate.source)))
 
     def _agreeing(self, unit: int, tensor: np.ndarray, parts: int) -> list[int]:
-        """Positions of the operations whose values, computed with this tensor, occur in the source: of as many different
-        ones as it has parts."""
+        """Positions of the operations whose values, computed with this tensor, occur in the source: of as many
+        different ones as it has parts."""
         trial, matched = _Overlay(self._values), {}
         trial[unit] = tensor
         queue, seen, count = list(self._users[unit]), set(), 0

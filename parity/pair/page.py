@@ -26,7 +26,9 @@ def _as_page(found: Report) -> pages.Report:
     page.results, page.skipped, page.evidence = found.results, found.skipped, found.evidence
     if found.verdict == "inconclusive":
         page.conclusion = "inconclusive: " + "; ".join(found.doubts or ["nothing was compared"])
-    page.sections = [s for s in (_divergence(divergence), _hints(found), _mapping(found), _mutants(found)) if s]
+    page.sections = [
+        s for s in (_divergence(divergence), _causes(found), _hints(found), _mapping(found), _mutants(found)) if s
+    ]
     page.details = {
         "first_divergence": divergence
         and {
@@ -35,6 +37,7 @@ def _as_page(found: Report) -> pages.Report:
             "difference": divergence.difference if math.isfinite(divergence.difference) else None,
             "lines": divergence.lines,
         },
+        "causes": found.causes,
         "hints": found.hints,
         "mapping": [
             {"reference": m.reference, "transform": m.transform, "candidate": m.candidate} for m in found.mapping
@@ -55,6 +58,11 @@ def _divergence(d: Any) -> Section | None:
         ["candidate", "reference", "the candidate's lines"],
         [[d.candidate, d.reference, ", ".join(d.lines)]],
     )
+
+
+def _causes(found: Report) -> Section | None:
+    text = "After each divergence the candidate goes on with the reference's value, so that the next one is its own."
+    return Section("Causes", text, ["cause"], [[c] for c in found.causes]) if len(found.causes) > 1 else None
 
 
 def _hints(found: Report) -> Section | None:

@@ -33,6 +33,8 @@ class Report:
     hints: list[str]
     table: Mapping = dataclasses.field(repr=False)
     mutation_score: Any = None
+    causes: list[str] = dataclasses.field(default_factory=list)
+    """What is wrong by itself, a sentence each, the first divergence first."""
     evidence: dict[str, Evidence] = dataclasses.field(default_factory=dict)
     """What is drawn, by names that begin with the check's."""
     from_reference: bool = True
@@ -98,6 +100,7 @@ class Report:
         if self.first_divergence:
             d = self.first_divergence
             lines.append(f"  first divergence: candidate {d.candidate}, reference {d.reference}")
+        lines += [f"  {c}" for c in self.causes[:5] if len(self.causes) > 1]
         lines += [f"  hint: {h}" for h in self.hints[:5]]
         lines += [f"  {d}" for d in self.doubts[:5]]
         return "\n".join(lines)
