@@ -278,6 +278,16 @@ class Inference:
 
     # --- Results ---
 
+    def _first_use(self, unit: int) -> str:
+        """The primitive of the first operation that isn't layout."""
+        number = unit
+        while users := self._users[number]:
+            operation = self._program.operations[users[0]]
+            if operation.primitive not in LAYOUT or operation.primitive == "gather":
+                return operation.primitive
+            number = operation.outputs[0]
+        return ""
+
     def _collect(self, names: list[str]) -> None:
         by_name: dict[str, dict[int | None, int]] = defaultdict(dict)
         for unit in self._chosen:
@@ -289,7 +299,8 @@ class Inference:
                 continue
             if None in rows:
                 candidate, verified, alternatives = self._chosen[rows[None]]
-                self.rows.append(Row(candidate.source, candidate.transform, name, verified, alternatives))
+                use = self._first_use(rows[None])
+                self.rows.append(Row(candidate.source, candidate.transform, name, verified, alternatives, use))
             else:
                 self.rows.append(_stacked(name, [self._chosen[rows[i]] for i in sorted(rows)]))
 

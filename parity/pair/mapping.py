@@ -26,6 +26,8 @@ class Row:
     """Whether values that the models compute agree with it, or only names and shapes."""
     alternatives: tuple[str, ...] = ()
     """Other sources that fit as well."""
+    use: str = ""
+    """The operation that first uses it: a table that is looked up in is turned otherwise than a product's factor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Mapping:
         return found
 
     def _kind(self, row: Row) -> tuple:
-        return row.target.rpartition(".")[2], len(self.shapes[row.source[0]])
+        return row.target.rpartition(".")[2], len(self.shapes[row.source[0]]), row.use
 
     def as_yaml(self) -> str:
         table = [
