@@ -50,10 +50,7 @@ class JaxModel:
 
     def weights(self) -> list[Weight]:
         d = self._definition
-        return [
-            Weight(name, np.asarray(array, np.float64), trained)
-            for name, array, trained in zip(d.names, d.arrays, d.trained, strict=True)
-        ]
+        return [Weight(name, array, trained) for name, array, trained in zip(d.names, d.arrays, d.trained, strict=True)]
 
     def run(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
         """Compiled by XLA, as the user's own program would be; where the model can't be traced in float64, its float32

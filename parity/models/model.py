@@ -41,11 +41,20 @@ class Weight:
     """A parameter, or a buffer such as BatchNorm's statistics."""
 
     name: str
-    value: np.ndarray
-    """In float64."""
+    own: np.ndarray
+    """The model's own, in its own type."""
     trained: bool = True
     kept: bool = True
     """Whether it is part of a checkpoint; a table that is computed at construction isn't."""
+
+    @property
+    def value(self) -> np.ndarray:
+        """In float64; made when it is asked for, because models are large."""
+        return np.array(self.own, np.float64)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.own.shape
 
 
 _KINDS = {

@@ -63,6 +63,9 @@ class TorchModel:
             raise EngineError("the PyTorch model has complex parameters, which can't be compared yet")
         if len({p.device for p in module.parameters()}) > 1:
             raise EngineError("the PyTorch model lies on several devices; move it to one, with .cpu()")
+        self._own = dict((*module.named_parameters(), *module.named_buffers()))
+        self._held: Arrays | None = None
+        self._training = training
         self._module = copy.deepcopy(module).cpu().double()
         self._module.train(training)
         if training:
@@ -94,7 +97,7 @@ class TorchModel:
         parameters = {id(p) for p in self._module.parameters()}
         saved = set(self._module.state_dict(keep_vars=True))
         return [
-            Weight(name, t.detach().numpy().copy(), id(t) in parameters, kept=name in saved)
+            Weight(name, _array(self._own[name]), id(t) in parameters, kept=name in saved)
             for name, t in self._tensors.items()
         ]
 
@@ -149,6 +152,7 @@ class TorchModel:
                 losses.append(float(value.detach()))
                 if number == 0:
                     first = {n: t.detach().numpy().copy() for n, t in parameters.items()}
+        self._held = None
         return Trained(np.array(losses), first)
 
     def state_after(self, weights: Arrays, inputs: Inputs) -> Arrays:
@@ -179,17 +183,20 @@ class TorchModel:
 
     @contextlib.contextmanager
     def _holding(self, weights: Arrays) -> Iterator[None]:
-        """These values in the module inside; its own afterwards."""
-        before = {name: t.detach().clone() for name, t in self._tensors.items()}
-        try:
+        """These values in the module inside."""
+        # A call in training mode changes buffers, and a training the parameters: those are written again each time.
+        if self._held is not weights or self._training:
             with torch.no_grad():
                 for name, t in self._tensors.items():
                     t.copy_(torch.from_numpy(np.array(weights[name])))
-            yield
-        finally:
-            with torch.no_grad():
-                for name, t in self._tensors.items():
-                    t.copy_(before[name])
+        self._held = weights
+        yield
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """As numpy, which has no bfloat16, without a copy where that is possible."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _first_float(outputs: Any) -> torch.Tensor:
@@ -260,19 +267,17 @@ class _Watch(TorchDispatchMode):
         self.steps: list[Step] = []
         self.narrow: list[NarrowCast] = []
         self._weights = {self._new(t): name for name, t in tensors.items()} if lift else {}
+        self._from_weights = set(self._weights)
         self._inputs: dict[int, str] = {}
 
     def begin(self, inputs: dict[str, torch.Tensor]) -> None:
+        named = dict((*self._module.named_parameters(), *self._module.named_buffers()))
         for number, name in self._weights.items():
-            self.values[number] = dict(self._named_values())[name]
+            self.values[number] = named[name].detach().numpy()
         for name, x in inputs.items():
             number = self._new(x)
             self._inputs[number] = name
             self.values[number] = x.detach().numpy().copy()
-
-    def _named_values(self):
-        for name, t in (*self._module.named_parameters(), *self._module.named_buffers()):
-            yield name, t.detach().numpy().copy()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -336,12 +341,14 @@ class _Watch(TorchDispatchMode):
                     self.narrow.append(NarrowCast(str(x.dtype).removeprefix("torch."), place))
                 continue
             number = self._new(x)
-            if x.dtype == torch.float64 or not x.is_floating_point():
+            layout = name in LAYOUT or name.rstrip("_") in LAYOUT
+            alone = layout and sources and self._from_weights.issuperset(sources)
+            if alone:
+                self._from_weights.add(number)  # a weight turned round: nothing that anybody looks for
+            elif x.dtype == torch.float64 or not x.is_floating_point():
                 self.values[number] = x.detach().clone().numpy() if not x.is_complex() else np.zeros(0)
             module = self._stack[-1] if self._stack else ""
-            self.steps.append(
-                Step(number, name, caller, place, module, tuple(sources), name in LAYOUT or name.rstrip("_") in LAYOUT)
-            )
+            self.steps.append(Step(number, name, caller, place, module, tuple(sources), layout))
         return result
 
 

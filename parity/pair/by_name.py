@@ -18,7 +18,7 @@ def rows_by_name(source: Mapping[str, Weight], target: Mapping[str, Weight], ign
     cost = np.full((len(theirs), len(mine)), 100.0)
     for i, t in enumerate(theirs):
         for j, s in enumerate(mine):
-            if target[t].value.shape == source[s].value.shape:
+            if target[t].shape == source[s].shape:
                 cost[i, j] = -alike(t, s) + 0.01 * abs(i / max(1, len(theirs)) - j / max(1, len(mine)))
     pairs = zip(*linear_sum_assignment(cost), strict=True)
     return [Row((mine[j],), Transform(), theirs[i], verified=mine[j] == theirs[i]) for i, j in pairs if cost[i, j] < 50]

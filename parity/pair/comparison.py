@@ -222,7 +222,7 @@ def _map(reference, candidate, cases, given, ignore, own, seed, say) -> Comparis
         by = rows_by_value if isinstance(target, Captured) else rows_by_name
         mapping = complete(by(mine, theirs, ignore), mine, theirs, ignore)
     made = mapping.apply(drawn) if own == "random" else {}
-    filled = {name: made.get(name, w.value) for name, w in theirs.items()}
+    filled = made | {name: w.value for name, w in theirs.items() if name not in made}
     held = {"reference": drawn, "candidate": filled} if from_reference else {"reference": filled, "candidate": drawn}
     return Comparison(reference, candidate, source, target, cases, mapping, held)
 

@@ -104,7 +104,7 @@ def from_table(given: Any, source: Map[str, Weight], target: Map[str, Weight], i
             )
         row = Row(tuple(names), parse(str(entry.get("transform", "identity"))), entry["target"])
         made = row.transform(*(source[n].value for n in names))
-        wanted = target[row.target].value.shape
+        wanted = target[row.target].shape
         if made.shape != wanted:
             raise EngineError(
                 f"mapping: {row.target} has shape {wanted}, and {row.transform} of {names} gives {made.shape}"
@@ -122,7 +122,7 @@ def complete(
         rows,
         [n for n, w in source.items() if n not in used and n not in ignore and w.kept],
         [n for n, w in target.items() if n not in made and n not in ignore and w.kept],
-        {n: w.value.shape for n, w in source.items()},
+        {n: w.shape for n, w in source.items()},
         confirmed,
     )
 
@@ -131,7 +131,7 @@ def with_unused(rows: list[Row], source: Map[str, Weight], target: Map[str, Weig
     """Rows for weights that no output depends on, in both models: of equal shape and all but equal name."""
     used, made, found = {n for r in rows for n in r.source}, {r.target for r in rows}, []
     for name, weight in target.items():
-        fitting = [n for n, w in source.items() if n not in used and w.value.shape == weight.value.shape]
+        fitting = [n for n, w in source.items() if n not in used and w.shape == weight.shape]
         best = max(fitting, key=lambda n: alike(name, n), default=None) if name not in made else None
         if best is not None and best.rpartition(".")[2] == name.rpartition(".")[2] and alike(name, best) > UNUSED_ALIKE:
             used.add(best)
@@ -160,10 +160,7 @@ def with_buffers(rows: list[Row], source: Map[str, Weight], target: Map[str, Wei
             fitting = [
                 n
                 for n, w in source.items()
-                if n.rpartition(".")[0] == there
-                and n not in used
-                and not w.trained
-                and w.value.shape == weight.value.shape
+                if n.rpartition(".")[0] == there and n not in used and not w.trained and w.shape == weight.shape
             ]
             best = max(fitting, key=lambda n: alike(leaf, n.rpartition(".")[2]), default=None)
             if best is not None:
