@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def _commands() -> list[str]:
-    """The lines of the README's blocks, without comments and continued lines joined."""
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    lines = re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()
+    """The lines of the README's blocks that name no language, without comments and continued lines joined."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    commands = "\n".join(content for language, content in blocks if not language)
+    lines = re.sub(r"\\\n\s*", "", commands).splitlines()
     return [line for line in (re.sub(r"\s+#.*", "", line).strip() for line in lines) if line]
 
 

@@ -54,7 +54,8 @@ def esm2_candidate(_):
         import esm2quinox
     except ModuleNotFoundError as error:
         raise SystemExit(f"{error.name} is missing: pip install --no-deps esm2quinox==0.2.0 jaxtyping") from None
-    return Batched(esm2quinox.ESM2(2, 24, 3, token_dropout=True, key=jax.random.key(0)))
+    with jax.enable_x64(True):  # its rotary table is computed at construction
+        return Batched(esm2quinox.ESM2(2, 24, 3, token_dropout=True, key=jax.random.key(0)))
 
 
 def both_layers(template: str) -> tuple[str, str]:

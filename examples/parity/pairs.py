@@ -270,7 +270,8 @@ def known_lines(pair: Pair, lines: Sequence[str], folder: Path | None) -> bool:
     """Whether one of these places ('file:line') is a line of the pair's `differs_at`."""
     for place in lines:
         file, _, number = place.rpartition(":")
-        path = next((p for p in (Path(file), *(folder.rglob(file) if folder else ())) if p.exists()), None)
+        there = folder.rglob(Path(file).name) if folder else ()
+        path = next((p for p in (Path(file), *there) if p.exists()), None)
         if path is not None and number.isdigit():
             line = path.read_text().splitlines()[int(number) - 1]
             if any(piece in line for piece in pair.differs_at):

@@ -1,5 +1,6 @@
 """Which kind of model something is. Frameworks are recognised by their classes' modules: none is imported for it."""
 
+import contextlib
 import inspect
 import sys
 from typing import Any
@@ -42,15 +43,19 @@ def open_model(given: Any, role: str, training: bool = False) -> Model:
 
 
 def _made(given: Any) -> Any:
-    """The model of a function without arguments. It is made with float64 as PyTorch's default and casts to narrower
-    types lifted, so that tables which it computes are as exact as its weights."""
+    """The model of a function without arguments. It is made with float64 as both frameworks' default and casts to
+    narrower types lifted, so that tables which it computes are as exact as its weights."""
     if not inspect.isfunction(given) or inspect.signature(given).parameters:
         return given
-    if "torch" not in sys.modules:
-        return given()
-    from parity.models.torch_model import exact_tables
+    with contextlib.ExitStack() as exact:
+        if "torch" in sys.modules:
+            from parity.models.torch_model import exact_tables
 
-    with exact_tables():
+            exact.enter_context(exact_tables())
+        if "jax" in sys.modules:
+            import jax
+
+            exact.enter_context(jax.enable_x64(True))
         return given()
 
 

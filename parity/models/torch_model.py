@@ -309,6 +309,13 @@ class _Watch(TorchDispatchMode):
         numbers = [self._numbers[id(x)] for x in outputs]
         return Recording(self.values, self.steps, self._weights, self._inputs, numbers)
 
+    def number_of(self, output: torch.Tensor | np.ndarray) -> int | None:
+        """Of a tensor that was computed, or of the latest one with these values."""
+        if isinstance(output, torch.Tensor):
+            return self._numbers.get(id(output))
+        equal = (n for n, x in reversed(self.values.items()) if np.array_equal(x, output))
+        return next(equal, None)
+
     def _new(self, tensor: torch.Tensor) -> int:
         number = len(self._alive)
         self._alive.append(tensor)
@@ -390,7 +397,10 @@ def record_function(function: Any, inputs: np.ndarray) -> Recording | None:
             outputs = function(inputs)
         except Exception:  # the user's own code, which may do what can't be watched
             return None
-    leaves = [x for x in _leaves(outputs) if isinstance(x, torch.Tensor)]
-    if not leaves or not watch.steps:
+    leaves = _leaves(outputs)
+    if not watch.steps or not all(isinstance(x, torch.Tensor | np.ndarray) for x in leaves):
         return None
-    return watch.recording(leaves)
+    numbers = [watch.number_of(x) for x in leaves]
+    if None in numbers:
+        return None
+    return Recording(watch.values, watch.steps, {}, {}, numbers)

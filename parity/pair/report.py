@@ -55,8 +55,11 @@ class Report:
     def doubts(self) -> list[str]:
         """Why a comparison without a difference proves nothing yet."""
         found = []
+        forward = [r for r in self.results if r.check == "forward"]
+        # Outputs that agree show that the mapping is right: with another one they wouldn't.
+        settled = self.table.confirmed or (bool(forward) and all(r.passed for r in forward))
         for row in self.table.rows:
-            if row.alternatives and not self.table.confirmed:
+            if row.alternatives and not settled:
                 found.append(
                     f"{row.target} may be {' + '.join(row.source)} or {', '.join(row.alternatives)}: give mapping="
                 )
