@@ -116,9 +116,10 @@ class _Run:
 
 
 def _change(a: np.ndarray, b: np.ndarray) -> float:
-    if not np.isfinite(a).all() and np.isfinite(b).all():
+    finite = np.isfinite(b)
+    if not np.array_equal(np.isfinite(a), finite):
         return float("inf")
-    return measures.relative_to_largest(a, b)
+    return measures.relative_to_largest(np.where(finite, a, 0.0), np.where(finite, b, 0.0))
 
 
 def _others(model: Any, given: Inputs, seed: int):
