@@ -219,8 +219,8 @@ def _page(report: Report, facts: dict[str, str], plots: list[dict]) -> str:
             "limit": figure(r.limit),
             "passed": r.passed,
             "where": r.where,
-            "bar": _on_scale(r.measured),
-            "mark": _on_scale(r.limit) if r.limit > 0 else None,
+            "bar": _on_scale(r.measured, r.limit),
+            "mark": _on_scale(r.limit, r.limit) if r.limit > 0 else None,
         }
         for r in report.results
     ]
@@ -269,9 +269,13 @@ def _by_check(verdicts: list[Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _on_scale(x: float) -> float:
+def _on_scale(x: float, limit: float) -> float:
+    """In percent: relative differences by their powers of ten, ratios and logarithms (limits of 1 and more) as they
+    are, up to one and a half times the limit."""
     if not math.isfinite(x):
         return 100.0
+    if limit >= 1.0:
+        return round(100 * min(1.0, max(0.0, x / (1.5 * limit))), 1)
     power = math.log10(x) if x > 0 else LOWEST
     return round(100 * min(1.0, max(0.0, (power - LOWEST) / (HIGHEST - LOWEST))), 1)
 

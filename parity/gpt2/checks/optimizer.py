@@ -48,7 +48,9 @@ def _steps(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Resul
                 continue  # one step clipped, ten not
             config = _config(case, steps, clip_norm)
             a, b = (adapter.steps(config, [batch] * steps) for adapter in (candidate, reference))
-            yield _compare(side_by_side(a, b, names), f"{steps} AdamW steps, clipping {clipping}")
+            yield _compare(
+                side_by_side(a, b, names), f"AdamW, {steps} {'step' if steps == 1 else 'steps'}, clipping {clipping}"
+            )
 
 
 def _config(case: Case, steps: int, clip_norm: float) -> TrainConfig:

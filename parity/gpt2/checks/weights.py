@@ -177,7 +177,7 @@ def _model(in_memory: RoundTrips, name: str, config: ModelConfig, dtype: str, ne
         ways.append(found)
     where = next((f"{way.case}: {way.where}" for way in ways if not way.passed), "")
     by = f", refused by {', '.join(refused)}" if refused else ""
-    title = f"{name}: through {len(ways) - len(refused)} ways{by}"
+    title = f"{name}: {len(ways) - len(refused)} round trips{by}"
     return Result("weights", title, sum(way.measured for way in ways), limits.BYTES, where)
 
 
