@@ -73,7 +73,7 @@ def no_decay_on_embeddings(right):
 @fault(
     "L2 instead of decoupled decay",
     check="optimizer",
-    place="AdamW steps",
+    place="AdamW, ",
     seam=(gpt2_jax.train_step, "make_optimizer"),
 )
 def l2_in_the_place_of_decoupled_decay(right):
@@ -176,7 +176,7 @@ def clipping_per_tensor(clip):
 @fault(
     "clipping without PyTorch's 1e-6",
     check="loss_curve",
-    place="AdamW steps",
+    place="AdamW, ",
     seam=(gpt2_jax.train_step, "clip_by_global_norm"),
 )
 def clipping_without_pytorch_1e_6(clip):
