@@ -305,7 +305,11 @@ def _forward(check: str, c: Comparison, found: Report, options: dict) -> Iterato
         worst = _worst(differences)
         if worst <= FORWARD:
             yield Result(
-                check, case, worst, FORWARD, f"{len(pairs)} arrays, {sum(a[i].size for i, _ in pairs):,} values"
+                check,
+                case,
+                worst,
+                FORWARD,
+                f"{_counted(len(pairs), 'array')}, {sum(a[i].size for i, _ in pairs):,} values",
             )
             continue
         yield from _parted(check, case, c, found, (theirs, ours), (a, b), worst)
@@ -552,6 +556,10 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     squeezed = [theirs.reshape(ours.shape)] if layouts.same_but_ones(ours.shape, theirs.shape) else []
     moved = [theirs.transpose(axes) for axes in layouts.orders(theirs.shape, ours.shape)]
     return min((measures.relative_to_largest(ours, m) for m in (*squeezed, *moved)), default=math.inf)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _worst(differences: Sequence[float]) -> float:

@@ -176,7 +176,7 @@ def clipping_per_tensor(clip):
 @fault(
     "clipping without PyTorch's 1e-6",
     check="loss_curve",
-    place="AdamW, ",
+    place="AdamW steps",
     seam=(gpt2_jax.train_step, "clip_by_global_norm"),
 )
 def clipping_without_pytorch_1e_6(clip):
