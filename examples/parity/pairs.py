@@ -336,7 +336,12 @@ def compared(pairs: Sequence[Pair], given, sources: Callable[[Pair], Path] | Non
         started = time.monotonic()
         try:
             report = parity.compare(
-                pair.make_reference, candidate, inputs=pair.inputs, to_candidate=pair.to_candidate, ignore=pair.ignore
+                pair.make_reference,
+                candidate,
+                inputs=pair.inputs,
+                to_candidate=pair.to_candidate,
+                ignore=pair.ignore,
+                generate=False,  # what is known of the pairs is known of their own inputs
             )
         except Exception as error:
             console.print_exception(max_frames=4)

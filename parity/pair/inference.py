@@ -99,16 +99,30 @@ class Inference:
 
     def _run(self) -> None:
         for position, operation in enumerate(self._program.operations):
-            if operation.primitive == "row" and operation.outputs[0] in self._units:
+            # What is made of weights alone waits until data needs it: only then do values tell which weights they are.
+            if operation.outputs[0] in self._from_weights:
                 continue
             for x in operation.inputs:
-                if not isinstance(x, Constant) and x in self._units and x not in self._values:
-                    self._look_ahead(position)
-                    self._choose(x)
+                if not isinstance(x, Constant):
+                    self._resolve(x, position)
             if operation.outputs[0] not in self._values:
                 evaluate(operation, self._values, lifted=True)
             self._learn_layout(operation)
             self._substitute_if_due(operation)
+
+    def _resolve(self, x: int, position: int) -> None:
+        """Find the weights behind a value that depends on nothing else, and compute it."""
+        if x in self._values:
+            return
+        if x in self._units:
+            self._look_ahead(position)
+            self._choose(x)
+            return
+        operation = self._from_weights[x]
+        for source in operation.inputs:
+            if not isinstance(source, Constant):
+                self._resolve(source, position)
+        evaluate(operation, self._values, lifted=True)
 
     def _look_ahead(self, position: int) -> None:
         """Evaluate what comes next and needs no unknown weight: trials meet it."""

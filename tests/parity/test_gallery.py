@@ -30,8 +30,12 @@ def test_a_pair_cites_its_thread_and_marks_its_bug(name):
     assert gallery.planted_lines(pair)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", gallery.NAMES)
+# One of each kind of finding in every run; all ten in the slow tests.
+QUICK = ("gelu_form", "lora_dropped")
+PAIRS = [pytest.param(n, marks=pytest.mark.long if n in QUICK else pytest.mark.slow) for n in gallery.NAMES]
+
+
+@pytest.mark.parametrize("name", PAIRS)
 def test_the_bug_is_found_and_the_mended_port_is_the_same(name):
     outcome = gallery.judge(gallery.load(name))
     assert outcome.planted, outcome.found
