@@ -42,10 +42,17 @@ def open_model(given: Any, role: str, training: bool = False) -> Model:
     return jax_model.JaxModel(definition)
 
 
+def _takes_arguments(given: Any) -> bool:
+    # Of a class what its __init__ takes: classes of NNX have a metaclass that takes anything.
+    function = given.__init__ if inspect.isclass(given) else given
+    return len(inspect.signature(function).parameters) > inspect.isclass(given)
+
+
 def _made(given: Any) -> Any:
-    """The model of a function without arguments. It is made with float64 as both frameworks' default and casts to
-    narrower types lifted, so that tables which it computes are as exact as its weights."""
-    if not inspect.isfunction(given) or inspect.signature(given).parameters:
+    """The model of a function or class without arguments. It is made with float64 as both frameworks' default and casts
+    to narrower types lifted, so that tables which it computes are as exact as its weights."""
+    makes = inspect.isfunction(given) or inspect.isclass(given)
+    if not makes or _takes_arguments(given):
         return given
     with contextlib.ExitStack() as exact:
         if "torch" in sys.modules:

@@ -20,11 +20,13 @@ from parity.models.program import Constant, Operation, Program, evaluate
 from parity.pair import candidates, layouts
 from parity.pair.fingerprints import NEAR, Index
 from parity.pair.mapping import Row
-from parity.pair.naming import alike
+from parity.pair.naming import alike, recurrent
 from parity.pair.transforms import Transform
 
 MOST_OPERATIONS = 60
 """Of the target's program that follow a weight's first use, until a value that the source has must appear."""
+MOST_MATCHES = 12
+"""Of values of the source, when a candidate is held against random numbers."""
 MOST_TRIALS = 200
 """Of candidates for one weight."""
 
@@ -56,6 +58,7 @@ class Inference:
         self._order = {n: i for i, n in enumerate(_order_of_use(recording))}
         self._values: dict[int, Any] = dict(zip(program.inputs, inputs, strict=True))
         self._used: Counter[str] = Counter()
+        self._taken: set[tuple[tuple[str, ...], Transform]] = set()
         self._forms: dict[tuple, Counter[str]] = defaultdict(Counter)
         self._layouts = layouts.Layouts()
         self._users: dict[int, list[int]] = defaultdict(list)
@@ -134,19 +137,20 @@ class Inference:
     def _choose(self, unit: int) -> None:
         name, _, shape = self._units[unit]
         ranked = self._candidates(name, shape)
-        found: list[tuple[Candidate, int]] = []
+        found: list[tuple[Candidate, bool]] = []
         for candidate in ranked[:MOST_TRIALS]:
             if found and candidate.likely < found[0][0].likely - 1.0:
                 break
-            matched = self._agreeing(unit, self._made(candidate), len(candidate.source))
+            matched, same_order = self._agreeing(unit, self._made(candidate), len(candidate.source))
             if matched:
-                found.append((candidate, len(matched)))
-                if len(found) == 1 and self._says_nothing(unit, matched[0]):
+                found.append((candidate, same_order and len(matched) >= len(candidate.source)))
+                if len(found) == 1 and self._says_nothing(unit, self._made(candidate)):
                     return  # any tensor would do: a bias of keys, which softmax takes out again
                 if len(found) > 3 and len(candidate.source) == 1:
                     break
-        # Of what is put together from several tensors, every part must show.
-        found.sort(key=lambda f: -(f[1] >= len(f[0].source)))
+        # Of what is put together from several tensors, every part must show; and elements must be in their order, which
+        # a kernel the other way round may change without changing which elements there are.
+        found.sort(key=lambda f: not f[1])
         if found:
             chosen = found[0][0]
             others = [c for c, _ in found[1:] if c.source != chosen.source and c.likely > chosen.likely - 0.05]
@@ -157,12 +161,12 @@ class Inference:
         else:
             self._values[unit] = np.zeros(shape)
 
-    def _says_nothing(self, unit: int, first: int) -> bool:
-        """Whether a tensor of random numbers agrees as soon as the candidate does."""
+    def _says_nothing(self, unit: int, tensor: np.ndarray) -> bool:
+        """Whether a tensor of random numbers agrees as soon and as often as this one does."""
         name, _, shape = self._units[unit]
         noise = np.random.default_rng(len(name)).standard_normal(shape)
-        matched = self._agreeing(unit, noise, 1)
-        if not matched or matched[0] > first:
+        (with_noise, _), (with_tensor, _) = (self._agreeing(unit, x, MOST_MATCHES) for x in (noise, tensor))
+        if len(with_noise) < len(with_tensor) or with_noise[0] > with_tensor[0]:
             return False
         self._values[unit] = np.zeros(shape)
         return True
@@ -172,16 +176,17 @@ class Inference:
         self._chosen[unit] = (candidate, verified, alternatives)
         name, _, shape = self._units[unit]
         self._forms[self._family(name, len(shape))][candidate.transform.form] += 2 if verified else 1
+        self._taken.add((candidate.source, candidate.transform))
         for n in candidate.source:
             self._used[n] += 1
 
     def _made(self, candidate: Candidate) -> np.ndarray:
         return np.ascontiguousarray(candidate.transform(*(self._weights[n] for n in candidate.source)))
 
-    def _agreeing(self, unit: int, tensor: np.ndarray, parts: int) -> list[int]:
-        """Positions of the operations whose values, computed with this tensor, occur in the source: of as many
-        different ones as it has parts."""
-        trial, matched = _Overlay(self._values), {}
+    def _agreeing(self, unit: int, tensor: np.ndarray, parts: int) -> tuple[list[int], bool]:
+        """Positions of the operations whose values, computed with this tensor, occur in the source, of so many
+        different ones; and whether these values have the source's order of elements, but for axes."""
+        trial, matched, same_order = _Overlay(self._values), {}, True
         trial[unit] = tensor
         queue, seen, count = list(self._users[unit]), set(), 0
         heapq.heapify(queue)
@@ -202,11 +207,13 @@ class Inference:
                     value = trial[x]
                     for number in self._index.find(value, NEAR)[:1] if isinstance(value, np.ndarray) else ():
                         matched.setdefault((number, value.size), position)
+                        theirs = self._recording.values[number]
+                        same_order &= theirs.size != value.size or layouts.permutation(theirs, value, 1e-3) is not None
                     if len(matched) >= parts:
-                        return list(matched.values())
+                        return list(matched.values()), same_order
                 for user in self._users[x]:
                     heapq.heappush(queue, user)
-        return list(matched.values())
+        return list(matched.values()), same_order
 
     # --- Candidates ---
 
@@ -235,7 +242,9 @@ class Inference:
         expected = len([n for n in self._order if self._used[n]])
         distance = abs(after - expected) / max(1, len(self._order))
         plain = -0.05 * len(transform.steps) - 0.3 * (len(source) > 1) - 0.2 * _is_part(transform)
-        return float(names + unused + usual - 0.5 * distance + plain + self._convention(name, rank, transform))
+        taken = -2.0 * ((source, transform) in self._taken)
+        rules = self._convention(name, rank, transform) + recurrent(name, source, transform)
+        return float(names + unused + taken + usual - 0.5 * distance + plain + rules)
 
     def _convention(self, name: str, rank: int, transform: Transform) -> float:
         """Before siblings are known: kernels are transposed, embeddings aren't."""

@@ -4,6 +4,8 @@ import functools
 import re
 from collections import Counter
 
+from parity.pair.transforms import Transform
+
 # One word for each group; the first is what the others become.
 _GROUPS = (
     "weight kernel w gamma scale embedding embeddings",
@@ -53,6 +55,23 @@ def alike(a: str, b: str) -> float:
     total = words_a.total() + words_b.total()
     common = 2 * (words_a & words_b).total() / total if total else 0.0
     return common + (numbers_a == numbers_b) + (bool(leaf_a) and leaf_a == leaf_b)
+
+
+# The order in which PyTorch fuses the gates of an LSTM and a GRU.
+_GATES = {4: "ifgo", 3: "rzn"}
+
+
+def recurrent(name: str, source: tuple[str, ...], transform: Transform) -> float:
+    """What a name such as `hf.kernel` or `LSTMCell.ii.kernel` says of the tensors that PyTorch fuses as weight_ih and
+    weight_hh: which of them, and which part. Values can't say it one by one, because gates are sums of two products."""
+    gate = re.search(r"(?:^|[._])([ih])([ifgorzn])[._]", name)
+    part = next((numbers for kind, numbers in transform.steps if kind == "chunk"), None)
+    if gate is None or part is None or part[1] not in _GATES:
+        return 0.0
+    right = gate[2] in _GATES[part[1]] and _GATES[part[1]].index(gate[2]) == part[0]
+    mine = any(f"_{gate[1]}h" in n for n in source)
+    both = 0.4 * (len(source) == 2)  # one bias in Flax is the sum of PyTorch's two
+    return (1.0 if right else -1.0) + 0.5 * mine + both
 
 
 def pattern(name: str) -> str:

@@ -242,6 +242,59 @@ def test_scanned_layers_and_fused_projections_are_mapped():
     assert found["fused"] == ("gate.weight + up.weight", "concat(0) | transpose")
 
 
+@pytest.mark.long
+def test_the_gates_of_an_lstm_and_its_two_biases_are_mapped():
+    class Reference(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells, self.out = torch.nn.LSTM(6, 4, batch_first=True), torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.out(self.cells(x)[0])
+
+    class Port(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(3)(linen.RNN(linen.OptimizedLSTMCell(4))(x))
+
+    x = X[None, :, :].repeat(2, 0)
+    shapes = jax.eval_shape(lambda: Port().init(jax.random.key(0), jnp.asarray(x, jnp.float32)))
+    report = parity.compare(Reference, (Port(), jax.tree.map(lambda s: jnp.zeros(s.shape), shapes)), inputs=x)
+    assert report.passed, report.in_words()
+    found = {m.candidate: (m.reference, m.transform) for m in report.mapping}
+    for number, gate in enumerate("ifgo"):
+        cell = f"OptimizedLSTMCell_0.h{gate}"
+        assert found[f"{cell}.kernel"] == ("cells.weight_hh_l0", f"chunk({number}, 4, 0) | transpose")
+        assert found[f"{cell}.bias"] == ("cells.bias_ih_l0 + cells.bias_hh_l0", f"add | chunk({number}, 4, 0)")
+
+
+@pytest.mark.long
+def test_a_transposed_convolution_is_mapped_with_its_flip_and_another_order_of_axes():
+    class Reference(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.ConvTranspose2d(5, 4, 2, stride=2)
+
+        def forward(self, x):
+            return self.up(torch.relu(self.down(x)))
+
+    class Port(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.down = nnx.Conv(3, 5, (3, 3), padding=1, rngs=rngs)
+            self.up = nnx.ConvTranspose(5, 4, (2, 2), strides=(2, 2), padding="VALID", rngs=rngs)
+
+        def __call__(self, x):
+            return self.up(jax.nn.relu(self.down(x)))
+
+    images = np.random.RandomState(0).standard_normal((2, 3, 6, 4))
+    report = parity.compare(Reference, Port, inputs=images, to_candidate=lambda x: x.transpose(0, 2, 3, 1))
+    assert report.passed, report.in_words()
+    found = {m.candidate: m.transform for m in report.mapping}
+    # With a stride of the kernel's size a kernel the other way round has the same products, elsewhere.
+    assert found["down.kernel"] == "permute(2, 3, 1, 0)" and found["up.kernel"] == "permute(2, 3, 0, 1) | flip(0, 1)"
+
+
 def test_pairs_within_one_framework_are_compared_with_roles():
     assert parity.compare(Square(), Square(), inputs=X).passed
     report = parity.compare((square, parameters()), (lambda p, x: square(p, x) * 2, parameters()), inputs=X)
