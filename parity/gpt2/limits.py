@@ -35,7 +35,7 @@ def curve(steps: int) -> float:
     return CURVE if steps < LONG else CURVE_LONG
 
 
-# A bfloat16 has 8 bits of mantissa: what is sent is rounded by at most 2^-9 of itself, and the sum once more.
+# A bfloat16 has 8 bits of mantissa: each part that is sent is rounded by at most 2^-9 of itself, and the sum once more.
 BFLOAT16_EXCHANGE = 2.0**-8
 # A loss in bfloat16, by a program that computes other batches at once: a sum in float32 is rounded at 1e-7; the loss
 # itself is off by some 1e-4.
