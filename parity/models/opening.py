@@ -16,13 +16,14 @@ KINDS = (
 
 def open_model(given: Any, role: str, training: bool = False) -> Model:
     """The model behind the common interface. Raises EngineError if it is none of KINDS; `role` names it there."""
-    given = _made(given)
+    made = _made(given)
+    owned, given = made is not given, made
     if _is(given, "parity.pair.capturing", "Captured"):
         return given
     if _is(given, "torch.nn.modules.module", "Module"):
         from parity.models.torch_model import TorchModel
 
-        return TorchModel(given, training)
+        return TorchModel(given, training, owned)
     kind = _jax_kind(given)
     if kind is None:
         raise EngineError(f"the {role} is {_describe(given)}; expected {KINDS}")

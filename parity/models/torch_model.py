@@ -57,22 +57,24 @@ class TorchModel:
     framework = "PyTorch"
     kind = "torch.nn.Module"
 
-    def __init__(self, module: torch.nn.Module, training: bool = False) -> None:
+    def __init__(self, module: torch.nn.Module, training: bool = False, owned: bool = False) -> None:
+        """`owned`: nobody else has the module, so that it needn't be copied."""
         first = next(module.parameters(), None)
         if first is not None and first.is_complex():
             raise EngineError("the PyTorch model has complex parameters, which can't be compared yet")
         if len({p.device for p in module.parameters()}) > 1:
             raise EngineError("the PyTorch model lies on several devices; move it to one, with .cpu()")
-        self._own = dict((*module.named_parameters(), *module.named_buffers()))
         self._held: Arrays | None = None
         self._training = training
-        self._module = copy.deepcopy(module).cpu().double()
+        self._module = (module if owned else copy.deepcopy(module)).cpu().double()
         self._module.train(training)
         if training:
             # Dropout differs in every call: it is off on both sides.
             for part in self._module.modules():
                 if isinstance(part, torch.nn.modules.dropout._DropoutNd):
                     part.eval()
+        # Of an owned module: as they are, until other values are held.
+        self._own = dict((*module.named_parameters(), *module.named_buffers()))
         self._tensors = self._named()
         for name, tensor in self._tensors.items():
             if tensor.device.type == "meta":
