@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from parity.models.model import Recording, Step
+from parity.pair import layouts
 from parity.pair.fingerprints import CLOSE, Index, fingerprint
 
 
@@ -23,7 +24,7 @@ class Divergence:
     reference: str
     candidate: str
     difference: float
-    """Relative to the largest magnitude, elements in order of size; infinite where the sizes differ."""
+    """Relative to the largest magnitude; infinite where the sizes differ."""
     lines: list[str]
     """The candidate's lines that can be the cause, the likeliest first."""
     agreeing: int
@@ -284,13 +285,29 @@ def _makers_of_shared(ours: _Side, step: Step, identities: set, most: int = 16) 
     return []
 
 
+def _last_of_line(side: _Side, step: Step) -> Step:
+    """The last step that follows from this one by the same call on the same line."""
+    while True:
+        same = [u for u in side.users[step.number] if (u.place, u.caller) == (step.place, step.caller)]
+        if not same or same[-1].number <= step.number:
+            return step
+        step = same[-1]
+
+
 def _difference(ours: _Side, theirs: _Side, step: Step, partner: Step | None) -> float:
     if partner is None:
         return math.inf
+    if step.primitive_kind != partner.primitive_kind:
+        # Two forms of one function begin otherwise: what their last operations give can be compared.
+        step, partner = _last_of_line(ours, step), _last_of_line(theirs, partner)
     a, b = ours.values[step.number], theirs.values.get(partner.number)
     if b is None or np.size(a) != np.size(b):
         return math.inf
-    a, b = np.sort(np.ravel(a)), np.sort(np.ravel(b))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return math.nan
-    return float(np.abs(a - b).max() / (np.abs(b).max() or 1.0))
+    # In the order of axes in which they are nearest; where none fits, elements in order of size.
+    moved = [b.transpose(axes) for axes in layouts.orders(b.shape, a.shape)]
+    if layouts.same_but_ones(a.shape, b.shape):
+        moved.append(b.reshape(a.shape))
+    pairs = [(a, m) for m in moved] or [(np.sort(np.ravel(a)), np.sort(np.ravel(b)))]
+    return min(float(np.abs(x - y).max() / (np.abs(y).max() or 1.0)) for x, y in pairs)
