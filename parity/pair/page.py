@@ -11,6 +11,16 @@ from parity.engine.report import Section
 from parity.pair.report import Report
 
 
+RESTS_ON = {
+    "forward": ("weights",),
+    "gradients": ("forward",),
+    "state": ("forward",),
+    "optimizer": ("gradients",),
+    "loss_curve": ("optimizer",),
+}
+"""Which check explains the failures of which."""
+
+
 def write(folder: Path, found: Report) -> None:
     """Raises EngineError if the folder holds something else or can't be written."""
     pages.open_folder(folder)
@@ -22,7 +32,7 @@ def write(folder: Path, found: Report) -> None:
 
 def _as_page(found: Report) -> pages.Report:
     divergence = found.first_divergence
-    page = pages.Report(found.names, "the same in both models, by the mapping below", " ".join(sys.argv), {})
+    page = pages.Report(found.names, "weights as the mapping below says", " ".join(sys.argv), RESTS_ON)
     page.results, page.skipped, page.evidence = found.results, found.skipped, found.evidence
     if found.verdict == "inconclusive":
         page.conclusion = "inconclusive: " + "; ".join(found.doubts or ["nothing was compared"])
