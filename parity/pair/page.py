@@ -10,7 +10,6 @@ from parity.engine import report as pages
 from parity.engine.report import Section
 from parity.pair.report import Report
 
-
 RESTS_ON = {
     "forward": ("weights",),
     "gradients": ("forward",),
