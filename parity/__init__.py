@@ -12,8 +12,8 @@ __all__ = ["assert_same_model", "capture", "compare", "converter", "transfer"]
 
 
 def compare(reference: Any, candidate: Any, **options: Any) -> "Report":
-    """Compare two models; see `parity.pair.comparison.compare` for the options."""
-    from parity.pair.comparison import compare
+    """Compare two models; see `parity.pair.compare.compare` for the options."""
+    from parity.pair.compare import compare
 
     return compare(reference, candidate, **options)
 

@@ -39,7 +39,7 @@ def _compare(arguments: list[str]) -> None:
     if options.inputs is None and not options.reference.endswith(".safetensors"):
         raise UserError("--inputs: is needed; module:function, or a file in .safetensors, .npz or .npy")
     inputs = _inputs(options.inputs) if options.inputs else reference.inputs()
-    from parity.pair.comparison import compare
+    from parity.pair.compare import compare
 
     console = Console(soft_wrap=True, highlight=False)
     with console.status("") as status:

@@ -53,7 +53,7 @@ def planted(pair: pairs.Pair, checkout: bonsai.Checkout, count: int, seed: int) 
         held = recording(
             program.with_operation(mutant.position, mutant.operation), values | changed, names, ours.names()
         )
-        place = divergence.locate(held, reference, [False], comparison.made_of("candidate"))
+        place = divergence.locate(held, reference, [], comparison.made_of("candidate"))
         found.append((mutant, place.lines if place else []))
         if len(found) == count:
             break

@@ -23,7 +23,7 @@ from parity.gpt2.naming import first_beyond
 from parity.models import functions
 from parity.models.model import Inputs
 from parity.models.opening import open_model
-from parity.pair.comparison import compare
+from parity.pair.compare import compare
 from parity.pair.divergence import locate
 from parity.pair.hints import hints
 
@@ -110,7 +110,7 @@ def _first_place(compute: Callable, reference: Adapter, tokens_BT: np.ndarray) -
         return ""
     theirs = open_model(reference.module(), "reference")
     truth = theirs.record({w.name: w.value for w in theirs.weights()}, Inputs.of(tokens_BT))
-    place = locate(recording, truth, [False], {})
+    place = locate(recording, truth, [], {})
     return "; ".join([str(place), *hints(recording, truth, place)[:2]]) if place else ""
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from parity.engine.errors import EngineError
+from parity.engine.results import in_words as in_one_line
 from parity.models import program as programs
 from parity.models.model import Arrays, Inputs, NarrowCast, Recording, Step, Trained, Weight
 from parity.models.program import Constant, Program
@@ -53,12 +54,11 @@ class JaxModel:
         return [Weight(name, array, trained) for name, array, trained in zip(d.names, d.arrays, d.trained, strict=True)]
 
     def run(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
-        """Compiled by XLA, as the user's own program would be; where the model can't be traced in float64, its float32
-        program evaluated in float64."""
-        program, ladder = self._program(inputs)
+        """Compiled by XLA, as the user's own program would be; in float32 where the model can't be traced in
+        float64."""
+        _, ladder = self._program(inputs)
         if ladder is None:
-            values = program.run(self._ordered(weights), arrays_of(inputs), lifted=True)
-            return [programs.read(x, values) for x in program.outputs]
+            return self.run_in_float32(weights, inputs)
         with ladder():
             outputs = self._compiled([jnp.asarray(w) for w in self._ordered(weights)], _traced(inputs))
         return [np.asarray(x, np.float64) for x in outputs]
@@ -191,7 +191,7 @@ class JaxModel:
             with jax.enable_x64(False):
                 return trace(jnp.float32), None
         except Exception:
-            raise EngineError(f"the JAX model can't be traced with these inputs: {_first_line(failed)}") from failed
+            raise EngineError(f"the JAX model can't be traced with these inputs: {in_one_line(failed)}") from failed
 
 
 def _in_64_bits() -> contextlib.AbstractContextManager:
@@ -231,8 +231,10 @@ def recording(program: Program, values: dict[int, Any], names: Sequence[str], in
             steps.append(
                 Step(number, operation.primitive, operation.caller, operation.place, inherited, sources, layout)
             )
-    outputs = [x for x in program.outputs if not isinstance(x, Constant)]
-    return Recording(values, steps, weights, dict(zip(program.inputs, inputs, strict=True)), outputs)
+    # An output that is a constant of the program gets a number that no value has.
+    constants = {-1 - i: programs.read(x, values) for i, x in enumerate(program.outputs) if isinstance(x, Constant)}
+    outputs = [-1 - i if isinstance(x, Constant) else x for i, x in enumerate(program.outputs)]
+    return Recording(values | constants, steps, weights, dict(zip(program.inputs, inputs, strict=True)), outputs)
 
 
 def _mean_square(outputs: Any) -> Any:
@@ -241,10 +243,6 @@ def _mean_square(outputs: Any) -> Any:
 
 def _module_of(weight: str) -> str:
     return weight.rpartition(".")[0]
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def arrays_of(inputs: Inputs) -> list[np.ndarray]:

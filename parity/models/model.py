@@ -25,6 +25,12 @@ class Inputs:
             return cls((), dict(given))
         return cls(given if isinstance(given, tuple) else (given,))
 
+    def as_given(self) -> Any:
+        """In the form in which a user gives inputs: what `of` takes."""
+        if self.keywords:
+            return dict(self.keywords)
+        return self.arguments[0] if len(self.arguments) == 1 else self.arguments
+
     def names(self) -> list[str]:
         return [*(f"input {i}" for i in range(len(self.arguments))), *self.keywords]
 

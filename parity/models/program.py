@@ -6,7 +6,8 @@ that have no rule in `arithmetic` are evaluated by JAX itself.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,21 @@ class Program:
     outputs: "list[int | Constant]"
     weight_shapes: list[tuple[int, ...]]
 
-    def run(self, weights: Sequence[np.ndarray], inputs: Sequence[np.ndarray], *, lifted: bool) -> dict[int, Any]:
+    def run(
+        self,
+        weights: Sequence[np.ndarray],
+        inputs: Sequence[np.ndarray],
+        *,
+        lifted: bool,
+        replaced: Mapping[int, np.ndarray] = types.MappingProxyType({}),
+    ) -> dict[int, Any]:
         """Every value by its number. `lifted`: what the program computes in a narrower floating-point type is computed
-        in float64."""
+        in float64. `replaced`: values to go on with in place of those that are computed."""
         values: dict[int, Any] = dict(zip(self.weights, weights, strict=True))
         values |= zip(self.inputs, inputs, strict=True)
         for operation in self.operations:
             evaluate(operation, values, lifted=lifted)
+            values |= {x: replaced[x] for x in operation.outputs if x in replaced}
         return values
 
     def with_operation(self, position: int, operation: Operation) -> "Program":

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from parity.engine.errors import EngineError
+from parity.engine.results import in_words as in_one_line
 from parity.models.model import Arrays, Inputs, NarrowCast, Recording, Step, Trained, Weight
 from parity.models.program import is_library, short_place
 
@@ -89,12 +90,6 @@ class TorchModel:
                 found[name] = tensor
         return found
 
-    def tied(self) -> dict[str, str]:
-        """Further names of tensors that have several, and the first name of each."""
-        first: dict[int, str] = {id(t): n for n, t in reversed(self._tensors.items())}
-        every = self._module.named_parameters(remove_duplicate=False)
-        return {n: first[id(t)] for n, t in every if first.get(id(t), n) != n}
-
     def weights(self) -> list[Weight]:
         parameters = {id(p) for p in self._module.parameters()}
         saved = set(self._module.state_dict(keep_vars=True))
@@ -141,6 +136,7 @@ class TorchModel:
         """Train on one input with what `optimizer(parameters)` returns, an optimizer of torch.optim."""
         values = _tensors(inputs)
         with self._holding(weights):
+            self._held = None  # the optimizer changes them
             parameters = {
                 n: t.requires_grad_(True) for n, t in self._tensors.items() if isinstance(t, torch.nn.Parameter)
             }
@@ -154,7 +150,6 @@ class TorchModel:
                 losses.append(float(value.detach()))
                 if number == 0:
                     first = {n: t.detach().numpy().copy() for n, t in parameters.items()}
-        self._held = None
         return Trained(np.array(losses), first)
 
     def state_after(self, weights: Arrays, inputs: Inputs) -> Arrays:
@@ -207,7 +202,11 @@ def _first_float(outputs: Any) -> torch.Tensor:
 
 def _floats(module: torch.nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     """Its floating-point outputs."""
-    leaves = [x for x in _leaves(module(*inputs.arguments, **inputs.keywords)) if isinstance(x, torch.Tensor)]
+    try:
+        outputs = module(*inputs.arguments, **inputs.keywords)
+    except Exception as error:  # the user's own code
+        raise EngineError(f"the PyTorch model can't be called with these inputs: {in_one_line(error)}") from error
+    leaves = [x for x in _leaves(outputs) if isinstance(x, torch.Tensor)]
     if any(x.is_complex() for x in leaves):
         raise EngineError("the PyTorch model returns complex numbers, which can't be compared yet; return real ones")
     return [x for x in leaves if x.is_floating_point()]

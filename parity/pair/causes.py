@@ -13,8 +13,8 @@ import numpy as np
 
 from parity.models.jax_model import JaxModel, arrays_of, recording
 from parity.models.model import Arrays, Inputs, Recording, Step
-from parity.models.program import Program, evaluate
-from parity.pair import divergence
+from parity.models.program import Program
+from parity.pair import divergence, outputs
 from parity.pair.divergence import Divergence
 from parity.pair.fingerprints import Index
 from parity.pair.layouts import Layouts
@@ -51,7 +51,7 @@ def causes(
     while True:
         record = recording(program, values, names, inputs.names())
         trials = [
-            (number, value, _run(program, held, arrays_of(inputs), replaced | {number: value}))
+            (number, value, program.run(held, arrays_of(inputs), lifted=True, replaced=replaced | {number: value}))
             for number, value in itertools.islice(_joints(record, reference, found[-1], made_of), JOINTS)
         ]
         agreeing = [_agreeing(program, v, index) for _, _, v in trials]
@@ -67,10 +67,11 @@ def causes(
         if len(found) == MOST:
             break
         record = recording(program, values, names, inputs.names())
-        right = [
-            _equal(values[x], reference.values[y]) for x, y in zip(record.outputs, reference.outputs, strict=False)
+        computed, expected = outputs.of_recording(record), outputs.of_recording(reference)
+        agreeing_outputs = [
+            (i, j) for i, j in outputs.paired(computed, expected) if Index([(0, expected[j])]).find(computed[i])
         ]
-        place = divergence.locate(record, reference, right, made_of)
+        place = divergence.locate(record, reference, agreeing_outputs, made_of)
         if (
             place is None
             or place.candidate_step is None
@@ -79,18 +80,6 @@ def causes(
             break
         found.append(place)
     return Causes(found, following)
-
-
-def _run(program, weights, inputs, replaced: dict[int, np.ndarray]) -> dict[int, Any]:
-    values: dict[int, Any] = dict(zip(program.weights, weights, strict=True)) | dict(
-        zip(program.inputs, inputs, strict=True)
-    )
-    for operation in program.operations:
-        evaluate(operation, values, lifted=True)
-        for x in operation.outputs:
-            if x in replaced:
-                values[x] = replaced[x]
-    return values
 
 
 def _joints(
@@ -164,7 +153,3 @@ def _agreeing(program: Program, values: dict[int, Any], index: Index) -> int:
     """How many values of the program occur in the reference."""
     computed = (values[x] for operation in program.operations for x in operation.outputs)
     return sum(bool(index.find(x)) for x in computed if isinstance(x, np.ndarray))
-
-
-def _equal(ours: Any, theirs: Any) -> bool:
-    return bool(isinstance(theirs, np.ndarray) and Index([(0, theirs)]).find(np.asarray(ours)))

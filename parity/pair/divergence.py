@@ -8,7 +8,7 @@ that is made of it is. The first value from which that fails is where they part.
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -143,21 +143,24 @@ class _Side:
 
 
 def locate(
-    candidate: Recording, reference: Recording, right_outputs: Sequence[bool], weights: dict[str, Sequence[str]]
+    candidate: Recording,
+    reference: Recording,
+    agreeing: Collection[tuple[int, int]],
+    weights: dict[str, Sequence[str]],
 ) -> Divergence | None:
-    """The first divergence; None if no output differs. `right_outputs` says which of the candidate's outputs equal the
-    reference's; `weights` which of the reference's weights each of the candidate's is made of."""
-    if all(right_outputs):
+    """The first divergence; None if every output of the candidate agrees. `agreeing` are the pairs of outputs that are
+    equal, `weights` says which of the reference's weights each of the candidate's is made of."""
+    right = {i for i, _ in agreeing}
+    if len(right) == len(candidate.outputs):
         return None
     ours, theirs = _Side(candidate), _Side(reference)
     ours.match(theirs)
     theirs.match(ours)
-    ours.settle({n for n, right in zip(candidate.outputs, right_outputs, strict=True) if right})
-    theirs.settle({n for n, right in zip(reference.outputs, right_outputs, strict=False) if right})
+    ours.settle({candidate.outputs[i] for i in right})
+    theirs.settle({reference.outputs[j] for _, j in agreeing})
     fronts = ours.frontier(), theirs.frontier()
-    agreeing = sum(n in ours.matches for n in ours.agreed)
     if not fronts[0]:
-        return _of_outputs(ours, theirs, right_outputs, agreeing)
+        return _of_outputs(ours, theirs, min(set(range(len(candidate.outputs))) - right))
     step = fronts[0][0]
     before = sum(s.number in ours.matches for s in candidate.steps if s.number < step.number)
     operands = _operands(ours, step, weights)
@@ -174,9 +177,8 @@ def locate(
     )
 
 
-def _of_outputs(ours: _Side, theirs: _Side, right: Sequence[bool], agreeing: int) -> Divergence:
-    """All values agree, and an output is another one of them or has another order."""
-    which = list(right).index(False)
+def _of_outputs(ours: _Side, theirs: _Side, which: int) -> Divergence:
+    """All values agree, and this output is another one of them or has another order."""
     number = ours.recording.outputs[which]
     step = ours.by_number.get(number)
     theirs_number = theirs.recording.outputs[min(which, len(theirs.recording.outputs) - 1)]
@@ -189,7 +191,7 @@ def _of_outputs(ours: _Side, theirs: _Side, right: Sequence[bool], agreeing: int
         f"{step}, an output with other values or in another order",
         difference,
         lines,
-        agreeing,
+        len(ours.matches),
         step,
         partner,
     )
@@ -306,8 +308,5 @@ def _difference(ours: _Side, theirs: _Side, step: Step, partner: Step | None) ->
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return math.nan
     # In the order of axes in which they are nearest; where none fits, elements in order of size.
-    moved = [b.transpose(axes) for axes in layouts.orders(b.shape, a.shape)]
-    if layouts.same_but_ones(a.shape, b.shape):
-        moved.append(b.reshape(a.shape))
-    pairs = [(a, m) for m in moved] or [(np.sort(np.ravel(a)), np.sort(np.ravel(b)))]
+    pairs = [(a, m) for m in layouts.moved(b, a.shape)] or [(np.sort(np.ravel(a)), np.sort(np.ravel(b)))]
     return min(float(np.abs(x - y).max() / (np.abs(y).max() or 1.0)) for x, y in pairs)

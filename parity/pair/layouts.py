@@ -51,3 +51,9 @@ def orders(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[int, 
     if len(source) != len(target) or len(source) > 6:
         return []
     return [a for a in itertools.permutations(range(len(source))) if tuple(source[i] for i in a) == target]
+
+
+def moved(source: np.ndarray, target: tuple[int, ...]) -> list[np.ndarray]:
+    """The source in every order of axes that has the target's shape."""
+    found = [source.transpose(axes) for axes in orders(source.shape, target)]
+    return [*found, source.reshape(target)] if same_but_ones(source.shape, target) else found

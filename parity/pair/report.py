@@ -27,18 +27,20 @@ class Report:
 
     names: tuple[str, str]
     """Of the candidate and the reference."""
-    results: list[Result]
-    skipped: list[Skipped]
-    first_divergence: Divergence | None
-    hints: list[str]
     table: Mapping = dataclasses.field(repr=False)
-    mutation_score: Any = None
+    from_reference: bool
+    """Whether the mapping leads from the reference to the candidate."""
+    results: list[Result] = dataclasses.field(default_factory=list)
+    skipped: list[Skipped] = dataclasses.field(default_factory=list)
+    first_divergence: Divergence | None = None
     causes: list[str] = dataclasses.field(default_factory=list)
     """What is wrong by itself, a sentence each, the first divergence first."""
+    hints: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What the given inputs and options can't tell, a sentence each."""
     evidence: dict[str, Evidence] = dataclasses.field(default_factory=dict)
     """What is drawn, by names that begin with the check's."""
-    from_reference: bool = True
-    """Whether the mapping leads from the reference to the candidate."""
+    mutation_score: Any = None
 
     @property
     def passed(self) -> bool:
@@ -54,7 +56,7 @@ class Report:
     @property
     def doubts(self) -> list[str]:
         """Why a comparison without a difference proves nothing yet."""
-        found = []
+        found = list(self.notes)
         forward = [r for r in self.results if r.check == "forward"]
         # Outputs that agree show that the mapping is right: with another one they wouldn't.
         settled = self.table.confirmed or (bool(forward) and all(r.passed for r in forward))
@@ -63,9 +65,6 @@ class Report:
                 found.append(
                     f"{row.target} may be {' + '.join(row.source)} or {', '.join(row.alternatives)}: give mapping="
                 )
-        compared = [r for r in self.results if r.check != "weights"]
-        if compared and all(r.measured == 0.0 for r in compared) and len(compared) > 1 and not self.table.rows:
-            found.append("the two models have no weights in common")
         return found
 
     @property

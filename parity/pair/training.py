@@ -5,9 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from parity.engine import results as measures
+from parity.engine.divergence import Divergence as Difference
+from parity.engine.divergence import first_beyond, worst_of
 from parity.engine.evidence import Curves
-from parity.engine.results import Result
+from parity.engine.results import Result, Skipped, relative_to_largest
+from parity.models.model import Arrays, Trained
+from parity.pair.comparison import Comparison
+from parity.pair.report import Report
 
 CURVE = 1e-9
 """Largest difference of losses, relative to the largest. Right programs measure 1e-14 after twenty steps."""
@@ -15,61 +19,84 @@ CHAOTIC = 1e-9
 """A parameter that moves by this after one step when weights change by one rounding says nothing."""
 CHAOS = 100.0
 """How far beyond what one rounding becomes in the reference itself two right programs may part."""
+TOO_CHAOTIC = 1e-3
+"""A limit above this, because one rounding grows so fast, says nothing of the two models."""
 ROUNDED = 1e-5
 """Limit where one of the models rounds to float32 on the way."""
 
+NONE_GIVEN = "no optimizer was given: optimizer=(lambda parameters: torch.optim..., optax...)"
 
-def check(name: str, comparison: Any, found: Any, options: dict) -> Iterator[Result]:
-    """`name` is "optimizer" (parameters after one step) or "loss_curve"."""
-    theirs, ours = comparison.cases[0]
-    losses = options["loss"] if isinstance(options["loss"], tuple) else (options["loss"],) * 2
-    optimizers = options["optimizer"]
-    steps = 1 if name == "optimizer" else options["steps"]
-    reference, candidate = comparison.reference, comparison.candidate
-    held = comparison.weights
-    b = reference.train(held["reference"], theirs, losses[0], optimizers[0], steps)
-    a = candidate.train(held["candidate"], ours, losses[1], optimizers[1], steps)
-    casts = [*reference.narrow_casts(theirs), *candidate.narrow_casts(ours)]
-    rounded = "; one of the models rounds to float32 on the way" if casts else ""
-    if name == "optimizer":
-        # A gradient that is zero but for rounding becomes a step of any size where it is divided by its own size.
-        again = reference.train(_nudged(held["reference"]), theirs, losses[0], optimizers[0], steps)
-        own = {n for n, x in b.after_one.items() if measures.relative_to_largest(again.after_one[n], x) > CHAOTIC}
-        chaotic = {r.target for r in comparison.mapping.rows if own & {r.target, *r.source}}
-        worst, where = 0.0, ""
-        for target, difference in _differences(comparison, a.after_one, b.after_one):
-            if target not in chaotic and not difference <= worst:
-                worst, where = difference, target
-        left = f"; without {', '.join(sorted(chaotic))}, whose gradients are zero but for rounding" if chaotic else ""
-        limit = ROUNDED if casts else CURVE
-        yield Result(name, "parameters after one step", worst, limit, f"largest at {where}{rounded}{left}")
+
+def one_step(c: Comparison, loss: Any, optimizers: tuple[Any, Any] | None) -> Iterator[Result | Skipped]:
+    """Parameters after one step."""
+    if optimizers is None:
+        yield Skipped("optimizer", NONE_GIVEN)
         return
-    nudged = reference.train(_nudged(held["reference"]), theirs, losses[0], optimizers[0], steps)
-    scale = np.abs(b.losses).max() or 1.0
-    floor = float(np.abs(nudged.losses - b.losses).max() / scale)
-    limit = max(ROUNDED if casts else CURVE, CHAOS * floor)
-    difference = np.abs(a.losses - b.losses) / scale
+    ours, theirs, nudged = (_train(c, role, loss, optimizers, 1) for role in ("candidate", "reference", "nudged"))
+    # A gradient that is zero but for rounding becomes a step of any size where it is divided by its own size.
+    chaotic = {n for n, x in theirs.after_one.items() if relative_to_largest(nudged.after_one[n], x) > CHAOTIC}
+    source, target = c.directed(ours.after_one, theirs.after_one)
+    found, left = [], []
+    for row in c.rows(source, target):
+        # The sum of two biases moves twice as far as the one bias that it is on the other side.
+        if chaotic & {row.target, *row.source} or any(kind == "add" for kind, _ in row.transform.steps):
+            left.append(row.target)
+            continue
+        made = row.transform(*(source[n] for n in row.source))
+        found.append(Difference(row.target, relative_to_largest(target[row.target], made)))
+    if not found:
+        yield Skipped("optimizer", "no parameter moves by more than rounding in one step")
+        return
+    limit, rounded = _limit(c)
+    without = f"; without {', '.join(left)}: sums, or gradients that are zero but for rounding" if left else ""
+    title = f"{len(found)} parameters after one step"
+    yield Result("optimizer", title, worst_of(found), limit, f"{first_beyond(found, limit)}{rounded}{without}")
+
+
+def curve(
+    c: Comparison, report: Report, loss: Any, optimizers: tuple[Any, Any] | None, steps: int
+) -> Iterator[Result | Skipped]:
+    """Losses of training on the first input."""
+    if optimizers is None:
+        yield Skipped("loss_curve", NONE_GIVEN)
+        return
+    runs = (_train(c, role, loss, optimizers, steps).losses for role in ("candidate", "reference", "nudged"))
+    ours, theirs, nudged = runs
+    scale = np.abs(theirs).max() or 1.0
+    floor = float(np.abs(nudged - theirs).max() / scale)
+    limit, rounded = _limit(c)
+    limit = max(limit, CHAOS * floor)
+    if not limit <= TOO_CHAOTIC:
+        report.notes.append(
+            f"loss_curve: one rounding grows to {floor:.0e} of the loss in {steps} steps, so that the curve shows "
+            "nothing; give fewer steps or a lower learning rate"
+        )
+    difference = np.abs(ours - theirs) / scale
     beyond = np.flatnonzero(~(difference <= limit))
-    where = f"first at step {beyond[0]}" if beyond.size else f"loss {b.losses[0]:.4g} to {b.losses[-1]:.4g}"
-    found.evidence["loss_curve"] = Curves(a.losses, b.losses, nudged.losses, limit * scale)
-    measured = float(difference.max()) if np.isfinite(difference).all() else float("nan")
-    yield Result(
-        name, f"{steps} steps", measured, limit, f"{where}; the reference from one rounding away {floor:.0e}{rounded}"
-    )
+    where = f"first at step {beyond[0]}" if beyond.size else f"loss {theirs[0]:.4g} to {theirs[-1]:.4g}"
+    report.evidence["loss_curve"] = Curves(ours, theirs, nudged, limit * scale)
+    where = f"{where}; the reference from one rounding away {floor:.0e}{rounded}"
+    yield Result("loss_curve", f"{steps} steps", float(np.max(difference)), limit, where)
 
 
-def _differences(comparison: Any, ours: dict, theirs: dict) -> Iterator[tuple[str, float]]:
-    source, target = (theirs, ours) if comparison.source is comparison.reference else (ours, theirs)
-    for row in comparison.mapping.rows:
-        if row.target in target and all(n in source for n in row.source):
-            # Two biases that are added move alike, so that their sum moves twice as far as one bias does.
-            if any(kind == "add" for kind, _ in row.transform.steps):
-                continue
-            made = row.transform(*(source[n] for n in row.source))
-            yield row.target, measures.relative_to_largest(target[row.target], made)
+def _train(c: Comparison, role: str, loss: Any, optimizers: tuple[Any, Any], steps: int) -> Trained:
+    """`role` is candidate, reference, or nudged: the reference from weights one rounding away."""
+    side = 1 if role == "candidate" else 0
+    model = c.candidate if side else c.reference
+    held = c.weights["candidate" if side else "reference"]
+    losses = loss if isinstance(loss, tuple) else (loss, loss)
+    given = _nudged(held) if role == "nudged" else held
+    return model.train(given, c.cases[0][side], losses[side], optimizers[side], steps)
 
 
-def _nudged(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _limit(c: Comparison) -> tuple[float, str]:
+    theirs, ours = c.cases[0]
+    if c.reference.narrow_casts(theirs) or c.candidate.narrow_casts(ours):
+        return ROUNDED, "; one of the models rounds to float32 on the way"
+    return CURVE, ""
+
+
+def _nudged(weights: Arrays) -> Arrays:
     """Each weight one rounding away."""
     rng = np.random.default_rng(2)
     return {n: np.nextafter(w, w + rng.choice([-1.0, 1.0], w.shape)) for n, w in weights.items()}

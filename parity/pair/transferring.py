@@ -6,7 +6,7 @@ import numpy as np
 
 from parity.engine.errors import EngineError
 from parity.models.opening import open_model
-from parity.pair import comparison
+from parity.pair.compare import compare
 from parity.pair.mapping import Mapping
 
 
@@ -18,7 +18,7 @@ def transfer(source: Any, target: Any, *, inputs: Any, to_candidate: Any = None,
 
     Raises EngineError where a weight has no counterpart or may be several.
     """
-    found = comparison.compare(
+    found = compare(
         source, target, inputs=inputs, to_candidate=to_candidate, mapping=mapping, ignore=ignore, checks=("weights",)
     )
     if failed := [r for r in found.results if not r.passed]:

@@ -149,7 +149,7 @@ def test_own_weights_are_compared_and_transfer_makes_them_equal():
     written["c"]["bias"] = written["c"]["bias"] + 1e-3
     report = parity.compare(reference, (square, written), inputs=X, weights="own")
     assert failed(report) == {"weights", "forward"}
-    assert next(r.where for r in report.results if "own weights" in r.case) == "c.bias"
+    assert next(r.where for r in report.results if "own weights" in r.case).startswith("c.bias: relative difference")
 
 
 def test_transfer_works_the_other_way_and_converter_for_checkpoints():
@@ -337,3 +337,60 @@ def test_importing_parity_imports_no_framework():
 
     code = "import parity, sys; sys.exit(bool({'jax', 'torch', 'flax'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+class Linear(torch.nn.Module):
+    def __init__(self, function=lambda y: y):
+        super().__init__()
+        self.l, self.function = torch.nn.Linear(6, 3), function
+
+    def forward(self, x):
+        return self.function(self.l(x))
+
+
+def linear(parameters, x):
+    return x @ parameters["w"] + parameters["b"]
+
+
+EMPTY = {"w": jnp.zeros((6, 3)), "b": jnp.zeros(3)}
+
+
+def test_an_output_that_only_the_reference_has_is_a_difference():
+    reference = Linear(lambda y: (y, torch.tanh(y).sum(-1)))
+    assert failed(parity.compare(reference, (linear, EMPTY), inputs=X)) == {"forward"}
+    both = (lambda p, x: (linear(p, x), jnp.tanh(linear(p, x)).sum(-1))), EMPTY
+    assert parity.compare(reference, both, inputs=X).passed
+
+
+def test_another_shape_for_a_generated_input_is_a_difference():
+    report = parity.compare(Linear(), (lambda p, x: linear(p, x)[: len(X)], EMPTY), inputs=X)
+    assert failed(report) == {"forward"} and any("generated input: an odd batch" in r.case for r in report.results)
+
+
+def test_an_output_that_is_one_number_shows_nothing():
+    """Both are zero everywhere, whatever comes before."""
+    reference = Linear(lambda y: torch.relu(y - 1e6))
+    report = parity.compare(reference, (lambda p, x: jnp.maximum(jnp.tanh(linear(p, x)) - 1e6, 0.0), EMPTY), inputs=X)
+    assert report.verdict == "inconclusive" and not report.passed and "one number" in report.doubts[0]
+
+
+@pytest.mark.parametrize("checks", [("weights",), ("optimizer",)])
+def test_nan_in_one_tensor_is_not_hidden_by_the_next(checks):
+    """The tensor that is compared first is NaN in the candidate; the other one is right."""
+    reference = Linear()
+    if checks == ("weights",):
+        _, written = parity.transfer(reference, (linear, EMPTY), inputs=X)
+        candidate = linear, {"b": written["b"], "w": written["w"].at[0, 0].set(jnp.nan)}
+        table = [{"source": "l.weight", "transform": "transpose", "target": "w"}, {"source": "l.bias", "target": "b"}]
+        report = parity.compare(reference, candidate, inputs=X, weights="own", checks=checks, mapping=table)
+    else:
+        wrong = optax.chain(optax.sgd(0.1), optax.stateless(lambda u, p: {**u, "b": u["b"] * jnp.nan}))
+        optimizers = (lambda p: torch.optim.SGD(p, lr=0.1)), wrong
+        report = parity.compare(reference, (linear, EMPTY), inputs=X, checks=checks, optimizer=optimizers)
+    named = {"weights": "w:", "optimizer": "b:"}[checks[0]]
+    assert failed(report) == set(checks) and any(r.where.startswith(named) for r in report.results if not r.passed)
+
+
+def test_inputs_that_the_reference_does_not_take_are_a_sentence():
+    with pytest.raises(EngineError, match="the PyTorch model can't be called with these inputs: RuntimeError"):
+        parity.compare(Linear(), (linear, EMPTY), inputs=np.zeros((4, 7)))

@@ -24,7 +24,9 @@ def test_the_line_of_a_random_change_is_named():
     names = [w.name for w in model.weights()]
     program = model.program(ours)
     values = program.run([comparison.weights["candidate"][n] for n in names], arrays_of(ours), lifted=True)
-    assert locate(recording(program, values, names, ["x"]), reference, [True], comparison.made_of("candidate")) is None
+    assert (
+        locate(recording(program, values, names, ["x"]), reference, [(0, 0)], comparison.made_of("candidate")) is None
+    )
     runner, output, every = Runner(program, values), program.outputs[0], mutants(program, values)
     named = few = planted = 0
     for i in np.random.default_rng(0).permutation(len(every)):
@@ -33,7 +35,7 @@ def test_the_line_of_a_random_change_is_named():
         if changed is None or output not in changed or relative_to_largest(changed[output], values[output]) < 1e-7:
             continue
         held = recording(program.with_operation(mutant.position, mutant.operation), values | changed, names, ["x"])
-        place = locate(held, reference, [False], comparison.made_of("candidate"))
+        place = locate(held, reference, [], comparison.made_of("candidate"))
         planted += 1
         named += mutant.place in place.lines
         few += mutant.place in place.lines and len(place.lines) <= 3
