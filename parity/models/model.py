@@ -1,6 +1,7 @@
 """What a comparison asks of a model, whatever framework it is in."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -114,6 +115,19 @@ class Recording:
     inputs: dict[int, str]
     outputs: list[int]
     """Numbers of the values that the model returns."""
+
+    @functools.cached_property
+    def by_number(self) -> dict[int, Step]:
+        return {step.number: step for step in self.steps}
+
+    @functools.cached_property
+    def from_weights(self) -> set[int]:
+        """Numbers of the weights and of the values that are made of weights alone."""
+        found = set(self.weights)
+        for step in self.steps:
+            if step.sources and found.issuperset(step.sources):
+                found.add(step.number)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

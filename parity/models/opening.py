@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from parity.engine.errors import EngineError
+from parity.engine.results import in_words
 from parity.models.model import Model
 
 KINDS = (
@@ -64,7 +65,11 @@ def _made(given: Any) -> Any:
             import jax
 
             exact.enter_context(jax.enable_x64(True))
-        return given()
+        try:
+            return given()
+        except Exception as error:  # the user's own code
+            packages = (given.__module__.partition(".")[0],)
+            raise EngineError(f"{given.__name__}() makes no model: {in_words(error, packages)}") from error
 
 
 def _call(module, *arguments, **keywords):

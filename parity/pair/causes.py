@@ -46,13 +46,13 @@ def causes(
     program, names = model.program(inputs), [w.name for w in model.weights()]
     held = [weights[n] for n in names]
     values = program.run(held, arrays_of(inputs), lifted=True)
-    index = Index((s.number, reference.values[s.number]) for s in reference.steps if _is_array(reference, s))
+    index = Index.of(reference)
     found, following, replaced = [first], [], {}
     while True:
         record = recording(program, values, names, inputs.names())
         trials = [
             (number, value, program.run(held, arrays_of(inputs), lifted=True, replaced=replaced | {number: value}))
-            for number, value in itertools.islice(_joints(record, reference, found[-1], made_of), JOINTS)
+            for number, value in itertools.islice(_joints(record, reference, index, found[-1], made_of), JOINTS)
         ]
         agreeing = [_agreeing(program, v, index) for _, _, v in trials]
         if not trials or max(agreeing) <= _agreeing(program, values, index):
@@ -83,12 +83,12 @@ def causes(
 
 
 def _joints(
-    ours: Recording, theirs: Recording, place: Divergence, made_of: dict[str, Any]
+    ours: Recording, theirs: Recording, index: Index, place: Divergence, made_of: dict[str, Any]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The next values of the candidate whose counterpart is known by its weight, and that counterpart in its layout."""
     if place.candidate_step is None or place.reference_step is None:
         return
-    layouts = _layouts(ours, theirs)
+    layouts = _layouts(ours, theirs, index)
     after = _behind(ours, place.candidate_step)
     uses = {
         (name, step.primitive_kind): step for step, name in _weighted(theirs, _behind(theirs, place.reference_step))
@@ -129,19 +129,15 @@ def _weighted(recording: Recording, steps: list[Step]):
                     yield step, origin[source]
 
 
-def _layouts(ours: Recording, theirs: Recording) -> Layouts:
+def _layouts(ours: Recording, theirs: Recording, index: Index) -> Layouts:
     """Orders of axes, from values that agree."""
-    index = Index((s.number, theirs.values[s.number]) for s in theirs.steps if _is_array(theirs, s))
     layouts = Layouts()
     for step in ours.steps:
-        if _is_array(ours, step) and ours.values[step.number].ndim > 1 and not step.layout:
-            for number in index.find(ours.values[step.number])[:1]:
-                layouts.learn(theirs.values[number], ours.values[step.number])
+        value = ours.values.get(step.number)
+        if isinstance(value, np.ndarray) and value.ndim > 1 and not step.layout:
+            for number in index.find(value)[:1]:
+                layouts.learn(theirs.values[number], value)
     return layouts
-
-
-def _is_array(recording: Recording, step: Step) -> bool:
-    return isinstance(recording.values.get(step.number), np.ndarray)
 
 
 def _changed(before: dict[int, Any], after: dict[int, Any]) -> int:

@@ -8,13 +8,13 @@ that is made of it is. The first value from which that fails is where they part.
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from parity.models.model import Recording, Step
 from parity.pair import layouts
-from parity.pair.fingerprints import CLOSE, Index, fingerprint
+from parity.pair.fingerprints import CLOSE, Index, evidence, fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _Side:
 
     def __init__(self, recording: Recording) -> None:
         self.recording, self.values = recording, recording.values
-        self.by_number = {s.number: s for s in recording.steps}
+        self.by_number = recording.by_number
         self.users: dict[int, list[Step]] = defaultdict(list)
         for step in recording.steps:
             for source in step.sources:
@@ -55,24 +55,10 @@ class _Side:
         for step in recording.steps:
             if any(s in self.from_data for s in step.sources):
                 self.from_data.add(step.number)
-        self.from_weights = set(recording.weights)
-        for step in recording.steps:
-            if step.sources and all(s in self.from_weights for s in step.sources):
-                self.from_weights.add(step.number)
-        self.index = Index(self._searchable())
+        self.index = Index(evidence(recording))
         self.matches: dict[int, list[int]] = {}
         self.agreed: set[int] = set()
         self.right: set[int] = set()
-
-    def _searchable(self) -> Iterable[tuple[int, np.ndarray]]:
-        for step in self.recording.steps:
-            value = self.values.get(step.number)
-            if isinstance(value, np.ndarray) and step.number not in self.from_weights:
-                yield step.number, value
-                if not step.layout and value.ndim > 1:
-                    for count in (2, 3, 4):
-                        if value.shape[-1] % count == 0 and value.shape[-1] > count:
-                            yield from ((step.number, part) for part in np.split(value, count, -1))
 
     def match(self, other: "_Side") -> None:
         """Find which values the other side has, and which follow from such by moving numbers."""

@@ -1,12 +1,16 @@
 """Finding a value on the other side, whatever its layout: by numbers that don't depend on the order of elements."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from parity.models.model import Recording, Step
+
 CLOSE = 1e-8
 """Of two fingerprints: far above rounding in float64, far below any mistake."""
+PARTS = (2, 3, 4)
+"""Into how many parts values are split."""
 NEAR = 3e-5
 """Where one side holds constants that were rounded to float32."""
 
@@ -30,8 +34,28 @@ def fingerprint(x: np.ndarray) -> np.ndarray | None:
     return np.array([np.log(scale), *moments, np.mean(~finite)])
 
 
+def evidence(recording: Recording) -> Iterator[tuple[int, np.ndarray]]:
+    """The values of a recording that are more than weights, and the parts into which gates, or q, k and v, are split
+    after a sum: the other side may compute them one by one."""
+    for step in recording.steps:
+        x = recording.values.get(step.number)
+        if isinstance(x, np.ndarray) and step.number not in recording.from_weights:
+            yield step.number, x
+            if not step.layout and x.ndim > 1:
+                for count in PARTS:
+                    if x.shape[-1] % count == 0 and x.shape[-1] > count:
+                        yield from ((step.number, part) for part in np.split(x, count, -1))
+
+
 class Index:
     """Values by their fingerprints."""
+
+    @classmethod
+    def of(cls, recording: Recording, steps: Iterable[Step] | None = None) -> "Index":
+        """The values of these steps, or of all."""
+        chosen = recording.steps if steps is None else steps
+        arrays = ((s.number, recording.values.get(s.number)) for s in chosen)
+        return cls((n, x) for n, x in arrays if isinstance(x, np.ndarray))
 
     def __init__(self, values: Iterable[tuple[int, np.ndarray]]) -> None:
         found = defaultdict(list)

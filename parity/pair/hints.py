@@ -26,28 +26,29 @@ class Scene:
     ours: Step
     theirs: Step | None
 
-    def near(self, recording: Recording, step: Step, most: int = 40) -> Iterator[Step]:
-        """The step and those that follow from it, in order."""
-        reached, count = {step.number}, 0
-        for s in recording.steps:
-            if s.number == step.number or reached.intersection(s.sources):
-                reached.add(s.number)
-                count += 1
-                yield s
-                if count == most:
-                    return
 
-    def behind(self, recording: Recording, step: Step, most: int = 12) -> Iterator[int]:
-        """Numbers of values that the step is made of, the nearest first."""
-        by_number = {s.number: s for s in recording.steps}
-        queue, seen = list(step.sources), set()
-        while queue and len(seen) < most:
-            number = queue.pop(0)
-            if number not in seen:
-                seen.add(number)
-                yield number
-                if number in by_number:
-                    queue.extend(by_number[number].sources)
+def _near(recording: Recording, step: Step, most: int = 40) -> Iterator[Step]:
+    """The step and those that follow from it, in order."""
+    reached, count = {step.number}, 0
+    for s in recording.steps:
+        if s.number == step.number or reached.intersection(s.sources):
+            reached.add(s.number)
+            count += 1
+            yield s
+            if count == most:
+                return
+
+
+def _behind(recording: Recording, step: Step, most: int = 12) -> Iterator[int]:
+    """Numbers of values that the step is made of, the nearest first."""
+    queue, seen = list(step.sources), set()
+    while queue and len(seen) < most:
+        number = queue.pop(0)
+        if number not in seen:
+            seen.add(number)
+            yield number
+            if number in recording.by_number:
+                queue.extend(recording.by_number[number].sources)
 
 
 def _gelu_tanh(x):
@@ -85,18 +86,17 @@ def hints(candidate: Recording, reference: Recording, divergence: Divergence) ->
 
 
 def _activation(scene: Scene) -> Iterator[str]:
-    ours = _activation_of(scene.candidate, scene, scene.ours)
+    ours = _activation_of(scene.candidate, scene.ours)
     if ours and scene.theirs:
-        theirs = _activation_of(scene.reference, scene, scene.theirs)
+        theirs = _activation_of(scene.reference, scene.theirs)
         if theirs and theirs[0] != ours[0]:
             yield f"the candidate computes {ours[0]}, the reference {theirs[0]}"
 
 
-def _activation_of(recording: Recording, scene: Scene, step: Step) -> tuple[str, int] | None:
+def _activation_of(recording: Recording, step: Step) -> tuple[str, int] | None:
     """The activation function that begins at the step."""
-    index = Index((s.number, recording.values[s.number]) for s in scene.near(recording, step)
-                  if isinstance(recording.values.get(s.number), np.ndarray))  # fmt: skip
-    for number in scene.behind(recording, step, 4):
+    index = Index.of(recording, _near(recording, step))
+    for number in _behind(recording, step, 4):
         x = recording.values.get(number)
         if not isinstance(x, np.ndarray) or fingerprint(x) is None:
             continue
@@ -108,8 +108,8 @@ def _activation_of(recording: Recording, scene: Scene, step: Step) -> tuple[str,
 
 
 def _epsilon(scene: Scene) -> Iterator[str]:
-    ours = _epsilons(scene.candidate, scene, scene.ours)
-    theirs = _epsilons(scene.reference, scene, scene.theirs) if scene.theirs else []
+    ours = _epsilons(scene.candidate, scene.ours)
+    theirs = _epsilons(scene.reference, scene.theirs) if scene.theirs else []
     for form, a in ours:
         for other, b in theirs:
             if form == other and abs(a - b) > 1e-3 * max(abs(a), abs(b)):
@@ -122,12 +122,11 @@ def _epsilon(scene: Scene) -> Iterator[str]:
                 return
 
 
-def _epsilons(recording: Recording, scene: Scene, step: Step) -> list[tuple[str, float]]:
+def _epsilons(recording: Recording, step: Step) -> list[tuple[str, float]]:
     """Small constants that are added under or after a square root near the step."""
-    by_number = {s.number: s for s in recording.steps}
-    found = []
-    steps = [step, *(by_number[n] for n in scene.behind(recording, step, 6) if n in by_number)]
-    for s in (*steps, *scene.near(recording, step, 8)):
+    by_number, found = recording.by_number, []
+    steps = [step, *(by_number[n] for n in _behind(recording, step, 6) if n in by_number)]
+    for s in (*steps, *_near(recording, step, 8)):
         if s.primitive not in ("add", "max", "maximum", "clamp_min", "add_"):
             continue
         value = recording.values.get(s.number)
@@ -206,7 +205,7 @@ def _widths(scene: Scene) -> list[int]:
     for recording, step in ((scene.candidate, scene.ours), (scene.reference, scene.theirs)):
         if step is None:
             continue
-        numbers = [step.number, *scene.behind(recording, step, 8)]
+        numbers = [step.number, *_behind(recording, step, 8)]
         for number in numbers:
             sizes |= set(np.shape(recording.values.get(number)))
     return sorted(sizes)
@@ -220,12 +219,8 @@ def _bias(scene: Scene) -> Iterator[str]:
     ):
         if step is None or step.primitive not in ("add", "add_"):
             continue
-        index = Index(
-            (s.number, other.values[s.number])
-            for s in other.steps
-            if isinstance(other.values.get(s.number), np.ndarray)
-        )
-        by_number = {s.number: s for s in recording.steps}
+        index = Index.of(other)
+        by_number = recording.by_number
         for a, b in (step.sources[:2], step.sources[:2][::-1]) if len(step.sources) >= 2 else ():
             name = _weight_behind(recording, by_number, a)
             value = recording.values.get(b)
@@ -269,7 +264,7 @@ def _softmax_axis(scene: Scene) -> Iterator[str]:
     ):
         if step is None:
             return
-        for s in scene.near(recording, step, 12):
+        for s in _near(recording, step, 12):
             x = recording.values.get(s.number)
             if isinstance(x, np.ndarray) and x.ndim > 1 and x.dtype.kind == "f" and x.size and x.min() >= 0:
                 axes = [a for a in range(x.ndim) if x.shape[a] > 1 and np.allclose(x.sum(axis=a), 1.0, atol=1e-9)]
@@ -290,7 +285,7 @@ def _mask(scene: Scene) -> Iterator[str]:
     ):
         if step is None:
             return
-        for s in scene.near(recording, step, 14):
+        for s in _near(recording, step, 14):
             hidden = _hidden(recording.values.get(s.number))
             if hidden is not None:
                 found[who] = hidden
@@ -327,7 +322,7 @@ def _kernel(scene: Scene) -> Iterator[str]:
     """A product with a square matrix the other way round."""
     if scene.theirs is None:
         return
-    by_number = {s.number: s for s in scene.candidate.steps}
+    by_number = scene.candidate.by_number
     if scene.ours.primitive not in ("dot_general", "mm", "matmul"):
         return
     theirs = scene.reference.values.get(scene.theirs.number)
@@ -348,10 +343,9 @@ def _swapped(scene: Scene) -> Iterator[str]:
     """An operand that plays another's part."""
     if scene.theirs is None or len(scene.ours.sources) < 2 or len(scene.theirs.sources) < 2:
         return
-    theirs_steps = {s.number: s for s in scene.reference.steps}
-    ours_steps = {s.number: s for s in scene.candidate.steps}
-    index = Index((s.number, scene.reference.values[s.number]) for s in scene.reference.steps
-                  if isinstance(scene.reference.values.get(s.number), np.ndarray))  # fmt: skip
+    theirs_steps = scene.reference.by_number
+    ours_steps = scene.candidate.by_number
+    index = Index.of(scene.reference)
     found = []
     for source in scene.ours.sources[:2]:
         value = scene.candidate.values.get(source)
@@ -375,16 +369,16 @@ def _elsewhere(scene: Scene) -> Iterator[str]:
     """The same operation on different values that both models have."""
     if scene.theirs is None or _kind_of(scene.ours) != _kind_of(scene.theirs):
         return
-    ours = {s.number: s for s in scene.candidate.steps}
-    theirs = {s.number: s for s in scene.reference.steps}
+    ours = scene.candidate.by_number
+    theirs = scene.reference.by_number
     x = scene.candidate.values.get(scene.ours.sources[0]) if scene.ours.sources else None
     y = scene.reference.values.get(scene.theirs.sources[0]) if scene.theirs.sources else None
     if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray) or x.size != y.size:
         return
     if Index([(0, y)]).find(x) or fingerprint(x) is None or fingerprint(y) is None:
         return
-    there = _index_of(scene.reference).find(x)
-    here = _index_of(scene.candidate).find(y)
+    there = Index.of(scene.reference).find(x)
+    here = Index.of(scene.candidate).find(y)
     if there and here:
         a = ours.get(scene.ours.sources[0])
         b = theirs.get(scene.theirs.sources[0])
@@ -396,11 +390,6 @@ def _elsewhere(scene: Scene) -> Iterator[str]:
 
 def _kind_of(step: Step) -> str:
     return step.caller or step.primitive
-
-
-def _index_of(recording: Recording) -> Index:
-    return Index((s.number, recording.values[s.number]) for s in recording.steps
-                 if isinstance(recording.values.get(s.number), np.ndarray))  # fmt: skip
 
 
 def _flattened(scene: Scene) -> Iterator[str]:
@@ -439,9 +428,9 @@ def _sin_cos(scene: Scene) -> Iterator[str]:
         return
     tables = {}
     for who, recording, step in (("candidate", scene.candidate, ours), ("reference", scene.reference, theirs)):
-        by_number = {s.number: s for s in recording.steps}
-        near = {*scene.behind(recording, step, 40), *(n for s in scene.near(recording, step, 10) for n in s.sources)}
-        near |= {n for s in list(near) if s in by_number for n in scene.behind(recording, by_number[s], 20)}
+        by_number = recording.by_number
+        near = {*_behind(recording, step, 40), *(n for s in _near(recording, step, 10) for n in s.sources)}
+        near |= {n for s in list(near) if s in by_number for n in _behind(recording, by_number[s], 20)}
         tables[who] = {
             by_number[n].primitive: recording.values[n]
             for n in near

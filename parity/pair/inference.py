@@ -18,7 +18,7 @@ from parity.models.jax_model import LAYOUT
 from parity.models.model import Arrays, Recording, Weight
 from parity.models.program import Constant, Operation, Program, evaluate
 from parity.pair import candidates, layouts
-from parity.pair.fingerprints import NEAR, Index
+from parity.pair.fingerprints import NEAR, Index, evidence
 from parity.pair.mapping import Row
 from parity.pair.naming import alike, recurrent
 from parity.pair.transforms import Transform
@@ -38,22 +38,13 @@ class Candidate:
     likely: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Substitution:
-    """A value of the target in whose place the source's was put, because the two differ."""
-
-    weight: str
-    target: int
-    source: int
-
-
 class Inference:
-    """One inference: `rows` are what it found, `substitutions` where values disagreed on the way."""
+    """One inference; `rows` are what it found."""
 
     def __init__(self, recording: Recording, source: dict[str, Weight], weights: Arrays, program: Program,
                  target: dict[str, Weight], inputs: Sequence[np.ndarray], ignore: Sequence[str]) -> None:  # fmt: skip
         self._recording, self._weights, self._program = recording, weights, program
-        self._index = Index(_searchable(recording))
+        self._index = Index(evidence(recording))
         self._shapes = {n: weights[n].shape for n, w in source.items() if n not in ignore}
         self._order = {n: i for i, n in enumerate(_order_of_use(recording))}
         self._values: dict[int, Any] = dict(zip(program.inputs, inputs, strict=True))
@@ -69,7 +60,6 @@ class Inference:
         self._kept = [n for n, w in source.items() if w.kept]
         self._groups = candidates.groups({n: s for n, s in self._shapes.items() if n in set(self._kept)})
         self.rows: list[Row] = []
-        self.substitutions: list[Substitution] = []
         self._units = self._find_units(target, ignore)
         self._from_weights = _weight_only(program)
         self._chosen: dict[int, tuple[Candidate, bool, tuple[str, ...]]] = {}
@@ -284,7 +274,6 @@ class Inference:
                 laid_out = self._layouts.apply(theirs, value.shape)
                 if laid_out is not None and not np.array_equal(laid_out, value):
                     self._values[operation.outputs[0]] = laid_out
-                    self.substitutions.append(Substitution(self._units[origin][0], operation.outputs[0], number))
                     return
 
     def _unit_behind(self, x: int) -> int | None:
@@ -372,23 +361,6 @@ def _weight_only(program: Program) -> dict[int, Operation]:
     return alone
 
 
-def _searchable(recording: Recording) -> Iterator[tuple[int, np.ndarray]]:
-    """Values that are evidence: not weights or what is made of weights alone, and each once."""
-    alone = set(recording.weights)
-    for step in recording.steps:
-        x = recording.values.get(step.number)
-        if step.sources and all(s in alone for s in step.sources):
-            alone.add(step.number)
-        elif x is not None and step.sources:
-            yield step.number, x
-            # What is split only after a sum: gates, or q, k and v, as the other side computes them one by one.
-            if step.primitive in ("mm", "bmm", "add", "add_", "addmm") and x.ndim > 1:
-                for count in (2, 3, 4):
-                    if x.shape[-1] % count == 0 and x.shape[-1] > count:
-                        for part in np.split(x, count, -1):
-                            yield step.number, part
-
-
 def _order_of_use(recording: Recording) -> list[str]:
     behind = {n: name for n, name in recording.weights.items()}
     order: dict[str, None] = {}
@@ -402,11 +374,9 @@ def _order_of_use(recording: Recording) -> list[str]:
 def _first_uses(recording: Recording, weight: str) -> Iterator[int]:
     """The values that a weight is combined with data into."""
     mine = {n for n, name in recording.weights.items() if name == weight}
-    alone = set(recording.weights)
     for step in recording.steps:
-        if all(s in alone for s in step.sources):
-            alone.add(step.number)
-            if mine.intersection(step.sources):
+        if mine.intersection(step.sources):
+            if step.number in recording.from_weights:
                 mine.add(step.number)
-        elif mine.intersection(step.sources):
-            yield step.number
+            else:
+                yield step.number

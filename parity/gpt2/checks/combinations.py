@@ -177,9 +177,8 @@ def _row(case: Case, candidate: Adapter, reference: Adapter, number: int, row: R
 
 
 def _cancellation(reference: Adapter, batch: Batch, accumulation: int) -> dict[str, float]:
-    """How many times as large as each gradient the gradients of two devices' sequences are together, at least once.
-
-    Of the model without dropout: its masks are no part of the reference's `loss_and_grads`."""
+    """Of each gradient: the norms of its two parts, one from each device's sequences, over the norm of their sum; at
+    least 1. Of the model without dropout, whose masks the reference's `loss_and_grads` doesn't take."""
     rows = np.arange(BATCH_SIZE).reshape(accumulation, 2, -1)
     count = np.sum(batch.targets != IGNORE_INDEX)
     parts = []

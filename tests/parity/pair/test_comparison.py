@@ -306,6 +306,7 @@ def test_pairs_within_one_framework_are_compared_with_roles():
     [
         (lambda: 3, {}, "the candidate is a builtins.int; expected a torch.nn.Module"),
         (lambda: square, {}, "the function square without its parameters"),
+        (lambda: makes_nothing, {}, "makes_nothing() makes no model: ValueError: no weights (tests/parity/pair/"),
         (lambda: (square, parameters()), {"checks": ("forwards",)}, "no check is called 'forwards'"),
         (lambda: (square, parameters()), {"weights": "mine"}, "expected 'random' or 'own'"),
         (lambda: (square, parameters()), {"ignore": ["d.kernel"]}, "d.kernel is a weight of neither model"),
@@ -325,6 +326,10 @@ def test_what_cannot_be_compared_is_a_sentence(candidate, options, words):
     with pytest.raises(EngineError) as error:
         parity.compare(Square(), candidate(), inputs=X, **options)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def makes_nothing():
+    raise ValueError("no weights")
 
 
 class Noisy(Square):
