@@ -194,7 +194,7 @@ def _generation(done: dict[str, Record]) -> str:
         for side in record["results"]["sides"]:
             ratios = [_ratio(side[f"{what}_ratio"]) if side[f"{what}_ratio"] else "" for what in ("prefill", "decode")]
             share = "" if side["bandwidth_share"] is None else f"{side['bandwidth_share']:.0%}"
-            prefill, decode = f"{side['prefill']:,.0f}", f"{side['decode']:,.1f}"
+            prefill, decode = f"{side['prefill']:,.0f}", "" if side["decode"] is None else f"{side['decode']:,.1f}"
             rows.append([side["side"], f"{side['batch']}", prefill, ratios[0], decode, ratios[1], share])
     if not rows:
         return ""

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import Session, interleave, positive, ratio, sides, write_json
+from benchmarks.measure import Session, interleave_works, positive, ratio, sides, write_json
 from gpt2_core.cli import Parser
 from gpt2_core.config import ModelConfig, dtype_of
 from gpt2_core.config.io import model_from_dict
@@ -60,8 +60,7 @@ def main(arguments: list[str]) -> None:
         functions = {name: (SIDES[name][0], spec | SIDES[name][1]) for name in chosen}
         with sides(functions, console) as started:
             # A unit is a generated token, and each piece of work a prefill too: prefill alone is the work of one unit.
-            first = interleave(started, rounds=options.rounds, units=1, console=console)
-            both = interleave(started, rounds=options.rounds, units=tokens, console=console)
+            first, both = interleave_works(started, rounds=options.rounds, works=[1, tokens], console=console)
             facts = {name: side.facts for name, side in started.items()}
         seconds = {
             name: {
@@ -76,13 +75,13 @@ def main(arguments: list[str]) -> None:
         for name in chosen:
             row = _row(name, batch, seconds, options.prompt)
             numbers = numbers_read(model, batch, options.prompt + tokens[name] // 2)
-            share = _bandwidth_share(row["decode"] / batch, numbers, facts[name])
+            share = row["decode"] and _bandwidth_share(row["decode"] / batch, numbers, facts[name])
             found.append(row | {"facts": facts[name], "bandwidth_share": share})
     table = Table("side", "batch", "prefill, tokens/s", "decode, tokens/s", "over transformers", "decode", "of memory")
     for row in found:
         compared = (str(row[f"{what}_ratio"] or "") for what in ("prefill", "decode"))
         share = "" if row["bandwidth_share"] is None else f"{row['bandwidth_share']:.0%}"
-        rates = (f"{row['prefill']:,.0f}", f"{row['decode']:,.1f}")
+        rates = (f"{row['prefill']:,.0f}", "" if row["decode"] is None else f"{row['decode']:,.1f}")
         table.add_row(row["side"], str(row["batch"]), *rates, *compared, share)
     facts = found[0]["facts"]
     console.print(
@@ -91,6 +90,12 @@ def main(arguments: list[str]) -> None:
     )
     console.print(table)
     console.print("of memory: how much of the time it takes to read the weights and the cache once for each token")
+    for row in found:
+        if row["decode"] is None:
+            console.print(
+                f"{row['side']}, batch {row['batch']}: {tokens[row['side']] - 1} tokens after the prefill take less "
+                "time than it varies by: no rate of decoding; give more --tokens, or more --uncached_tokens"
+            )
     results = [
         {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in row.items()} for row in found
     ]
@@ -253,13 +258,17 @@ def _prompts(spec: dict[str, Any]) -> list[list[int]]:
 
 
 def _row(name: str, batch: int, seconds: dict[str, dict[str, list[float]]], prompt: int) -> dict[str, Any]:
-    """Rates of one side, and how many times as fast as transformers with its cache it is."""
+    """Rates of one side, and how many times as fast as transformers with its cache it is.
+
+    Decoding is a difference of two times; where a round's isn't above zero, noise is larger than it, and there is no
+    rate.
+    """
     tokens = {"prefill": batch * prompt, "decode": batch}
     row: dict[str, Any] = {"side": name, "batch": batch}
     for what, count in tokens.items():
-        row[what] = count / statistics.median(seconds[name][what])
-        yardstick = seconds.get("transformers")
-        row[f"{what}_ratio"] = ratio(seconds[name][what], yardstick[what]) if yardstick else None
+        ours, theirs = seconds[name][what], seconds.get("transformers", {}).get(what)
+        row[what] = count / statistics.median(ours) if min(ours) > 0 else None
+        row[f"{what}_ratio"] = ratio(ours, theirs) if theirs and min(*ours, *theirs) > 0 else None
     return row
 
 

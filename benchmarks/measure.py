@@ -149,15 +149,26 @@ def interleave(
 
     `units` are those of a turn, of each side or of all.
     """
-    of_side = {name: units if isinstance(units, int) else units[name] for name in started}
-    seconds: dict[str, list[float]] = {name: [] for name in started}
+    [seconds] = interleave_works(started, rounds=rounds, works=[units], console=console)
+    return seconds
+
+
+def interleave_works(
+    started: dict[str, Side], *, rounds: int, works: Sequence[int | Mapping[str, int]], console: Console
+) -> list[dict[str, list[float]]]:
+    """As `interleave`, for several pieces of work a turn, one result for each: what is measured a moment apart can be
+    subtracted."""
+    of_side = [{name: work if isinstance(work, int) else work[name] for name in started} for work in works]
+    seconds: list[dict[str, list[float]]] = [{name: [] for name in started} for _ in works]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("rounds", total=rounds * len(started))
         for name, side in started.items():
-            side.work(of_side[name])  # warm
+            for units in of_side:
+                side.work(units[name])  # warm
         for _ in range(rounds):
             for name, side in started.items():
-                seconds[name].append(side.work(of_side[name]) / of_side[name])
+                for units, found in zip(of_side, seconds, strict=True):
+                    found[name].append(side.work(units[name]) / units[name])
                 progress.advance(bar)
     return seconds
 

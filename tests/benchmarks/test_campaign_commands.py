@@ -85,7 +85,7 @@ def test_commands_of_this_project_run_as_stages(function, tmp_path, text_file):
     assert found.status == "done", (tmp_path / "log.txt").read_text()[-3000:]
     results = found.results
     if function == "generation":
-        assert results["sides"][0]["side"] == "jax" and results["sides"][0]["decode"] > 0
+        assert results["sides"][0]["side"] == "jax" and results["sides"][0]["prefill"] > 0
     elif function == "parity":
         assert results["passed"] and results["cases"] >= 1 and (tmp_path / "parity" / "report.json").is_file()
     else:

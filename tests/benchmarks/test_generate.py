@@ -24,9 +24,13 @@ def test_each_side_is_measured_beside_transformers(tmp_path, capsys):
     jax, uncached, transformers = json.loads((tmp_path / "o.json").read_text())["results"]["sides"]
     assert (jax["side"], jax["batch"], transformers["side"]) == ("jax", 2, "transformers")
     assert jax["prefill"] > 0 and jax["prefill_ratio"]["median"] > 0
-    assert uncached["side"] == "jax, no cache" and uncached["decode"] > 0
+    # So few tokens may take less time than it varies by on a busy machine: there is then no rate, never a wrong one.
+    assert uncached["side"] == "jax, no cache" and (uncached["decode"] is None or uncached["decode"] > 0)
     assert transformers["prefill_ratio"]["median"] == 1.0
-    assert "decode" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "decode" in said and ("no rate of decoding" in said) == (
+        None in (side["decode"] for side in (jax, uncached, transformers))
+    )
 
 
 def test_a_token_of_the_prefill_is_not_one_of_the_decode():
@@ -34,6 +38,18 @@ def test_a_token_of_the_prefill_is_not_one_of_the_decode():
     seconds = {name: {"prefill": [3.0], "decode": [(1.4 * 5 - 3.0) / 4]} for name in ("jax", "transformers")}
     row = generate._row("jax", 2, seconds, prompt=6)
     assert row["prefill"] == pytest.approx(2 * 6 / 3.0) and row["decode"] == pytest.approx(2 / 1.0)
+
+
+def test_a_difference_below_its_noise_is_no_rate():
+    """Where prefill alone took longer than prefill and decoding together, nothing is said of decoding."""
+    seconds = {
+        "jax": {"prefill": [3.0, 3.0], "decode": [1.0, -0.5]},
+        "transformers": {"prefill": [6.0, 6.0], "decode": [2.0, 2.0]},
+    }
+    row = generate._row("jax", 2, seconds, prompt=6)
+    assert row["decode"] is None and row["decode_ratio"] is None
+    assert row["prefill"] == pytest.approx(4.0) and row["prefill_ratio"].median == pytest.approx(2.0)
+    assert generate._row("transformers", 2, seconds, prompt=6)["decode"] == pytest.approx(1.0)
 
 
 def test_a_step_of_decoding_reads_each_weight_once_and_the_cache():

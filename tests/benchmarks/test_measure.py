@@ -39,7 +39,8 @@ def test_sides_take_turns_and_are_timed_by_the_unit():
     with sides(functions, console) as started:
         seconds = interleave(started, rounds=3, units={"a": 2, "b": 3}, console=console)
         ends = {name: side.end() for name, side in started.items()}
-    assert all(0.02 <= second < 0.2 for values in seconds.values() for second in values)
+    # Seconds a unit: a turn of a takes 0.04 or more. The quickest, because a busy machine can hold any turn up.
+    assert all(0.02 <= min(values) < 0.04 for values in seconds.values())
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
     # One unit to be ready, a warm round, three that count.
     assert ends == {"a": {"done": [1, 2, 2, 2, 2]}, "b": {"done": [1, 3, 3, 3, 3]}}
