@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -31,6 +32,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 Axes = tuple[str | None, ...]
+
+# Divides every table: its rows are padded to a multiple of 128 (VOCABULARY_MULTIPLE).
+TABLE_PIECES = 8
 
 
 def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
@@ -137,25 +141,46 @@ def sum_over_shards(x: jax.Array) -> jax.Array:
     return jax.lax.psum(x, names) if names else x
 
 
-def exchange(grads: Mapping[str, jax.Array], axes: Mapping[str, Axes], dtype: Any) -> dict[str, jax.Array]:
+def exchange(
+    grads: Mapping[str, jax.Array], axes: Mapping[str, Axes], dtype: Any, *, last: Collection[str] = ()
+) -> dict[str, jax.Array]:
     """Gradients summed over all batch shards, sharded as `exchanged_axes` says.
 
-    They are sent as `dtype` (None: their own): reduce-scattered over `fsdp`, all-reduced over `data`.
+    They are sent as `dtype` (None: their own): reduce-scattered over `fsdp`, all-reduced over `data`. Those named in
+    `last` are exchanged after the tables of the vocabulary, which are the largest and are sent in pieces.
     """
+    if not batch_is_sharded():
+        return dict(grads)
+    tables = {name: _in_pieces(grads[name]) for name in grads if "vocab" in axes[name]}
+    summed_tables = {name: [_summed(piece, axes[name], dtype) for piece in pieces] for name, pieces in tables.items()}
+    summed_tables, held = jax.lax.optimization_barrier((summed_tables, {name: grads[name] for name in last}))
+    summed = {name: jnp.concatenate(pieces) for name, pieces in summed_tables.items()}
+    return {
+        name: summed[name] if name in summed else _summed(held.get(name, grad), axes[name], dtype)
+        for name, grad in grads.items()
+    }
 
-    def summed(name: str, grad: jax.Array) -> jax.Array:
-        names = _batch_axes()
-        if not names:
-            return grad
-        sent = grad if dtype is None else grad.astype(dtype)
-        kept = exchanged_axes(axes[name], jax.sharding.get_abstract_mesh())
-        if "fsdp" in names and any(kept):
-            split = next(number for number, axis in enumerate(kept) if axis)
-            sent = jax.lax.psum_scatter(sent, "fsdp", scatter_dimension=split, tiled=True)
-            names = tuple(n for n in names if n != "fsdp")
-        return (jax.lax.psum(sent, names) if names else sent).astype(grad.dtype)
 
-    return {name: summed(name, grad) for name, grad in grads.items()}
+def _in_pieces(table_VD: jax.Array) -> list[jax.Array]:
+    """A gradient in the pieces that it is exchanged in.
+
+    The table of tied embeddings has its gradient when the backward pass ends, and everything waits for its exchange.
+    XLA's scheduler puts one matrix product beside an exchange, however long that takes (jax 0.10.2): in so many pieces
+    each takes about as long as a product at GPT-2's four sizes, and products of weights' gradients are left for all
+    of them. On a tensor mesh the rows are split already, and a piece would lie on one device.
+    """
+    return [table_VD] if is_tensor_parallel() else jnp.split(table_VD, TABLE_PIECES)
+
+
+def _summed(grad: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
+    names = _batch_axes()
+    sent = grad if dtype is None else grad.astype(dtype)
+    kept = exchanged_axes(axes, jax.sharding.get_abstract_mesh())
+    if "fsdp" in names and any(kept):
+        split = next(number for number, axis in enumerate(kept) if axis)
+        sent = jax.lax.psum_scatter(sent, "fsdp", scatter_dimension=split, tiled=True)
+        names = tuple(n for n in names if n != "fsdp")
+    return (jax.lax.psum(sent, names) if names else sent).astype(grad.dtype)
 
 
 def exchanged_axes(axes: Axes, mesh: Any) -> Axes:

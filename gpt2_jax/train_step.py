@@ -241,7 +241,9 @@ def loss_and_grads(
 
     parts = (inputs_ABT, targets_ABT, dropout_keys_AB)
     loss, grads = _sum_over_parts(functools.partial(jax.value_and_grad(part_loss), params), parts)
-    return sum_over_shards(loss), exchange(grads, definition.logical_axes, exchange_dtype)
+    # The backward pass ends with the first block: its gradients and the embeddings' come last.
+    first_block = [name for name in grads if name.startswith("h.0.")]
+    return sum_over_shards(loss), exchange(grads, definition.logical_axes, exchange_dtype, last=first_block)
 
 
 def _sum_over_parts(of_part: Callable[[Any], Any], parts: Any) -> Any:

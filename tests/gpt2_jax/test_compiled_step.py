@@ -1,6 +1,7 @@
 """What the compiled train step holds and exchanges, read off the program itself; nothing is run."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -124,11 +125,19 @@ def test_gradients_are_exchanged_in_the_dtype_asked_for(mesh_config, exchange, d
         model=MODEL, batch_size=8, mesh="data=2,fsdp=2", precision="bfloat16", gradient_exchange=exchange
     )
     lowered = lower(config).as_text()
-    found = re.findall(r'"stablehlo\.(?:all_reduce|reduce_scatter)".*?\(tensor<(.*?)>\) -> tensor', lowered, re.DOTALL)
-    arrays = [kind for kind in found if "x" in kind]  # the rest are scalars: the loss, the count of targets
+    exchanges = r'"stablehlo\.(all_reduce|reduce_scatter)".*?\(tensor<(.*?)>\) -> tensor'
+    found = [(kind, elements_of(array)) for kind, array in re.findall(exchanges, lowered, re.DOTALL) if "x" in array]
+    # The rest are scalars: the loss, the count of targets.
+    total = {kind: sum(size for of_kind, (size, _) in found if of_kind == kind) for kind, _ in found}
     # Each gradient is scattered over fsdp, and each device's share then summed over data.
-    assert len(arrays) == 2 * len(MODEL.parameter_shapes)
-    assert {kind.rpartition("x")[2] for kind in arrays} == {dtype}
+    assert total == {"reduce_scatter": parameters(), "all_reduce": parameters() // 2}
+    assert {given for _, (_, given) in found} == {dtype}
+
+
+def elements_of(array: str) -> tuple[int, str]:
+    """Number and dtype of the elements of an array as StableHLO writes it: "8x64xf32"."""
+    *sizes, dtype = array.split("x")
+    return math.prod(map(int, sizes)), dtype
 
 
 def lower(config, platform: str = "cpu"):
