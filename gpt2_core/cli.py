@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from gpt2_core.config import GROUPS, NEWEST, PRESETS, TrainConfig
 from gpt2_core.config.io import to_yaml
 from gpt2_core.data.tokenizer import vocab_size
-from gpt2_core.errors import RunError, UserError
+from gpt2_core.errors import STOPPED, RunError, Stopped, UserError
 from gpt2_core.runs.trackers import require as require_tracker
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -32,7 +32,8 @@ DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 def run(main: Callable[[list[str]], None]) -> None:
     """Call a command's main with the command line; a user error ends in one message, without a traceback.
 
-    Exit codes: 0 done, 1 the run failed, 2 it can't be done as asked, 130 interrupted.
+    Exit codes: 0 done, 1 the run failed, 2 it can't be done as asked, 75 a run was told to stop and can be resumed, 130
+    interrupted.
     """
     try:
         main(sys.argv[1:])
@@ -40,6 +41,10 @@ def run(main: Callable[[list[str]], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, RunError) else 2)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(STOPPED)  # without waiting for what may still be compiling in another thread
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

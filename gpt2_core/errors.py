@@ -1,4 +1,7 @@
-"""User errors, which are shown as one message without a traceback."""
+"""User errors, which are shown as one message without a traceback, and the end of a run that was told to stop."""
+
+# EX_TEMPFAIL of sysexits.h: the same command can be given again.
+STOPPED = 75
 
 
 class UserError(Exception):
@@ -11,3 +14,10 @@ class UserError(Exception):
 
 class RunError(UserError):
     """A run that was started as asked failed (its loss isn't finite, for example): exit code 1."""
+
+
+class Stopped(BaseException):
+    """A run was told to stop by a signal, and can be resumed: exit code STOPPED.
+
+    No Exception: like KeyboardInterrupt it must pass through code that handles all errors.
+    """

@@ -1,8 +1,9 @@
 """The JAX trainer: one process, a mesh of devices, one compiled step."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -12,10 +13,11 @@ from gpt2_core.config import IGNORE_INDEX, ResolvedConfig, TrainConfig, resolved
 from gpt2_core.data.batches import TrainingBatches, evaluation_batches
 from gpt2_core.data.tokenizer import get_tokenizer
 from gpt2_core.data.tokens import TokenFolder, open_tokens, with_steps
-from gpt2_core.runs.due import Due, due_after, is_logged
+from gpt2_core.errors import Stopped
+from gpt2_core.runs.due import Due, due_after, due_at_start, is_logged
 from gpt2_core.runs.folder import RunFolder, RunPlan, metadata_of, plan_run
-from gpt2_core.runs.interrupt import interruptible
 from gpt2_core.runs.log import RunLog, peak_flops
+from gpt2_core.runs.stop import StopRequest, stopped_by_signals
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
 from gpt2_core.weights import Weights
@@ -47,7 +49,13 @@ def train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None] =
 
     `initial` reads the weights that a new run starts from; None means random ones.
     `gpt2_jax.runtime.configure` must have been called for this precision and mesh.
+    Raises Stopped when a signal told the run to stop; it is then saved, if it had begun.
     """
+    with stopped_by_signals() as stop:
+        return _train(asked, initial, stop)
+
+
+def _train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None], stop: StopRequest) -> RunFolder:
     config = resolve(asked)
     tokens = open_tokens(config)
     plan = plan_run(with_steps(config, tokens), framework="jax", data_digest=tokens.digest)
@@ -58,7 +66,7 @@ def train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None] =
     device, devices = jax.devices()[0].device_kind, program.mesh.size
     peak = peak_flops(device, config.precision)
     log = RunLog(folder, config, start_step=plan.step, peak_flops=peak and peak * devices)
-    with memory_errors(program), jax.set_mesh(program.mesh), ThreadPoolExecutor(2) as compiler:
+    with memory_errors(program), jax.set_mesh(program.mesh), _compiler() as compiler:
         train_step_future = compiler.submit(_compile, program) if plan.step < config.steps else None
         eval_step_future = compiler.submit(program.compile_eval_step)
         if plan.checkpoint is not None:
@@ -72,8 +80,20 @@ def train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None] =
                 f"parameters; {tokens.source}; run "
                 f"{folder.path}" + (f", from step {plan.step}" if plan.checkpoint else "")
             )
-            _Loop(program, tokens, folder, log, train_step_future, eval_step_future).run(state, plan)
+            loop = _Loop(program, tokens, folder, log, stop, train_step_future, eval_step_future)
+            with stop.deferred():
+                loop.run(state, plan)
     return folder
+
+
+@contextlib.contextmanager
+def _compiler() -> Iterator[ThreadPoolExecutor]:
+    """Threads to compile in. Leaving them doesn't wait: a run that was told to stop ends at once."""
+    compiler = ThreadPoolExecutor(2)
+    try:
+        yield compiler
+    finally:
+        compiler.shutdown(wait=False, cancel_futures=True)
 
 
 def _compile(program: Program) -> tuple[jax.stages.Compiled, float]:
@@ -98,10 +118,12 @@ class _Loop:
         tokens: TokenFolder,
         folder: RunFolder,
         log: RunLog,
+        stop: StopRequest,
         train_step_future: Future[tuple[jax.stages.Compiled, float]] | None,
         eval_step_future: Future[jax.stages.Compiled],
     ) -> None:
-        self.program, self.config, self.tokens, self.folder, self.log = program, program.config, tokens, folder, log
+        self.program, self.config, self.tokens, self.folder = program, program.config, tokens, folder
+        self.log, self.stop = log, stop
         self.train_step_future, self.eval_step_future = train_step_future, eval_step_future
         self.generator = Generator(program.definition)
         self.writer = CheckpointWriter(folder, self.config.keep_checkpoints)
@@ -113,39 +135,46 @@ class _Loop:
         )
 
     def run(self, state: TrainState, plan: RunPlan) -> None:
-        config, first, log = self.config, plan.step, self.log
+        config, first, log, stop = self.config, plan.step, self.log, self.stop
+        updates, pending_metrics = first, None
         try:
             if first < config.steps:
                 train_step = self.compiled_step()
-            if plan.checkpoint is None:
-                self.do(due_after(0, config), state, 0)
+            self.do(due_at_start(plan), state, first)
             if first < config.steps:
                 batch = self.put(first)
-            pending_metrics = None
-            for step in interruptible(range(first, first if log.reached_target else config.steps)):
+            for step in range(first, first if log.reached_target else config.steps):
+                if stop:
+                    break
                 rate = learning_rate(step, config.steps, config.optimizer)
                 state, metrics = train_step(state, *batch, self.scalar(rate))
-                if step + 1 < config.steps:
-                    batch = self.put(step + 1)
+                updates = step + 1
+                if updates < config.steps:
+                    batch = self.put(updates)
                 pending_metrics = self.log_metrics(pending_metrics)
                 if is_logged(step, config):
                     pending_metrics = (step, rate, metrics)
                     if config.target_loss is not None:
                         pending_metrics = self.log_metrics(pending_metrics)  # the target may be reached by this loss
-                due = due_after(step + 1, config, reached_target=log.reached_target)
+                due = due_after(updates, config, reached_target=log.reached_target)
                 if due.evaluate or due.sample:
                     pending_metrics = self.log_metrics(pending_metrics)
                     jax.block_until_ready(state)  # steps that were dispatched are training time, not evaluation time
-                self.do(due, state, step + 1)
+                self.do(due, state, updates)
                 if due.stop:
                     break
+            if stop:
+                self.log_metrics(pending_metrics)
+                self.save_unless_saved(state, updates)
             log.end()
         finally:
             self.writer.close()
+        if updates < config.steps and not log.reached_target:
+            stop.check(f"{updates} steps are saved; continue with --resume")
 
     def compiled_step(self) -> jax.stages.Compiled:
         with self.log.untimed():
-            compiled, seconds = self.train_step_future.result()
+            compiled, seconds = self.stop.result(self.train_step_future)
             check_memory(compiled, self.program)
             self.log.say(f"compiled the train step in {seconds:.1f} s")
             return compiled
@@ -165,24 +194,26 @@ class _Loop:
     def do(self, due: Due, state: TrainState, updates: int) -> None:
         """What is due after so many updates."""
         with self.log.untimed():
-            if due.evaluate:
-                self.evaluate(state, updates)
-            if due.sample:
-                self.write_sample(state, updates)
+            with contextlib.suppress(Stopped):  # given up; due_at_start makes up for it
+                if due.evaluate:
+                    self.evaluate(state, updates)
+                if due.sample:
+                    self.write_sample(state, updates)
             if due.save:
                 self.save(state, updates)
 
     def evaluate(self, state: TrainState, updates: int) -> None:
         if not len(self.tokens.val):
             return
-        eval_step = self.eval_step_future.result()
+        eval_step = self.stop.result(self.eval_step_future)
         losses, count = [], 0
-        for batch in evaluation_batches(
+        batches = evaluation_batches(
             self.tokens.val,
             block_size=self.config.model.block_size,
             batch_size=self.config.microbatch_size,
             sequences=self.config.eval_sequences,
-        ):
+        )
+        for batch in self.stop.checked(batches):
             losses.append(eval_step(state.params, *batch))
             count += int((batch.targets != IGNORE_INDEX).sum())
         self.log.evaluation(updates, math.fsum(map(float, losses)) / count)
@@ -191,7 +222,12 @@ class _Loop:
         tokenizer = get_tokenizer(self.config.data.tokenizer)
         numbers = uniforms(self.config.seed, updates, self.config.sample_tokens)[None]
         tokens = self.generator(state.params, [[tokenizer.end_of_text]], numbers, Sampling())
-        self.folder.write_sample(updates, tokenizer.decode([row[0] for row in tokens]))
+        self.folder.write_sample(updates, tokenizer.decode([row[0] for row in self.stop.checked(tokens)]))
+
+    def save_unless_saved(self, state: TrainState, updates: int) -> None:
+        self.writer.wait()
+        if updates not in self.folder.steps():
+            self.save(state, updates)
 
     def save(self, state: TrainState, updates: int) -> None:
         self.writer.save(updates, state, metadata_of(self.config, updates, "jax", self.tokens.digest))

@@ -18,11 +18,11 @@ from gpt2_core.config import IGNORE_INDEX, ResolvedConfig, TrainConfig
 from gpt2_core.data.batches import Batch, TrainingBatches, evaluation_batches
 from gpt2_core.data.tokenizer import get_tokenizer
 from gpt2_core.data.tokens import TokenFolder, open_tokens, with_steps
-from gpt2_core.errors import UserError
-from gpt2_core.runs.due import Due, due_after, is_logged
+from gpt2_core.errors import Stopped, UserError
+from gpt2_core.runs.due import Due, due_after, due_at_start, is_logged
 from gpt2_core.runs.folder import RunFolder, RunPlan, metadata_of, plan_run
-from gpt2_core.runs.interrupt import interruptible
 from gpt2_core.runs.log import RunLog, peak_flops
+from gpt2_core.runs.stop import StopRequest, stopped_by_signals
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
 from gpt2_core.weights import Weights
@@ -126,14 +126,15 @@ def train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None] =
     """Train as `asked`; returns the run's folder.
 
     `initial` reads the weights that a new run starts from; None means random ones.
+    Raises Stopped when a signal told the run to stop; it is then saved, if it had begun.
     """
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(asked.device)
     config = resolve(asked, device, processes)
     set_matmul_precision(config.precision)
-    with memory_errors(config, device, processes), process_group(processes, device):
+    with stopped_by_signals() as stop, memory_errors(config, device, processes), process_group(processes, device):
         start = open_run(config, initial, device, rank, processes)
-        Trainer(start, device, rank, processes).run()
+        Trainer(start, stop, device, rank, processes).run()
     return start.plan.folder
 
 
@@ -182,10 +183,11 @@ def open_run(
 class Trainer:
     """One process of a run: everything is set up once, then `run` is the loop."""
 
-    def __init__(self, start: Start, device: torch.device, rank: int, processes: int) -> None:
+    def __init__(self, start: Start, stop: StopRequest, device: torch.device, rank: int, processes: int) -> None:
         self.plan, self.tokens, _ = start
         self.config, self.folder = config, folder = self.plan.config, self.plan.folder
-        self.device, self.rank, self.processes = device, rank, processes
+        self.stop, self.device, self.rank, self.processes = stop, device, rank, processes
+        self.stop_flag: tuple[Tensor, dist.Work] | None = None
 
         torch.manual_seed(config.seed)
         self.model = GPT2(config.model).to(device, torch.float64 if config.precision == "float64" else torch.float32)
@@ -224,15 +226,47 @@ class Trainer:
                 f"{'compiled' if config.compile else 'eager'}; {config.model.parameter_count:,} parameters; "
                 f"{self.tokens.source}; run {self.folder.path}" + (f", from step {first}" if resumed else "")
             )
-            if not resumed:
-                self.do(due_after(0, config), 0)
-            for step in interruptible(range(first, first if log.reached_target else config.steps)):
-                self.step(step)
-                due = due_after(step + 1, config, reached_target=log.reached_target)
-                self.do(due, step + 1)
-                if due.stop:
-                    break
-            log.end()
+            with self.stop.deferred():
+                updates = self.loop(first)
+        if updates < config.steps and not log.reached_target:
+            if self.processes > 1:
+                dist.barrier()  # torchrun kills all processes when one has ended, and the first may still be saving
+            self.stop.check(f"{updates} steps are saved; continue with --resume")
+
+    def loop(self, first: int) -> int:
+        """All steps from `first` on, and what is due between them; returns the number of updates made."""
+        config, log, updates = self.config, self.log, first
+        self.do(due_at_start(self.plan), first)
+        for step in range(first, first if log.reached_target else config.steps):
+            if self.told_to_stop():
+                break
+            self.step(step)
+            updates = step + 1
+            due = due_after(updates, config, reached_target=log.reached_target)
+            self.do(due, updates)
+            if due.stop:
+                break
+        if self.stop and self.rank == 0 and updates not in self.folder.steps():
+            self.save(updates)
+        log.end()
+        return updates
+
+    def told_to_stop(self) -> bool:
+        """Whether the run was told to stop, by a signal to any of its processes: the same answer in all of them.
+
+        Of several processes it is the answer to the question asked one step ago, so that none waits for it.
+        """
+        if self.processes == 1:
+            return bool(self.stop)
+        before = self.stop_flag
+        flag = torch.tensor(float(bool(self.stop)), device=self.device)
+        self.stop_flag = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+        if before is None:
+            return False
+        before[1].wait()
+        if told := bool(before[0]):
+            self.stop.tell("a signal to another process")
+        return told
 
     def step(self, step: int) -> None:
         """One update, logged where that is due."""
@@ -256,10 +290,11 @@ class Trainer:
         if self.rank > 0:
             return
         with self.log.untimed():
-            if due.evaluate:
-                self.evaluate(updates)
-            if due.sample:
-                self.write_sample(updates)
+            with contextlib.suppress(Stopped):  # given up; due_at_start makes up for it
+                if due.evaluate:
+                    self.evaluate(updates)
+                if due.sample:
+                    self.write_sample(updates)
             if due.save:
                 self.save(updates)
 
@@ -272,13 +307,15 @@ class Trainer:
             batch_size=self.config.microbatch_size // self.processes,
             sequences=self.config.eval_sequences,
         )
-        self.log.evaluation(updates, evaluate(self.compiled, validation, self.device, self.autocast))
+        batches = self.stop.checked(validation)
+        self.log.evaluation(updates, evaluate(self.compiled, batches, self.device, self.autocast))
 
     def write_sample(self, updates: int) -> None:
         tokenizer = get_tokenizer(self.config.data.tokenizer)
         numbers = uniforms(self.config.seed, updates, self.config.sample_tokens)[None]
         with self.autocast:
-            ids = [row[0] for row in generate(self.model, [[tokenizer.end_of_text]], numbers, Sampling())]
+            tokens = generate(self.model, [[tokenizer.end_of_text]], numbers, Sampling())
+            ids = [row[0] for row in self.stop.checked(tokens)]
         self.model.train()
         self.folder.write_sample(updates, tokenizer.decode(ids))
 

@@ -1,11 +1,13 @@
 """Train GPT-2 with JAX on a mesh of devices: python scripts/train_jax.py --help"""
 
-from gpt2_core.cli import parse_train_config, run
-from gpt2_core.memory import keep_freed_memory
-from gpt2_jax.mesh import check_option
+from gpt2_core.runs.stop import starting
 
 
 def main(arguments: list[str]) -> None:
+    from gpt2_core.cli import parse_train_config
+    from gpt2_core.memory import keep_freed_memory
+    from gpt2_jax.mesh import check_option
+
     keep_freed_memory()
     config = parse_train_config(
         arguments,
@@ -28,4 +30,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    with starting():
+        from gpt2_core.cli import run
+
+        run(main)

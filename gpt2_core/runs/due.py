@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from gpt2_core.config import TrainConfig
+from gpt2_core.runs.folder import RunPlan, read_metrics
 
 
 class Due(NamedTuple):
@@ -23,6 +24,19 @@ def due_after(updates: int, config: TrainConfig, *, reached_target: bool = False
     save = stop or _is_multiple(updates, config.checkpoint_interval)
     evaluate = save or updates == 0 or _is_multiple(updates, config.eval_interval)
     return Due(evaluate, _is_multiple(updates, config.sample_interval), save, stop)
+
+
+def due_at_start(plan: RunPlan) -> Due:
+    """What is due before the first step of a run: of a new one what is due after 0 updates, of a continued one what it
+    gave up when it was told to stop."""
+    due = due_after(plan.step, plan.config)
+    if plan.checkpoint is None:
+        return due
+    if plan.checkpoint.parent != plan.folder.checkpoints:
+        return Due(evaluate=False, sample=False, save=False, stop=due.stop)
+    evaluated = any((row["split"], row["step"]) == ("val", plan.step) for row in read_metrics(plan.folder.metrics))
+    sampled = plan.folder.sample(plan.step).exists()
+    return Due(due.evaluate and not evaluated, due.sample and not sampled, save=False, stop=due.stop)
 
 
 def is_logged(step: int, config: TrainConfig) -> bool:

@@ -97,9 +97,12 @@ class RunFolder:
             )
         return self.checkpoints / str(step)
 
+    def sample(self, step: int) -> Path:
+        return self.samples / f"{step}.txt"
+
     def write_sample(self, step: int, text: str) -> None:
         self.samples.mkdir(exist_ok=True)
-        write_atomically(self.samples / f"{step}.txt", text + "\n")
+        write_atomically(self.sample(step), text + "\n")
 
     def obsolete_steps(self, keep: int) -> list[int]:
         """Checkpoints that are neither among the newest `keep` nor the best."""

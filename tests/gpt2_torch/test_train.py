@@ -2,8 +2,10 @@ import collections
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -190,6 +192,29 @@ def test_two_processes_train_as_one(make_config, tmp_path):
         assert found == pytest.approx(losses(one, split), rel=1e-12)
     assert done.stdout.count("step      0  loss") == 1  # one process speaks
     assert "gloo" not in done.stdout
+
+
+@pytest.mark.long
+def test_when_one_of_two_processes_is_told_to_stop_both_stop_at_the_same_step_and_it_is_saved(make_config, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(make_config("two", steps=1_000_000, checkpoint_interval=1_000_000)))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+        *("scripts/train_torch.py", "--config", str(recipe)),
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    metrics = tmp_path / "two" / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 3) and process.poll() is None:
+        time.sleep(0.05)
+    *_, second = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(second), signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    (saved,) = (path.name for path in (tmp_path / "two" / "checkpoints").iterdir() if path.name.isdigit())
+    assert f"stopped by SIGTERM; {saved} steps are saved" in err
+    assert f"stopped by a signal to another process; {saved} steps are saved" in err
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    assert last["step"] == int(saved) - 1
 
 
 def test_a_device_that_is_not_here_is_refused():

@@ -1,5 +1,4 @@
 import json
-import os
 import random
 import signal
 import time
@@ -177,12 +176,33 @@ def test_the_torch_command_works_without_the_jax_options(run, recipe):
 
 
 @pytest.mark.long
-def test_interrupting_leaves_a_run_that_can_go_on(start, run, recipe, tmp_path):
-    process = start("train_jax.py", "--config", recipe, "--steps", "100000", "--run_dir", "long")
-    while not (tmp_path / "long" / "checkpoints" / "5").is_dir() and process.poll() is None:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        ("train_jax.py", signal.SIGTERM),
+        ("train_torch.py", signal.SIGINT),
+        pytest.param("train_jax.py", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("train_torch.py", signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_told_to_stop_saves_its_step_and_resumed_is_the_run_never_stopped(
+    script, number, start, run, recipe, tmp_path
+):
+    # A rate that doesn't depend on the number of steps, and no checkpoint but the one of the end.
+    arguments = ("--config", recipe, "--optimizer.final_fraction", "1", "--checkpoint_interval", "1000000")
+    process = start(script, *arguments, "--steps", "1000000", "--run_dir", "stopped")
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 5) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == "interrupted\n"
-    code, out, err = run("train_jax.py", "--config", recipe, "--steps", "30", "--run_dir", "long", "--resume")
-    assert code == 0 and err == "", err
+    assert process.returncode == 75, err
+    (saved,) = (path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir() if path.name.isdigit())
+    assert err == f"stopped by {number.name}; {saved} steps are saved; continue with --resume\n"
+
+    steps = ("--steps", str(int(saved) + 7))
+    for more in (("--run_dir", "stopped", "--resume"), ("--run_dir", "whole")):
+        code, _, err = run(script, *arguments, *steps, *more)
+        assert code == 0 and err == "", err
+    for split in ("train", "val"):
+        assert rows(tmp_path / "stopped", split) == rows(tmp_path / "whole", split)

@@ -1,7 +1,7 @@
 """Check `trainer`: both trainers end to end, from `--init_from` to the last checkpoint, against a plain loop.
 
-A tiny model is trained as the two commands train it: interrupted by Ctrl-C and resumed, on other devices too, with
-accumulation, clipping, a validation split whose last batch is padded, samples, and checkpoints of which few are kept.
+A tiny model is trained as the two commands train it: interrupted or told to stop, and resumed, on other devices too,
+with accumulation, clipping, a validation split whose last batch is padded, samples, and few checkpoints kept.
 Every logged figure, the states in the checkpoints, which of them are kept, and the samples are compared with
 `parity.plain_loop`. So each trainer is judged by itself, and what the two share is seen where it is wrong.
 """
@@ -14,7 +14,7 @@ import itertools
 import math
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +25,7 @@ import gpt2_core.runs.log
 import gpt2_torch.train
 from gpt2_convert import read_initial_weights, write_weights
 from gpt2_core.config import NEWEST, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.errors import Stopped
 from gpt2_core.runs.folder import RunFolder, read_metadata, read_metrics
 from gpt2_core.weights import Weights
 from gpt2_torch.model import GPT2
@@ -73,6 +74,8 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
             trainer = adapter.trainer()
             run = (trainer, setting.config)
             yield from _interrupted(f"{trainer.name}, interrupted and resumed", setting, due, run, run)
+            if case.level != "quick":
+                yield from _told_to_stop(setting, due, trainer)
             if adapter is reference or case.level == "full":
                 yield from _dropout(trainer, setting)
             if case.level == "full" or (adapter is reference and case.level == "default"):
@@ -137,15 +140,26 @@ def _setting(case: Case, folder: Path, device: str) -> Setting:
 def _interrupted(
     title: str, setting: Setting, due: Outcome, begun: tuple[Trainer, TrainConfig], ended: tuple[Trainer, TrainConfig]
 ) -> Iterator[Result]:
-    """Trained until Ctrl-C between two checkpoints, and from the newest of them to the end."""
+    """Trained until an exception between two checkpoints, and from the newest of them to the end."""
     trainer, config = begun
     config = _named(setting, config, title)
-    stopped = _run(trainer, config, interrupt_at=_INTERRUPTED_AT)
-    yield Result(
-        "trainer", f"{title}: Ctrl-C ends the run", float(not stopped), limits.NONE, f"at step {_INTERRUPTED_AT}"
-    )
+    _run(trainer, config, interrupt_at=_INTERRUPTED_AT)
     trainer, resumed = ended
     resumed = dataclasses.replace(resumed, run_dir=config.run_dir, resume=NEWEST)
+    _run(trainer, resumed)
+    yield from _compare(title, trainer, resumed, due)
+
+
+def _told_to_stop(setting: Setting, due: Outcome, trainer: Trainer) -> Iterator[Result]:
+    """Trained until SIGTERM between two checkpoints, saved there, and from there to the end."""
+    title = f"{trainer.name}, told to stop and resumed"
+    config = _named(setting, setting.config, title)
+    stopped = _run(trainer, config, interrupt_at=_INTERRUPTED_AT, by=lambda: signal.raise_signal(signal.SIGTERM))
+    newest = RunFolder(Path(config.run_dir)).steps()[-1]
+    saved = stopped and _INTERRUPTED_AT < newest < config.steps
+    where = f"as step {_INTERRUPTED_AT} is logged; the newest checkpoint is {newest}"
+    yield Result("trainer", f"{title}: SIGTERM ends and saves the run", float(not saved), limits.NONE, where)
+    resumed = dataclasses.replace(config, resume=NEWEST)
     _run(trainer, resumed)
     yield from _compare(title, trainer, resumed, due)
 
@@ -303,27 +317,34 @@ def _named(setting: Setting, config: TrainConfig, title: str) -> TrainConfig:
     return dataclasses.replace(config, run_dir=str(setting.folder / title.replace(", ", "-").replace(" ", "-")))
 
 
-def _run(trainer: Trainer, config: TrainConfig, interrupt_at: int | None = None) -> bool:
-    """Train without a word; whether Ctrl-C, as the batch of `interrupt_at` is logged, ended it."""
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def _run(
+    trainer: Trainer, config: TrainConfig, interrupt_at: int | None = None, by: Callable[[], None] = _interrupt
+) -> bool:
+    """Train without a word; whether what `by` does as the batch of `interrupt_at` is logged ended it."""
     log, pressed = gpt2_core.runs.log.RunLog.train, False
 
-    def pressing(self, step: int, **figures: float) -> None:
+    def logging(self, step: int, **figures: float) -> None:
         nonlocal pressed
         log(self, step, **figures)
         if step == interrupt_at:
             pressed = True
-            signal.raise_signal(signal.SIGINT)
+            by()
 
     with (
         contextlib.redirect_stdout(io.StringIO()),
         # No number hangs on either, and each takes longer than all the steps.
         mock.patch.object(gpt2_core.runs.log, "draw_curves"),
         mock.patch.object(gpt2_torch.train, "check_memory"),
-        mock.patch.object(gpt2_core.runs.log.RunLog, "train", pressing),
+        mock.patch.object(gpt2_core.runs.log.RunLog, "train", logging),
     ):
         try:
             trainer.train(config, read_initial_weights)
-        except KeyboardInterrupt:
+            pressed = False
+        except (KeyboardInterrupt, Stopped):
             if not pressed:
                 raise
     # The folder is locked as long as anything refers to its plan; a command's process would be over.
