@@ -1,6 +1,7 @@
 """Hugging Face's folders: config.json, and the weights as safetensors or as PyTorch's own files, whole or in shards."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def detect(source: Source) -> bool:
 def read(source: Source) -> Weights:
     """The weights of a folder, or of the folder that a file lies in."""
     config = read_config(source)
-    file = source if source.path.is_file() else _weights_file(source)
-    found = _open_shards(file) if file.path.name.endswith(".index.json") else _open(file)
+    file = weights_file(source, SOURCES)
+    found = open_whole_or_shards(file, (".safetensors", ".bin"), _open)
     arrays = LAYOUT.decode(prefixed(found, LAYOUT.prefix, "lm_head.weight", file.path), config, str(file.path))
     written_here = file.safetensors[1].get(TOKENIZER_METADATA) if file.is_safetensors else None
     return Weights(config, LazyArrays(arrays), str(source.folder), written_here or read_tokenizer(source))
@@ -129,11 +130,21 @@ def _config(values: dict[str, Any], path: Path) -> ModelConfig:
     return model_from_dict(settings, str(path))
 
 
-def _weights_file(source: Source) -> Source:
-    for name in SOURCES:
+def weights_file(source: Source, names: tuple[str, ...]) -> Source:
+    """The file itself, or the first of `names` that a folder has; raises UserError if it has none."""
+    if source.path.is_file():
+        return source
+    for name in names:
         if source.has(name):
             return source.file(name)
-    raise UserError(f"{source.folder}: has {CONFIG} and no weights; expected {' or '.join(SOURCES)}")
+    raise UserError(f"{source.folder}: has {CONFIG} and no weights; expected {' or '.join(names)}")
+
+
+def open_whole_or_shards(
+    file: Source, suffixes: tuple[str, ...], open_file: Callable[[Source], dict[str, LazyTensor]]
+) -> dict[str, LazyTensor]:
+    """The tensors of a file of weights, or of all the files that an index names, each opened by `open_file`."""
+    return _open_shards(file, suffixes, open_file) if file.path.name.endswith(".index.json") else open_file(file)
 
 
 def _open(file: Source) -> dict[str, LazyTensor]:
@@ -142,17 +153,19 @@ def _open(file: Source) -> dict[str, LazyTensor]:
     return file.tensors
 
 
-def _open_shards(index: Source) -> dict[str, LazyTensor]:
+def _open_shards(
+    index: Source, suffixes: tuple[str, ...], open_file: Callable[[Source], dict[str, LazyTensor]]
+) -> dict[str, LazyTensor]:
     path, file_of = index.path, index.json.get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
         raise UserError(f"{path}: has no 'weight_map' from tensors to files")
     found: dict[str, LazyTensor] = {}
     for file in sorted(set(file_of.values())):
-        if Path(file).name != file or not file.endswith((".safetensors", ".bin")):
+        if Path(file).name != file or not file.endswith(suffixes):
             raise UserError(f"{path}: names {file!r:.80}; expected a file of weights in the same folder")
         if not index.has(file):
             raise UserError(f"{path}: names {file}, which isn't there")
-        for name, tensor in _open(index.file(file)).items():
+        for name, tensor in open_file(index.file(file)).items():
             if name in found:
                 raise UserError(f"{path.parent / file}: {name} is in another shard too")
             if file_of.get(name) != file:

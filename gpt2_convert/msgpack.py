@@ -1,5 +1,7 @@
 """The format `msgpack`: transformers' GPT-2 for Flax (transformers 4), flax_model.msgpack beside config.json.
 
+A large model is in shards, with an index from each array's path to its file, as for PyTorch's weights.
+
 The layout is FlaxGPT2LMHeadModel's (transformers, models/gpt2/modeling_flax_gpt2.py): a nested dict of modules with the
 leaves `embedding`, `scale`, `kernel` and `bias`. Its FlaxConv1D stores a kernel as (out, in), where PyTorch's Conv1D
 stores (in, out); an untied head is an nn.Dense, which stores (in, out). flax.serialization writes the dict as msgpack,
@@ -24,6 +26,7 @@ from gpt2_core.weights.layouts import Layout, Placement
 from gpt2_core.weights.safetensors import lazy_tensor_at
 
 _WEIGHTS = "flax_model.msgpack"
+_SOURCES = (_WEIGHTS, f"{_WEIGHTS}.index.json")
 _PREFIX = "transformer/"
 _LEAVES = {"wte": "embedding", "wpe": "embedding", "ln_1": "scale", "ln_2": "scale", "ln_f": "scale"}
 # One of these is a file's first key: a model with a head has the first two, a bare one the others.
@@ -70,7 +73,7 @@ def detect(source: Source) -> bool:
     if not source.has(hugging_face.CONFIG):
         return False
     if source.path.is_dir():  # with PyTorch's weights beside them, Flax's are a copy
-        return source.has(_WEIGHTS) and not any(map(source.has, hugging_face.SOURCES))
+        return any(map(source.has, _SOURCES)) and not any(map(source.has, hugging_face.SOURCES))
     # A map of at most 15 entries, and its first key, a string of at most 31 bytes.
     begins = tuple(bytes([0xA0 | len(module)]) + module for module in _MODULES)
     return source.head[:1] in [bytes([0x80 | size]) for size in range(1, 16)] and source.head[1:].startswith(begins)
@@ -79,9 +82,10 @@ def detect(source: Source) -> bool:
 def read(source: Source) -> Weights:
     """The weights of a folder, or of the folder that a file lies in."""
     config = hugging_face.read_config(source)
-    path = source.path if source.path.is_file() else source.folder / _WEIGHTS
-    found = hugging_face.prefixed(_open(path), _PREFIX, "lm_head/kernel", path)
-    arrays = LAYOUT.decode(found, config, str(path))
+    file = hugging_face.weights_file(source, _SOURCES)
+    found = hugging_face.open_whole_or_shards(file, (".msgpack",), lambda shard: _open(shard.path))
+    named = hugging_face.prefixed(found, _PREFIX, "lm_head/kernel", file.path)
+    arrays = LAYOUT.decode(named, config, str(file.path))
     written_here = source.file(hugging_face.CONFIG).json.get(hugging_face.TOKENIZER_METADATA)
     tokenizer = written_here if isinstance(written_here, str) else hugging_face.read_tokenizer(source)
     return Weights(config, LazyArrays(arrays), str(source.folder), tokenizer)
@@ -198,6 +202,6 @@ FORMAT = Format(
     detect=detect,
     read=read,
     write=write,
-    owns=lambda name: name == _WEIGHTS or name.endswith(".json") or name == "merges.txt",
-    hub=((_WEIGHTS,),),
+    owns=lambda name: name.endswith((".msgpack", ".json")) or name == "merges.txt",
+    hub=(("flax_model*.msgpack", f"{_WEIGHTS}.index.json"),),
 )
