@@ -17,7 +17,7 @@ from rich.table import Table
 from benchmarks.measure import positive, write_json
 from gpt2_core.cli import Parser
 from gpt2_core.data.batches import TrainingBatches
-from gpt2_core.data.corpora import Corpus, Document, in_pieces
+from gpt2_core.data.documents import Corpus, Document, in_pieces
 from gpt2_core.data.prepare import Settings, prepare
 from gpt2_core.data.token_files import map_tokens
 from gpt2_core.data.tokenizer import get_tokenizer

@@ -7,6 +7,7 @@ from gpt2_core.cli import Parser, run
 from gpt2_core.config import DataConfig, check_seed
 from gpt2_core.data import corpora, tokenizer
 from gpt2_core.data.prepare import SHARD_TOKENS, Settings, prepare
+from gpt2_core.data.text_files import kind_of
 from gpt2_core.errors import UserError
 
 
@@ -38,8 +39,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--workers {options.workers}: must be 1 or more")
     check_seed(options.seed)
     name, path = options.corpus, options.path
-    if name not in corpora.NAMES and path is None and corpora.kind_of(name):
-        name, path = corpora.kind_of(name), name
+    if name not in corpora.NAMES and path is None and kind_of(name):
+        name, path = kind_of(name), name
     data = DataConfig(
         corpus=name,
         path=path,

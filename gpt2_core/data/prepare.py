@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from gpt2_core.data.corpora import Corpus, Document, UnreachableError
+from gpt2_core.data.documents import Corpus, Document, UnreachableError
 from gpt2_core.data.tokenizer import Tokenizer
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
