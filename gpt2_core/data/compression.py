@@ -1,4 +1,4 @@
-"""Files compressed by gzip or zstd, read as if they weren't."""
+"""Reading files compressed by gzip or zstd."""
 
 import gzip
 import io
@@ -11,8 +11,8 @@ _BLOCK = 1 << 18  # bytes
 
 
 def decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
-    """The content of an open file whose name ends in `suffix`; closing it closes the file. Reading raises OSError,
-    EOFError or zlib.error for what is damaged or cut short."""
+    """The decompressed content of an open file whose name ends in `suffix`; closing it closes the file. Reading a
+    damaged or truncated file raises OSError, EOFError or zlib.error."""
     if suffix == ".gz":
         return _ClosingBoth(gzip.GzipFile(fileobj=file), file)
     if suffix == ".zst":
@@ -39,7 +39,7 @@ class _ClosingBoth(io.BufferedIOBase):
 
 
 class _Zstd(io.RawIOBase):
-    """Decompresses frame after frame; a file that ends within one is an error, which zstandard's own reader hides."""
+    """Decompresses frame after frame. A file that ends inside a frame is an error, which zstandard's reader hides."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._zstandard = file, import_extra("zstandard", "zstd files")
@@ -53,7 +53,7 @@ class _Zstd(io.RawIOBase):
             content = self._compressed or self._file.read(_BLOCK)
             if not content:
                 if self._frame is not None:
-                    raise EOFError("it ends within a zstd frame")
+                    raise EOFError("it ends inside a zstd frame")
                 return 0
             self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
             try:

@@ -15,7 +15,7 @@ from gpt2_core.files import write_atomically
 
 NAMES = ("stdlib", "shakespeare", *DATASETS, *SUFFIXES)
 
-# 1,115,394 characters, in public since char-rnn; nanoGPT and minGPT train on the same file.
+# 1,115,394 characters, published with char-rnn; nanoGPT and minGPT train on the same file.
 _SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 _SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 _DOWNLOAD_SECONDS = 30
@@ -33,8 +33,8 @@ def get_corpus(config: DataConfig) -> Corpus:
         return users_files(config)
     if config.path is not None:
         raise UserError(
-            f"--data.path {config.path}: the corpus {name} brings its own text; add --data.corpus text (or jsonl, "
-            "parquet)"
+            f"--data.path {config.path}: the corpus {name} has its own text and takes no path; for your own files add "
+            "--data.corpus text (or jsonl, parquet)"
         )
     if name == "stdlib":
         return _stdlib()
@@ -68,7 +68,7 @@ def _shakespeare(cache: Path) -> Path:
             "use another text: --data.corpus text --data.path FILE"
         ) from error
     if hashlib.sha256(content).hexdigest() != _SHAKESPEARE_SHA256:
-        raise UserError(f"--data.corpus shakespeare: {_SHAKESPEARE_URL} sent another file than expected; try again")
+        raise UserError(f"--data.corpus shakespeare: {_SHAKESPEARE_URL} sent a file with another sha256; try again")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)

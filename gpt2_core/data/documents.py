@@ -11,26 +11,26 @@ from typing import Any, NamedTuple
 
 from gpt2_core.errors import UserError
 
-PIECE = 1 << 16  # characters, at least, unless the text ends
-LONGEST_PIECE = 1 << 18  # a stretch this long without a place to cut is cut here all the same
+PIECE = 1 << 16  # fewest characters of a piece, except the last
+LONGEST_PIECE = 1 << 18  # most characters of a piece: text without a boundary is cut here anyway
 _BLOCK = 1 << 18  # characters
 _BOUNDARY = re.compile(r"[^\W_](?=[ \n])")
 
 
 class UnreachableError(UserError):
-    """A source that can't be read now and may be later: what has been written so far is worth keeping."""
+    """A source that can't be read now but may be later, so the tokens written so far are kept."""
 
 
 class Document(NamedTuple):
-    """`split` is train or val where the corpus says so, None where it is to be drawn. `pieces` together are the text;
-    they must be read before the next document is asked for."""
+    """`split` is train or val if the corpus has splits, None if it is to be drawn. `pieces` joined are the text; read
+    them before the next document."""
 
     split: str | None
     pieces: Iterator[str]
 
 
 class Corpus(ABC):
-    """`name` as in `data.corpus`; `source`: what it is and where it lies, in words."""
+    """`name` is that of `data.corpus`; `source` describes it in messages."""
 
     name: str
     source: str
@@ -44,7 +44,7 @@ class Corpus(ABC):
         """Changes whenever the documents may have changed."""
 
     def progress(self) -> float | None:
-        """The share of the corpus that the newest iteration has read, or None where that isn't known."""
+        """The share of the corpus that the newest iteration has read, from 0 to 1; None if it isn't known."""
         return None
 
 
@@ -54,7 +54,7 @@ def pieces_of(text: str) -> Iterator[str]:
 
 
 def in_pieces(blocks: Iterable[str]) -> Iterator[str]:
-    """The text that `blocks` make together, cut again into pieces that depend on the text alone."""
+    """Cut a text that arrives in `blocks` into pieces; the pieces depend on the text alone, not on the blocks."""
     rest = ""
     for block in blocks:
         rest += block

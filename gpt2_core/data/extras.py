@@ -7,7 +7,7 @@ from gpt2_core.errors import UserError
 
 
 def import_extra(module: str, purpose: str) -> Any:
-    """The module; raises UserError, which names what `purpose` needs, if it isn't installed."""
+    """Import the module that `purpose`, in the plural, need; raises UserError if it isn't installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -19,9 +19,9 @@ class _OnTheHub(NamedTuple):
     splits: dict[str, str]
     """The dataset's own name of each split that it has; without `val`, documents are drawn for it."""
     streaming: bool
-    """Tokenised while it is downloaded, instead of a copy on disk first."""
+    """Whether it is tokenised while it is downloaded, without a copy on disk."""
     articles: bool = False
-    """Rows are lines, and a document begins at a line like ' = Title = '."""
+    """Whether rows are lines, of which one like ' = Title = ' begins a document."""
 
 
 DATASETS = {
@@ -43,7 +43,7 @@ class Hub(Corpus):
     def __init__(self, name: str, *, validation: bool) -> None:
         self.name, self._where = name, DATASETS[name]
         self._splits = {ours: theirs for ours, theirs in self._where.splits.items() if validation or ours == "train"}
-        self.source = f"{self._where.dataset} of the Hugging Face hub"
+        self.source = f"{self._where.dataset} of the Hugging Face Hub"
         self._read, self._total = 0, None
         import_extra("datasets", f"the corpus {name}")
 
@@ -61,7 +61,7 @@ class Hub(Corpus):
                         yield Document(split, pieces_of(text))
                     number += 1
                 continue
-            # Without articles a row is a document, and datasets skips rows faster than we could.
+            # A row is a document: `datasets` skips rows faster than reading them.
             skipped = max(0, start - number) if len(loaded) == 1 else 0
             self._read += skipped
             number += skipped
@@ -101,7 +101,7 @@ class Hub(Corpus):
 
     def _unreachable(self, error: Exception) -> UnreachableError:
         return UnreachableError(
-            f"--data.corpus {self.name}: {self._where.dataset} can't be read from the Hugging Face hub "
+            f"--data.corpus {self.name}: {self._where.dataset} can't be read from the Hugging Face Hub "
             f"({' '.join(str(error).split())[:200]}); check the network, or use your own text: --data.corpus "
             f"{' or '.join(SUFFIXES)} with --data.path"
         )
@@ -109,9 +109,9 @@ class Hub(Corpus):
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Have `datasets` look in its cache alone, where it would otherwise try to connect for half a minute.
+    """Make `datasets` use its cache only; otherwise it would try to connect for half a minute.
 
-    HF_HUB_OFFLINE in the environment does the same, but is read when the packages are first imported.
+    HF_HUB_OFFLINE in the environment does the same, but is read only when the packages are first imported.
     """
     settings = [importlib.import_module(name) for name in ("datasets.config", "huggingface_hub.constants")]
     before = [module.HF_HUB_OFFLINE for module in settings]
@@ -125,7 +125,7 @@ def _offline() -> Iterator[None]:
 
 
 def _articles(lines: Iterator[str]) -> Iterator[str]:
-    """Lines joined into articles; a heading of the first level (' = Title = ') begins one."""
+    """Lines joined into articles; a first-level heading (' = Title = ') begins one."""
     article: list[str] = []
     for line in lines:
         if re.fullmatch(r" = [^=].*[^=] = \n?", line) and article:

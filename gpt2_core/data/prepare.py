@@ -1,4 +1,4 @@
-"""Tokenising text into shards on disk, on all cores; it can be killed at any time and continues where it was.
+"""Tokenising text into shards on disk, on all cores; it can be killed at any time and continues from there.
 
 What is written is a function of the documents, the tokenizer, the fraction and the seed: batches of pieces are
 tokenised by threads (tiktoken releases the GIL, so no processes are needed) and written in order. `progress.json`
@@ -344,8 +344,8 @@ def _writing(path: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else f"can't write there ({error.strerror})"
         raise UserError(
-            f"{path}: {reason}; what has been written is kept: free some space and run the same command again; it "
-            "continues where it was"
+            f"{path}: {reason}; what has been written is kept: free some space and run the same command again to "
+            "continue"
         ) from error
 
 

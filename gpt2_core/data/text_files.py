@@ -1,4 +1,4 @@
-"""Text, JSONL and Parquet files as a corpus: the user's own, or files that come with a machine."""
+"""Text, JSONL and Parquet files as a corpus, plain or compressed."""
 
 import codecs
 import contextlib
@@ -29,7 +29,7 @@ SUFFIXES = {
 class Files(Corpus):
     """Files of one kind. A text file is one document; a line of a JSONL file or a row of a Parquet file is one.
 
-    A text file that stands alone is cut instead of drawn: its last `fraction` is validation.
+    A single text file has no documents to draw from: its last `fraction` is the validation split.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Files(Corpus):
         yield Document("val", self._pieces(path, cut, None))
 
     def _pieces(self, path: Path, begin: int, end: int | None) -> Iterator[str]:
-        """The text between two bytes."""
+        """The text from byte `begin` to byte `end`."""
         with _reading(path), self._open(path) as file:
             _skip(file, begin)
             yield from in_pieces(_decoded(file, path, begin, end, self._errors))
@@ -94,7 +94,7 @@ class Files(Corpus):
             return sum(map(len, iter(lambda: file.read(_BLOCK), b"")))
 
     def _character_start(self, path: Path, offset: int) -> int:
-        """`offset`, or the byte after it where a character begins."""
+        """The first byte at or after `offset` at which a UTF-8 character begins."""
         with self._open(path) as file:
             _skip(file, offset)
             following = file.read(4)
@@ -135,7 +135,7 @@ class Files(Corpus):
                         row = {self._field: text}
                         yield Document(None, pieces_of(text_of(row, self._field, str(path))))
         except arrow.ArrowException as error:
-            raise UserError(f"{path}: not a whole Parquet file ({error})") from error
+            raise UserError(f"{path}: not a complete Parquet file ({error})") from error
 
     def _open(self, path: Path) -> BinaryIO:
         self._file = path.open("rb")
@@ -151,7 +151,7 @@ def kind_of(path: str) -> str | None:
 
 
 def users_files(config: DataConfig) -> Files:
-    """The files that `data.path` names: one, those below a folder, or those that match a pattern; raises UserError if
+    """The files that `data.path` names: one file, those in a folder, or those that match a pattern; raises UserError if
     there are none."""
     kind, path = config.corpus, config.path
     if path is None:
@@ -160,14 +160,16 @@ def users_files(config: DataConfig) -> Files:
         found = (Path(path, name) for name in _files_below(path))
         files = [file for file in found if kind_of(file.name) == kind]
         endings = ", ".join(SUFFIXES[kind])
-        missing = f"no file below it ends in {endings} (or these with .gz or .zst)"
+        missing = (
+            f"no file in it ends in {endings} (or these with .gz or .zst); for other files use another --data.corpus"
+        )
     elif any(character in path for character in "*?[") and not Path(path).exists():
         base = Path(path).anchor or "."
         files = [file for file in Path(base).glob(str(Path(path).relative_to(base))) if file.is_file()]
         missing = "no file matches"
     else:
         files = [Path(path)] if Path(path).is_file() else []
-        missing = "no such file"
+        missing = 'no such file; give a file, a folder or a pattern such as "*.txt"'
     if not files:
         raise UserError(f"--data.path {path}: {missing}")
     files = sorted(file.resolve() for file in files)
@@ -185,14 +187,14 @@ def _files_below(folder: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What goes wrong with a file, in words."""
+    """Turn errors of reading a file into a UserError."""
     try:
         yield
     except OSError as error:
         # gzip reports a damaged file as an OSError without an errno.
         raise UserError(f"{path}: can't be read ({error.strerror or error})") from error
     except (EOFError, zlib.error) as error:
-        raise UserError(f"{path}: the compressed file is cut short or damaged ({error})") from error
+        raise UserError(f"{path}: the compressed file is truncated or damaged ({error})") from error
 
 
 def _decoded(file: BinaryIO, path: Path, begin: int, end: int | None, errors: str) -> Iterator[str]:

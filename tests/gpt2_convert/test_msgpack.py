@@ -123,7 +123,7 @@ def test_shards_that_are_not_as_their_index_says_are_refused(theirs):
     for wrong, words in (
         ({n: f"../{f}" for n, f in file_of.items()}, "expected a file of weights in the same folder"),
         ({n: "x.bin" for n in file_of}, "names 'x.bin'; expected a file of weights in the same folder"),
-        ({n: "no.msgpack" for n in file_of}, "names no.msgpack, which isn't there"),
+        ({n: "no.msgpack" for n in file_of}, "names no.msgpack, which is missing"),
         (file_of | {name: first}, f"{second}: holds {name}, which flax_model.msgpack.index.json says is in {first}"),
         (file_of | {"lm_head/bias": first}, f"lm_head/bias isn't in {first}"),
         ({n: f for n, f in file_of.items() if f == first}, "transformer/.* missing"),
@@ -134,7 +134,7 @@ def test_shards_that_are_not_as_their_index_says_are_refused(theirs):
             open_weights(folder)
     write_index(folder, file_of)
     (folder / second).write_bytes((folder / second).read_bytes()[:-1])
-    with pytest.raises(UserError, match=f"{second}: not a whole file of flax.serialization"):
+    with pytest.raises(UserError, match=f"{second}: not a complete file of flax.serialization"):
         open_weights(folder)
 
 
@@ -180,7 +180,7 @@ def test_beside_pytorchs_weights_flaxs_are_left(tmp_path):
     write_weights(random_weights(CONFIG), tmp_path / "m", "hf")
     (tmp_path / "m" / "flax_model.msgpack").write_bytes(b"never read")
     assert open_weights(tmp_path / "m").arrays["ln_f.bias"].shape == (16,)
-    with pytest.raises(UserError, match="flax_model.msgpack: not a whole file of flax.serialization"):
+    with pytest.raises(UserError, match="flax_model.msgpack: not a complete file of flax.serialization"):
         open_weights(tmp_path / "m", form="msgpack")
 
 
@@ -199,9 +199,9 @@ def test_nothing_is_unpickled_and_what_isnt_an_array_is_refused(theirs, capsys):
         (serialize(tree | {"lm_head": {"kernel": pickled}}), "lm_head/kernel isn't an array"),
         (serialize(tree | {"lm_head": 3}), "lm_head isn't an array"),
         # An array of Python objects, which numpy would have to unpickle.
-        (whole.replace(b"float32", b"object_", 1), "not a whole file of flax.serialization"),
-        (whole + b"\0", "not a whole file of flax.serialization"),
-        (serialize(tree | {"wte": tree["transformer"]["wte"]}), "transformer/wte/embedding is there twice"),
+        (whole.replace(b"float32", b"object_", 1), "not a complete file of flax.serialization"),
+        (whole + b"\0", "not a complete file of flax.serialization"),
+        (serialize(tree | {"wte": tree["transformer"]["wte"]}), "transformer/wte/embedding appears twice"),
         (serialize(tree | {"value": {"kernel": np.zeros(3)}}), "value/kernel is not part of this GPT-2"),
     ):
         path.write_bytes(content)

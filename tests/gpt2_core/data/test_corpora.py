@@ -48,7 +48,7 @@ def test_shakespeare_is_downloaded_once_checked_and_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(corpora.urllib.request, "urlopen", urlopen)
     config = DataConfig("shakespeare", validation_fraction=0.0, cache_dir=str(tmp_path))
-    with pytest.raises(UserError, match="sent another file than expected"):
+    with pytest.raises(UserError, match="sent a file with another sha256"):
         get_corpus(config)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(corpora, "_SHAKESPEARE_SHA256", hashlib.sha256(b"to be").hexdigest())

@@ -54,7 +54,7 @@ def test_parquet_is_a_document_a_row(tmp_path):
     with pytest.raises(UserError, match="--data.field body: .* has no such column; it has text, n"):
         texts(named("parquet", tmp_path / "a.parquet", field="body"))
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"b\.parquet: not a whole Parquet file"):
+    with pytest.raises(UserError, match=r"b\.parquet: not a complete Parquet file"):
         texts(named("parquet", tmp_path / "b.parquet"))
 
 
@@ -74,7 +74,7 @@ def test_folders_and_patterns_name_the_files_of_a_kind_in_order(tmp_path):
     ]
     assert [p.name for p in named("text", tmp_path / "?.txt").files] == ["a.txt", "b.txt", "z.txt"]
     assert texts(named("jsonl", tmp_path)) == ["d.jsonl"]
-    with pytest.raises(UserError, match="no file below it ends in .parquet"):
+    with pytest.raises(UserError, match="no file in it ends in .parquet"):
         named("parquet", tmp_path)
     with pytest.raises(UserError, match="no file matches"):
         named("text", tmp_path / "*.rst")
@@ -115,10 +115,10 @@ def test_an_endless_line_of_jsonl_is_refused(tmp_path, monkeypatch):
         ("e.txt", b"", "the file is empty"),
         ("l.txt", b"caf\xe9", r"l\.txt: not UTF-8 text \(byte 3 is 0xe9\)"),
         ("m.txt", b"ab " * 100_000 + b"\xc3", r"not UTF-8 text \(byte 300000 is 0xc3\)"),
-        ("t.txt.gz", gzip.compress(random.Random(1).randbytes(9999))[:-900], "cut short or damaged"),
+        ("t.txt.gz", gzip.compress(random.Random(1).randbytes(9999))[:-900], "truncated or damaged"),
         ("n.txt.gz", b"plain", "Not a gzipped file"),
-        ("n.txt.zst", b"plain", "cut short or damaged"),
-        ("t.txt.zst", b"\x28\xb5\x2f\xfd\x04", "it ends within a zstd frame"),
+        ("n.txt.zst", b"plain", "truncated or damaged"),
+        ("t.txt.zst", b"\x28\xb5\x2f\xfd\x04", "it ends inside a zstd frame"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b', "line 2: not JSON"),
         ("b.jsonl", b'{"text": "caf\xe9"}', "line 1: not UTF-8"),
         ("c.jsonl", b'{"body": "a"}', "--data.field text: .* line 1 has no such field; it has body"),
