@@ -127,7 +127,7 @@ def test_every_figure_of_a_header_that_follows_from_the_settings_is_what_follows
 @pytest.mark.parametrize(
     ("stem", "figures"),
     [
-        ("tinystories_100m", ["162M", "162,081,024 parameters", "77,012,736 of them", "100,277 embeddings"]),
+        ("tinystories_100m", ["162M", "162,081,024 parameters", "77,012,736", "100,277 token"]),
         ("fineweb_gpt2_350m", ["355M", "5.7 GB", "31 billion"]),
         ("quickstart", ["0.8 million"]),
     ],
