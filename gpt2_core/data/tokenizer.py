@@ -41,7 +41,7 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes that the ids stand for; a character may be cut at either end. Ids the tokenizer doesn't know
-        (the padding of a vocabulary) come out as U+FFFD."""
+        (the padding of a vocabulary) become U+FFFD."""
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
