@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 import tracemalloc
+from fnmatch import fnmatch
 
 import flax.serialization
 import ml_dtypes
@@ -12,7 +13,7 @@ import pytest
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt2_convert import open_weights, write_weights
+from gpt2_convert import FORMATS, open_weights, write_weights
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
 from gpt2_torch.weights import build
@@ -106,6 +107,10 @@ def test_shards_are_read(theirs, bare):
     model, tree, path = theirs(tie_word_embeddings=bare)
     save_shards(tree["transformer"] if bare else tree, path.parent, 3)
     assert not path.exists() and logits_agree(model, path.parent)
+    # From the Hub all of them are downloaded.
+    (patterns,) = FORMATS["msgpack"].hub
+    shards = [f.name for f in path.parent.glob("flax_model*")]
+    assert len(shards) == 4 and all(any(fnmatch(name, pattern) for pattern in patterns) for name in shards)
     # What conversion writes over such a folder leaves no shard behind.
     weights = open_weights(path.parent).in_memory()
     write_weights(weights, path.parent, "msgpack", force=True)
