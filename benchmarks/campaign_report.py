@@ -1,4 +1,4 @@
-"""The results of a campaign as Markdown, made of nothing but them: tables for docs/performance.md."""
+"""The results of a campaign as Markdown tables for docs/performance.md."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -6,14 +6,14 @@ from typing import Any
 
 Record = dict[str, Any]
 
-# The largest kernels and groups that are named.
+# How many of the largest kernels and groups are listed.
 _TOP = 12
-# Steps at which a run's losses stand beside published ones are the published run's; without those, so many are shown.
+# How many losses of a run are listed if there are no published ones, whose steps would be used.
 _POINTS = 10
 
 
 def render(records: Iterable[Record]) -> str:
-    """The whole report; `records` are what benchmarks.campaign wrote of each stage, in the order of rows."""
+    """The whole report; `records` are those that benchmarks.campaign wrote for each stage, in the order of rows."""
     records = list(records)
     done = {record["stage"]: record for record in records if record["status"] == "done"}
     parts = ["# Campaign", _header(records, done), _rates(done), _steps(done), _profiles(done), _floor(done)]
@@ -47,7 +47,7 @@ def _header(records: list[Record], done: dict[str, Record]) -> str:
 
 
 def _devices(done: dict[str, Record]) -> str:
-    """A warning where stages ran on different devices, whose times can't be compared."""
+    """A warning if stages ran on different devices, whose times can't be compared."""
     stages: dict[str, list[str]] = {}
     for name, record in done.items():
         results = record["results"]
@@ -66,7 +66,7 @@ def _rates(done: dict[str, Record]) -> str:
     rows = [
         ["device", *(side["device"] for side in rates.values())],
         [
-            "a large product, TFLOP/s",
+            "a large matrix product, TFLOP/s",
             *(f"{side['matmul_flops'] / 1e12:,.2f} ({side['precision']})" for side in rates.values()),
         ],
         ["a pass over memory, GB/s read and written", *(f"{side['bandwidth'] / 1e9:,.0f}" for side in rates.values())],
@@ -75,7 +75,7 @@ def _rates(done: dict[str, Record]) -> str:
 
 
 def _steps(done: dict[str, Record]) -> str:
-    """JAX beside PyTorch with each kernel of attention; a row of JAX for each, since turns are taken pairwise."""
+    """JAX beside PyTorch with each attention kernel; a row of JAX for each, since sides are measured in pairs."""
     records = _of(done, "train")
     if not records:
         return ""
@@ -132,7 +132,7 @@ def _profiles(done: dict[str, Record]) -> str:
             for kernel in profile["kernels"][:_TOP]
         ]
         parts += [
-            f"Of {name}, the kernels that take longest:",
+            f"{name}'s longest kernels:",
             _table(["kernel", "kind", "from", "ms", "launches"], rows),
         ]
     return _section("Where a step's time goes", *parts)
@@ -148,14 +148,14 @@ def _floor(done: dict[str, Record]) -> str:
     found = done["floor"]["results"]
     parts = ", ".join(f"{part} {ms:.2f}" for part, ms in found["parts_ms"].items())
     said = (
-        f"JAX's program for this GPU can't take less than {found['floor_ms']:.2f} ms ({parts}; {found['kernels']:,} "
+        f"The lower bound of JAX's program on this GPU is {found['floor_ms']:.2f} ms ({parts}; {found['kernels']:,} "
         f"kernels). It takes {found['step_ms']:.2f} ms: **{found['step_ms'] / found['floor_ms']:.2f}** times as long."
     )
     rows = [
         [group["source"], group["kind"], f"{group['launches']}", f"{group['ms']:.2f}"]
         for group in found["groups"][:_TOP]
     ]
-    return _section("The least time", said, _table(["operation", "kind", "launches", "least ms"], rows))
+    return _section("Lower bound", said, _table(["operation", "kind", "launches", "at least, ms"], rows))
 
 
 def _variants(done: dict[str, Record], group: str, title: str) -> str:

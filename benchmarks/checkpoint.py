@@ -1,4 +1,4 @@
-"""bench.py checkpoint: what a save costs the steps around it, and how long a restore takes, in both trainers."""
+"""bench.py checkpoint: how much a save slows the steps around it, and how long a restore takes, in both trainers."""
 
 import dataclasses
 import statistics
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
         ("a checkpoint", "bytes", "{:,} bytes"),
         ("save() returns after", "blocked_seconds", "{:.3f} s"),
         (f"the {options.steps} steps after a save take longer by", "slower_seconds", "{:.3f} s"),
-        ("with no steps beside it, on disk after", "written_seconds", "{:.3f} s"),
+        ("written to disk, without steps meanwhile, in", "written_seconds", "{:.3f} s"),
         (f"time lost to a save every {options.interval} steps", "share_lost", "{:.2%}"),
         ("restored in (from the page cache)", "restore_seconds", "{:.3f} s"),
     ):
@@ -98,9 +98,9 @@ def _measure(
     read: Callable[[Path], None],
     folder: RunFolder,
 ) -> dict[str, Any]:
-    """In turns: steps, a save with as many steps after it, a save alone, and its restore.
+    """In each round: steps, a save with as many steps after it, a save alone, and its restore.
 
-    `write` begins the save of a numbered checkpoint and gives what waits for its end.
+    `write` starts the save of a numbered checkpoint and returns a function that waits for its end.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ("plain", "blocked", "saving", "written", "restore")}
     work(spec["steps"])
@@ -148,5 +148,7 @@ def _parser() -> Parser:
     add_json(parser)
     parser.add_argument("--rounds", type=int, default=3, help="Saves of each trainer.")
     parser.add_argument("--steps", type=int, default=5, help="Steps after each save, while it is being written.")
-    parser.add_argument("--interval", type=int, default=250, help="Steps between two saves, of which one is a share.")
+    parser.add_argument(
+        "--interval", type=int, default=250, help="Steps between two saves, for the share of time that saves take."
+    )
     return parser

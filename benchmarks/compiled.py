@@ -1,4 +1,4 @@
-"""bench.py compiled: the program that a GPU would run, compiled and accounted for without a GPU."""
+"""bench.py compiled: the program that a GPU would run, compiled and analysed without a GPU."""
 
 import dataclasses
 import json
@@ -28,12 +28,13 @@ from gpt2_jax.mesh import check_option
 # Without a GPU nothing can be autotuned, and Triton's matrix products would get arbitrary tiles.
 _FLAGS = ("--xla_gpu_enable_triton_gemm=false",)
 _LEFT_OUT = (
-    "Left out: the time to launch kernels, what caches save, the latency of exchanges, cuDNN's workspace. cuDNN's "
-    "attention counts at 0.6 of a product's rate. Triton's products are off: nothing can be autotuned without a GPU."
+    "Left out: the time to launch kernels, savings by caches, the latency of collectives, cuDNN's workspace. cuDNN's "
+    "attention counts at 0.6 of the rate of a matrix product. Triton's products are off: they can't be autotuned "
+    "without a GPU."
 )
-# Columns of a table where the terminal has fewer: shapes and names are long.
+# Width of the tables on a narrower terminal: shapes and names are long.
 _WIDTH = 170
-# Options that say how a program is compiled mean nothing where one is read.
+# The options that may be given with --read; the others say how to compile.
 _FOR_READING = {"--read", "--target", "--top", "--json", "--against", "--help", "-h"}
 
 
@@ -103,10 +104,10 @@ def configuration(options: Any) -> TrainConfig:
 
 
 def compile_program(config: TrainConfig, target: str, flags: Sequence[str], console: Console) -> Program:
-    """Compile the trainer's step for a GPU that isn't there, in a process of the environment made for it.
+    """Compile the trainer's step for a GPU, without one, in a process of the environment made for it.
 
-    `flags` are XLA's, beside those of XLA_FLAGS. Raises UserError for a flag that XLA doesn't know, RunError if the
-    environment can't be made or the program not be compiled.
+    `flags` are XLA's, in addition to XLA_FLAGS. Raises UserError for a flag that XLA doesn't know, RunError if the
+    environment can't be made or the program can't be compiled.
     """
     python = environment(console)
     spec = {
@@ -130,7 +131,7 @@ def compile_program(config: TrainConfig, target: str, flags: Sequence[str], cons
 
 
 def _failure(said: str, flags: Sequence[str]) -> UserError:
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["the compiler said nothing"]
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["the compiler printed nothing"]
     unknown = next((line for line in lines if "Unknown flag" in line), None)
     if unknown is not None:
         return UserError(f"--flag {' '.join(flags)}: XLA doesn't know {unknown.rpartition(':')[2].strip()}")
@@ -139,7 +140,7 @@ def _failure(said: str, flags: Sequence[str]) -> UserError:
 
 
 def mfu_at_most(found: Account, config: TrainConfig, target: gpu.Gpu) -> float:
-    """Model FLOPs utilisation of a step that takes its least time: floor, and what of the exchanges is exposed."""
+    """Model FLOPs utilisation of a step that takes the lower bound: the floor and the exposed collectives."""
     devices = found.devices
     peak = devices * peak_flops(target.name, config.precision)
     seconds = (found.floor_ms + found.exposed_ms) / 1e3
@@ -150,7 +151,7 @@ def _refuse_options_of_compiling(arguments: list[str]) -> None:
     given = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
     for option in given:
         if option not in _FOR_READING:
-            raise UserError(f"{option}: says how to compile, and --read compiles nothing; leave one of them out")
+            raise UserError(f"{option}: an option for compiling, and --read compiles nothing; leave one of them out")
 
 
 def _read_text(option: str, path: str) -> str:
@@ -214,9 +215,11 @@ def _show_account(console: Console, found: Account, results: dict[str, Any], top
     parts = ", ".join(f"{part} {ms:.2f}" for part, ms in found.parts_ms.items())
     console.print(f"floor: {found.floor_ms:.2f} ms a step: {parts} (all else at full bandwidth)")
     if found.collectives:
-        console.print(f"exchanges: at least {found.exchange_ms:.2f} ms, of which {found.exposed_ms:.2f} ms are exposed")
+        console.print(
+            f"collectives: at least {found.exchange_ms:.2f} ms, of which {found.exposed_ms:.2f} ms are exposed"
+        )
     if "mfu_at_most" in results:
-        console.print(f"MFU that these allow: at most {results['mfu_at_most']:.1%}")
+        console.print(f"MFU: at most {results['mfu_at_most']:.1%}")
 
 
 def _collective_row(c: Collective) -> tuple[Any, ...]:
@@ -241,10 +244,10 @@ def _show_difference(console: Console, new: dict[str, Any], old: dict[str, Any],
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """What of the totals differs: (name with its unit, before, now)."""
+    """Both results' totals: (name with its unit, before, now)."""
 
     def totals(results: dict[str, Any]) -> dict[str, float]:
-        found = {"floor, ms": results["floor_ms"], "exposed exchanges, ms": results["exposed_ms"]}
+        found = {"floor, ms": results["floor_ms"], "exposed collectives, ms": results["exposed_ms"]}
         found |= {f"{part}, ms": ms for part, ms in results["parts_ms"].items()}
         found |= {"kernels": results["kernels"]}
         for name in ("argument_bytes", "temp_bytes"):
@@ -257,7 +260,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, float,
 
 
 def changed_groups(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[tuple[str, float, float, float]]:
-    """(operation, ms before, ms now, change) of the groups whose least time differs, largest change first."""
+    """(operation, ms before, ms now, change) of the groups whose lower bound differs, largest change first."""
 
     def by_source(groups: list[dict[str, Any]]) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -272,7 +275,7 @@ def changed_groups(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list
 
 
 def _show(console: Console, title: str, columns: list[str], rows: Sequence[tuple[Any, ...]]) -> None:
-    """A table, unless it is empty; what is in a row's last cell may be long."""
+    """Print a table, unless it is empty; a row's last cell may be long."""
     if not rows:
         return
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
@@ -314,7 +317,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--top", type=int, default=25, help="How many of the largest groups to print.")
     parser.add_argument("--hlo", type=str, help="File to write the program's text to.")
-    parser.add_argument("--read", type=str, help="Account for this program's text; compile nothing.")
+    parser.add_argument("--read", type=str, help="Analyse the program in this file; compile nothing.")
     parser.add_argument("--json", type=str, help="File to write everything to, with command, machine and versions.")
-    parser.add_argument("--against", type=str, help="Show the difference to what an earlier --json wrote.")
+    parser.add_argument(
+        "--against", type=str, help="Show the differences from the results in this file, which --json wrote."
+    )
     return parser

@@ -1,4 +1,4 @@
-"""The environment that holds a compiler for NVIDIA GPUs: made on first use, remade when its versions change.
+"""The virtual environment with JAX's compiler for NVIDIA GPUs: made on first use, remade when its versions change.
 
 It is separate because JAX's CUDA plugin prints a traceback at every start on a machine without a GPU.
 """
@@ -24,8 +24,8 @@ FOLDER = ROOT / ".venv-compiled"
 # What compiling the JAX trainer's step imports.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "safetensors", "tiktoken",
              "numpy", "ml_dtypes", "jsonargparse[signatures]", "PyYAML", "rich")  # fmt: skip
-# In jaxlib's version, that of constraints.txt: jax 0.11 refuses to lower a Triton kernel where there is no GPU. Without
-# the CUDA libraries that they depend on: nothing is run. 183 MB.
+# In jaxlib's version of constraints.txt: jax 0.11 refuses to lower a Triton kernel without a GPU. Installed without the
+# CUDA libraries that they depend on, since nothing is run: 183 MB.
 _PLUGIN = ("jax-cuda12-plugin", "jax-cuda12-pjrt")
 
 
@@ -35,7 +35,7 @@ def environment(console: Console, folder: Path = FOLDER) -> Path:
     stamp, wanted = folder / "complete", _stamp(constraints)
     python = folder / "bin" / "python"
     with _one_at_a_time(folder.parent):
-        # Without its stamp an environment is half made; with another one it holds other versions.
+        # Without the stamp the environment is incomplete; with another stamp it holds other versions.
         if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
             return python
         console.print(f"making {folder.name}, once: JAX with its compiler for NVIDIA GPUs, about 0.5 GB to download")
@@ -59,7 +59,7 @@ def environment(console: Console, folder: Path = FOLDER) -> Path:
 
 
 def _stamp(constraints: str) -> str:
-    """The versions that an environment is made of."""
+    """The versions that the environment holds."""
     names = [re.sub(r"\[.*", "", package) for package in _PACKAGES]
     pinned = [f"{name}=={_pinned(constraints, name)}" for name in names]
     return "\n".join([f"python=={platform.python_version()}", *pinned, *_PLUGIN, ""])
@@ -76,14 +76,14 @@ def _run(console: Console, folder: Path, what: str, command: list[str]) -> None:
         said = (ended.stderr or ended.stdout).strip().splitlines() or ["no reason given"]
         reason = next((line for line in reversed(said) if line.startswith("ERROR: ")), said[-1])
         raise RunError(
-            f"{folder.name} can't be made, {what} failed: {reason.removeprefix('ERROR: ')}; it needs pip and a "
-            f"package index, once: try again where there are both"
+            f"{folder.name} can't be made, {what} failed: {reason.removeprefix('ERROR: ')}; making it needs pip and a "
+            "package index: try again with both"
         )
 
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Hold back other processes that would make the same environment."""
+    """Let one process at a time make the environment."""
     held = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX)

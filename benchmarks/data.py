@@ -1,4 +1,4 @@
-"""bench.py data: how fast text becomes tokens, and tokens batches, each beside a baseline in the same run."""
+"""bench.py data: tokens per second of tokenisation, beside tiktoken's own, and of training batches."""
 
 import os
 import statistics
@@ -17,7 +17,7 @@ from rich.table import Table
 from benchmarks.measure import positive, write_json
 from gpt2_core.cli import Parser
 from gpt2_core.data.batches import TrainingBatches
-from gpt2_core.data.corpora import Corpus, Document, in_pieces
+from gpt2_core.data.documents import Corpus, Document, in_pieces
 from gpt2_core.data.prepare import Settings, prepare
 from gpt2_core.data.token_files import map_tokens
 from gpt2_core.data.tokenizer import get_tokenizer
@@ -30,7 +30,7 @@ _BLOCK_SIZES = (1024, 256)
 
 
 def main(arguments: list[str]) -> None:
-    parser = Parser(prog="bench.py data", description="Measure how fast text becomes tokens, and tokens batches.")
+    parser = Parser(prog="bench.py data", description="Measure tokenisation and training batches.")
     parser.add_argument("--path", type=str, help="UTF-8 text to tokenise. Left out: sources of Python's library.")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="Threads.")
     parser.add_argument("--rounds", type=int, default=5, help="Rounds, whose medians are shown.")
@@ -85,8 +85,8 @@ class _InMemory(Corpus):
 
 
 def tokenisation(texts: list[str], *, workers: int, rounds: int = 5) -> dict[str, Any]:
-    """Tokens a second of `prepare`, files written and all, and of tiktoken's own encode_ordinary_batch on the same
-    texts and threads: medians of interleaved rounds, and their ratio."""
+    """Tokens a second of `prepare`, including writing files, and of tiktoken's own encode_ordinary_batch on the same
+    texts and threads: medians of alternating rounds, and their ratio."""
     tokenizer = get_tokenizer("gpt2")
     seconds: dict[str, list[float]] = {"prepare": [], "encode_ordinary_batch": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -104,8 +104,8 @@ def tokenisation(texts: list[str], *, workers: int, rounds: int = 5) -> dict[str
 
 
 def batches(block_size: int, *, sizes: tuple[int, ...], cores: int, rounds: int = 5) -> list[dict[str, Any]]:
-    """Tokens a second of training batches from files of `sizes` bytes (sparse ones), `cores` threads asking at once;
-    the sizes take turns, and the rates are medians."""
+    """Tokens a second of training batches from sparse files of `sizes` bytes, read by `cores` threads at once: medians
+    of alternating rounds."""
     batch_size = max(1, _BATCH_TOKENS // block_size)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(cores) as pool:
         streams = {}

@@ -1,7 +1,7 @@
 """bench.py generate: prefill and decoding, with and without a KV cache, against the reference and transformers.
 
-All sides compute the same random weights on the same device in the same precision, greedily, so that sampling costs
-none of them anything.
+All sides have the same random weights, device and precision, and decode greedily, so that no time goes into sampling.
+
 Shapes: B prompts of P tokens, each continued by N.
 """
 
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     options = _parser().parse(arguments)
     positive(options, "prompt", "rounds")
     if options.tokens < 2:
-        raise UserError(f"--tokens {options.tokens}: must be 2 or more, of which the first is the prefill's")
+        raise UserError(f"--tokens {options.tokens}: must be 2 or more; the first token is the prefill's")
     model = ModelConfig(**{f.name: options.model[f.name] for f in dataclasses.fields(ModelConfig)})
     batches = [_number(text) for text in options.batch.split(",")]
     if options.prompt + options.tokens > model.block_size:
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
     chosen = options.sides.split(";") if options.sides else list(SIDES)
     for name in chosen:
         if name not in SIDES:
-            raise UserError(f"--sides {name}: there is none; use {'; '.join(SIDES)}")
+            raise UserError(f"--sides {name}: no such side; use {'; '.join(SIDES)}")
     console = Console(soft_wrap=True, highlight=False)
     found = []
     for batch in batches:
@@ -89,12 +89,13 @@ def main(arguments: list[str]) -> None:
         f"{options.prompt} tokens, {options.tokens} more"
     )
     console.print(table)
-    console.print("of memory: how much of the time it takes to read the weights and the cache once for each token")
+    console.print("of memory: share of the time that reading the weights and the cache once for each token takes")
     for row in found:
         if row["decode"] is None:
             console.print(
                 f"{row['side']}, batch {row['batch']}: {tokens[row['side']] - 1} tokens after the prefill take less "
-                "time than it varies by: no rate of decoding; give more --tokens, or more --uncached_tokens"
+                "time than the prefill varies by, so there is no rate of decoding; give more --tokens, or more "
+                "--uncached_tokens"
             )
     results = [
         {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in row.items()} for row in found
@@ -103,8 +104,8 @@ def main(arguments: list[str]) -> None:
 
 
 def numbers_read(model: ModelConfig, batch: int, length: int) -> int:
-    """Numbers that a step of decoding must read: every weight but the embeddings' tables, and the cache of the places
-    seen, `length` of them. (A tied table is read too: it is the head.)"""
+    """Numbers that a step of decoding must read: all weights but the embeddings', and the cache of `length` positions.
+    (Tied token embeddings are read: they are the head.)"""
     tables = model.block_size * model.n_embd if model.position == "learned" else 0
     tables += 0 if model.tie_embeddings else model.vocab_size * model.n_embd
     return model.parameter_count - tables + batch * 2 * model.n_layer * length * model.n_embd
@@ -127,7 +128,7 @@ def jax_session(spec: dict[str, Any]) -> Session:
 
 
 def jax_uncached_session(spec: dict[str, Any]) -> Session:
-    """JAX recomputing everything for every token, at a length that stays, or each token would compile again."""
+    """JAX recomputing everything for every token, at a constant length, since each length would be compiled."""
     params, definition, prompts, facts = _jax(spec)
     import jax
     import jax.numpy as jnp
@@ -167,7 +168,7 @@ def torch_session(spec: dict[str, Any]) -> Session:
 
 
 def transformers_session(spec: dict[str, Any]) -> Session:
-    """transformers' GPT2LMHeadModel, called as its own generate() calls it, without what that adds to each token."""
+    """transformers' GPT2LMHeadModel, called as its generate() calls it, without generate()'s own overhead."""
     import torch
 
     try:
@@ -231,7 +232,7 @@ def _torch(spec: dict[str, Any]):
 
 
 def _bandwidth() -> float:
-    """Bytes a second at which the device reads a matrix that no cache holds, for its product with a vector."""
+    """Bytes a second at which the device reads a matrix that exceeds its caches, in a product with a vector."""
     import jax
     import jax.numpy as jnp
 
@@ -258,9 +259,9 @@ def _prompts(spec: dict[str, Any]) -> list[list[int]]:
 
 
 def _row(name: str, batch: int, seconds: dict[str, dict[str, list[float]]], prompt: int) -> dict[str, Any]:
-    """Rates of one side, and how many times as fast as transformers with its cache it is.
+    """Rates of one side, and its speed over that of transformers with its cache.
 
-    Decoding is a difference of two times; where a round's isn't above zero, noise is larger than it, and there is no
+    Decoding's time is a difference of two times; if it isn't above zero in some round, noise is larger and there is no
     rate.
     """
     tokens = {"prefill": batch * prompt, "decode": batch}
@@ -273,36 +274,39 @@ def _row(name: str, batch: int, seconds: dict[str, dict[str, list[float]]], prom
 
 
 def _bandwidth_share(steps_per_second: float, numbers: int, facts: dict[str, Any]) -> float | None:
-    """How much of the time goes by reading so many numbers a step from memory; None where its rate isn't known."""
+    """Share of the time that reading so many numbers a step from memory takes; None if the bandwidth isn't known."""
     itemsize = {"bfloat16": 2, "float32": 4, "float64": 8}[dtype_of(facts["precision"])]
     return facts["bandwidth"] and steps_per_second * numbers * itemsize / facts["bandwidth"]
 
 
 def _number(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise UserError(f"--batch {text}: expected numbers of 1 or more, comma between")
+        raise UserError(f"--batch {text}: expected comma-separated positive integers")
     return int(text)
 
 
 def _parser() -> Parser:
     parser = Parser(prog="bench.py generate", description=__doc__.splitlines()[0].partition(": ")[2])
     parser.add_class_arguments(ModelConfig, "model")
-    parser.add_argument("--batch", type=str, default="1,32", help="Prompts at once, comma between.")
+    parser.add_argument("--batch", type=str, default="1,32", help="Comma-separated numbers of prompts at once.")
     parser.add_argument("--prompt", type=int, default=128, help="Tokens of a prompt.")
     parser.add_argument("--tokens", type=int, default=65, help="Tokens to generate; the first is the prefill's.")
     parser.add_argument(
         "--uncached_tokens",
         type=int,
-        help="As --tokens, without a cache, where each costs a prefill and more. Left out: 5, or --tokens if fewer.",
+        help="As --tokens, for sides without a cache, where each token costs a prefill. Left out: 5, or --tokens if "
+        "that is less.",
     )
-    parser.add_argument("--sides", type=str, help=f"Some of {'; '.join(SIDES)}; semicolon between. Left out: all.")
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where all compute.")
+    parser.add_argument(
+        "--sides", type=str, help=f"Some of {'; '.join(SIDES)}; separated by semicolons. Left out: all."
+    )
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Device of all sides.")
     parser.add_argument(
         "--precision",
         type=Literal["auto", "float32", "tf32", "bfloat16", "float64"],
         default="auto",
         help="As the trainers': auto is bfloat16 on an accelerator and float32 on CPU.",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="Turns that each side takes.")
+    parser.add_argument("--rounds", type=int, default=5, help="Rounds, in each of which every side is measured.")
     parser.add_argument("--json", type=str, help="File to write the results to, with command, machine and versions.")
     return parser

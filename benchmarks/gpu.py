@@ -1,4 +1,4 @@
-"""GPUs that programs are compiled for without being there: XLA's description of each, and the rates it can reach."""
+"""GPUs that programs are compiled for: XLA's description of each, and the rates it can reach."""
 
 import dataclasses
 import re
@@ -8,8 +8,8 @@ from gpt2_core.errors import UserError
 
 _FOLDER = Path(__file__).parent / "targets"
 
-# Reachable bfloat16 product rates in FLOP/s. H200: measured, a large square product (docs/performance.md); an H100 SXM
-# has the same matrix units. A100: 0.9 of the datasheet's 312 TFLOP/s, not measured.
+# Attainable rates of bfloat16 matrix products in FLOP/s. H200: measured, a large square product (docs/performance.md);
+# an H100 SXM has the same matrix units. A100: 0.9 of the datasheet's 312 TFLOP/s, not measured.
 _PRODUCT_FLOPS = {"h200": 0.79e15, "h100": 0.79e15, "a100": 0.28e15}
 
 # NVLink, bytes/s in one direction, from NVIDIA's datasheets (900 and 600 GB/s in both directions together).
@@ -21,7 +21,7 @@ class Gpu:
     """What bounds a program on one GPU. Rates in FLOP/s, bandwidths in bytes/s."""
 
     name: str
-    """As the driver calls it."""
+    """The driver's name for it."""
     capability: tuple[int, int]
     product_flops: float
     """bfloat16 products on the matrix units."""
@@ -44,7 +44,7 @@ class Gpu:
 
 
 def target_of(device: str) -> str | None:
-    """The target that a device is, by what the driver calls it ("NVIDIA H200"); None for one that isn't described."""
+    """The target of a device, by the driver's name for it ("NVIDIA H200"); None if there is none."""
     return next((name for name in _PRODUCT_FLOPS if name.upper() in device), None)
 
 

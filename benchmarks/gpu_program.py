@@ -1,7 +1,7 @@
-"""Compile a train step for a GPU that isn't there: python -m benchmarks.gpu_program SPEC.json FOLDER
+"""Compile a train step for a GPU, without one: python -m benchmarks.gpu_program SPEC.json FOLDER
 
-Runs in the environment that benchmarks.compiled makes, which has JAX's CUDA plugin. Writes the optimized program's text
-to FOLDER/program.txt and what the compiler says of its memory to FOLDER/facts.json.
+Runs in the environment that benchmarks.compiler_env makes, which has JAX's CUDA plugin. Writes the optimized program's
+text to FOLDER/program.txt and the compiler's figures of its memory to FOLDER/facts.json.
 """
 
 import importlib.metadata
@@ -42,7 +42,7 @@ def _compile(spec: dict[str, Any]) -> Any:
 
 
 def _answer_for_the_driver(capability: tuple[int, int]) -> None:
-    """JAX asks the driver whether cuDNN can do this attention, and there is none: answer for the target, with cuDNN
+    """JAX asks the driver whether cuDNN supports this attention. Without a driver, answer for the target, with cuDNN
     9.10.1."""
     import jax._src.cudnn.fused_attention_stablehlo as cudnn
 

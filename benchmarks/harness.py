@@ -1,4 +1,4 @@
-"""A warm training of either framework, made of the trainers' own functions, and the options that say which."""
+"""A compiled training of either framework, made of the trainers' own functions, and the options that configure it."""
 
 import contextlib
 import dataclasses
@@ -17,9 +17,9 @@ _RATE = 1e-4
 
 
 class JaxTraining:
-    """A compiled step and its state; `work(steps)` takes steps and returns the last one's loss.
+    """A compiled step and its state; `work(steps)` runs steps and returns the last one's loss.
 
-    `cached`: a program that was compiled before is loaded; the time to compile is then the time to load.
+    `cached`: use JAX's compilation cache; `compile_seconds` may then be the time to load the program.
     """
 
     def __init__(self, config: TrainConfig, *, cached: bool = False) -> None:
@@ -66,7 +66,7 @@ class TorchTraining:
         self.config = config = dataclasses.replace(resolve(config, device, 1), compile=compile)
         set_matmul_precision(config.precision)
         torch.manual_seed(0)
-        # JAX's model fills the vocabulary up inside, which matrix units like; users of PyTorch do it by hand.
+        # JAX's model pads its vocabulary, which speeds matrix products up; users of PyTorch do it in the configuration.
         rows = config.model.vocab_size + -config.model.vocab_size % JAX.vocabulary_multiple
         model = dataclasses.replace(config.model, vocab_size=rows)
         self.model = GPT2(model).to(device, torch.float64 if config.precision == "float64" else torch.float32)
@@ -105,7 +105,7 @@ def _attention_kernel(name: str) -> contextlib.AbstractContextManager:
 
 
 def add_options(parser: Parser, *, preset: str | None, batch: int, device: str = "auto") -> None:
-    """What is trained and how; `preset` gives the sizes that aren't said, None those of ModelConfig."""
+    """Add the options of a training; sizes left out are those of `preset`, or of ModelConfig if it is None."""
     parser.add_class_arguments(ModelConfig, "model")
     left_out = f"Left out: {preset}." if preset else "Left out: a small model."
     parser.add_argument("--preset", type=str, help=f"Sizes of a published model. {left_out}")
@@ -129,13 +129,13 @@ def add_options(parser: Parser, *, preset: str | None, batch: int, device: str =
 
 
 def add_json(parser: Parser) -> None:
-    """Where results go besides the screen."""
+    """Add the option --json."""
     parser.add_argument("--json", type=str, help="File to write the results to, with command, machine and versions.")
 
 
 def with_sizes(arguments: list[str], sizes: dict[str, int]) -> list[str]:
-    """The arguments with `--preset`, or without one `sizes`, turned into the options that it stands for; options of
-    the line overrule them."""
+    """The arguments with the options that `--preset` stands for, or without one those of `sizes`, put first: options on
+    the command line override them."""
     rest: list[str] = []
     queue = list(arguments)
     while queue:

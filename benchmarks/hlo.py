@@ -1,4 +1,4 @@
-"""An optimized HLO module, parsed from the text that XLA writes of it."""
+"""Parsing the text of an optimized HLO module, as XLA prints it."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ ITEM_BYTES = {"pred": 1, "bf16": 2, "f16": 2} | {f"{kind}{8 * n}": n for kind in
 
 
 class Array(NamedTuple):
-    """An array's dtype in HLO's words (bf16, f32) and its shape."""
+    """An array's dtype by HLO's names (bf16, f32) and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class Instruction:
     operation: str
     operands: tuple[str, ...]
     argument: str
-    """What stands in the brackets, as it stands there."""
+    """The text within the parentheses."""
     attributes: str
     is_root: bool
 
@@ -100,13 +100,13 @@ def _split_balanced(text: str) -> tuple[str, str]:
 
 
 def arrays(type_: str) -> tuple[Array, ...]:
-    """The arrays that an HLO type is made of."""
+    """The arrays in an HLO type."""
     found = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", type_)
     return tuple(Array(dtype, tuple(int(n) for n in shape.split(",") if n)) for dtype, shape in found)
 
 
 def _stacks(text: str) -> dict[int, tuple[str, ...]]:
-    """The tables at the head of a module, in which an instruction's Python call stack is found."""
+    """The tables at the beginning of a module that give the Python call stack of each `stack_frame_id`."""
 
     def table(title: str) -> dict[int, str]:
         section = re.search(rf"^{title}\n((?:\d+ .*\n)+)", text, re.M)
@@ -118,7 +118,7 @@ def _stacks(text: str) -> dict[int, tuple[str, ...]]:
     functions = {n: row.strip('"') for n, row in table("FunctionNames").items()}
     locations = {n: functions[number(row, "function_name_id")] for n, row in table("FileLocations").items()}
     stacks: dict[int, tuple[str, ...]] = {0: ()}
-    # A frame comes after its parent, whose number is written one too high: 1 stands for none.
+    # A frame comes after its parent, whose number is stored plus one: 1 means none.
     for frame, row in table("StackFrames").items():
         parent = stacks[number(row, "parent_frame_id") - 1]
         stacks[frame] = (*parent, locations[number(row, "file_location_id")])
@@ -128,7 +128,7 @@ def _stacks(text: str) -> dict[int, tuple[str, ...]]:
 def source(i: Instruction, module: Module) -> str:
     """The model's operation that an instruction comes from: direction, functions and named scopes, primitive.
 
-    All layers have the same; an instruction that the compiler made has its own name without its number.
+    It is the same for all layers. For an instruction that the compiler added it is the name without its number.
     """
     op_name = (i.find(r'\bop_name="([^"]*)"') or "").partition(";")[0]
     frame = i.find(r"\bstack_frame_id=(\d+)")

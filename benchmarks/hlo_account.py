@@ -1,4 +1,4 @@
-"""What a program for a GPU does in one run, read from its HLO: kernels, products, bytes, exchanges, the least time.
+"""What a GPU's program does in one run, read from its HLO: kernels, matrix products, bytes, collectives, lower bounds.
 
 Nothing is run: every time is a lower bound (benchmarks.hlo_cost).
 """
@@ -46,12 +46,12 @@ class Traffic:
     launches: int
     bytes: int
     ms: float
-    """Least time."""
+    """Lower bound."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A while loop; `trips` is None where the program doesn't say how often it runs (it is then counted once)."""
+    """A while loop; `trips` is None if the program doesn't state how often it runs (it is then counted once)."""
 
     name: str
     trips: int | None
@@ -63,12 +63,12 @@ class Account:
 
     devices: int
     floor_ms: float
-    """Least time without exchanges: the sum of `parts_ms`."""
+    """Lower bound without collectives: the sum of `parts_ms`."""
     parts_ms: dict[Part, float]
     exposed_ms: float
-    """Waiting for exchanges, beyond the floor."""
+    """Waiting for collectives, in addition to the floor."""
     exchange_ms: float
-    """Least time of all exchanges, overlapped or not."""
+    """Lower bound of all collectives, overlapped or not."""
     kernels: int
     products: list[Product]
     bytes_by_kind: dict[str, Traffic]
@@ -78,7 +78,7 @@ class Account:
 
 
 def account(text: str, gpu: Gpu) -> Account:
-    """Account for the text of an optimized, scheduled HLO module; raises UserError if it isn't one."""
+    """Analyse the text of an optimized, scheduled HLO module; raises UserError if it isn't one."""
     module = parse(text)
     found = _Found([], [], [])
     _walk(module, module.entry, gpu, found, times=1, loops=())
@@ -110,7 +110,7 @@ class _Found:
 
 @dataclasses.dataclass
 class _Progress:
-    """How far a device is in a computation, if everything takes its least time."""
+    """How far a device is in a computation, if everything takes its lower bound."""
 
     seconds: float = 0.0
     kernels: int = 0
@@ -121,7 +121,7 @@ class _Progress:
 
 
 class _Pending(NamedTuple):
-    """A collective under way: when it ends, and what had been launched before it."""
+    """A collective that has started: when it ends, and what was launched before it."""
 
     collective: Collective
     end: float
@@ -130,10 +130,10 @@ class _Pending(NamedTuple):
 
 
 def _walk(module: Module, name: str, gpu: Gpu, found: _Found, *, times: int, loops: tuple[str, ...]) -> _Progress:
-    """Go through a computation in the order of its schedule, adding to `found` what each of `times` runs does."""
+    """Go through a computation in scheduled order, adding to `found` what each of its `times` runs does."""
     computation = module.computations[name]
     done = _Progress()
-    link_free = 0.0  # exchanges share the interconnect: one begins when the one before it has ended
+    link_free = 0.0  # collectives share the interconnect: one begins when the one before it has ended
     pending: dict[str, _Pending] = {}
     for i in computation.values():
         kind = i.operation.removesuffix("-start")
@@ -151,7 +151,7 @@ def _walk(module: Module, name: str, gpu: Gpu, found: _Found, *, times: int, loo
             done.advance(inner.seconds, inner.kernels, inner.flops)
         elif i.operation == "conditional":
             raise UserError(
-                f"the program has a conditional ({i.name}): how often each branch runs can't be read off it"
+                f"the program has a conditional ({i.name}), and the text doesn't state how often each branch runs"
             )
         elif kind in COLLECTIVES:
             collective = exchange_cost(i, computation, module, gpu, times, loops)
@@ -172,7 +172,7 @@ def _walk(module: Module, name: str, gpu: Gpu, found: _Found, *, times: int, loo
 
 
 def _wait(pending: _Pending, done: _Progress) -> Collective:
-    """The collective with what ran beside it; the device goes on when it has ended."""
+    """The collective with what ran meanwhile; the device continues when it has ended."""
     exposed = max(0.0, pending.end - done.seconds)
     done.seconds += exposed
     return dataclasses.replace(

@@ -1,7 +1,7 @@
-"""What single instructions of an HLO module cost a GPU: bytes, operations and least time of a kernel or an exchange.
+"""The cost of single HLO instructions on a GPU: bytes, operations, a lower bound of a kernel's or collective's time.
 
-Bytes are those of whole operands and results (of slices and in-place updates only the part they touch), as if no cache
-held them. Times are lower bounds from the rates of a `Gpu`.
+Bytes are those of whole operands and results (of slices and in-place updates only the part they touch), as if nothing
+were cached. Times are lower bounds from the rates of a `Gpu`.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Launch:
     bytes: int
     flops: float
     seconds: float
-    """Least time, from the GPU's rates."""
+    """Lower bound, from the GPU's rates."""
     product: str = ""
     """Of a matrix product: left and right operand, result, and what is fused into it."""
     float32: bool = False
@@ -47,29 +47,29 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """An exchange between devices; bytes and times are those of one occurrence on one device."""
+    """A collective operation of several devices; bytes and times are those of one occurrence on one device."""
 
     kind: str
     bytes: int
-    """Of the whole arrays: what is summed, what a gather results in, what a scatter starts from."""
+    """Of the whole arrays: of an all-reduce, of an all-gather's result, of a reduce-scatter's operand."""
     bytes_by_dtype: dict[str, int]
     devices: int
-    """That take part in it together."""
+    """Devices that take part in it together."""
     times: int
     loops: tuple[str, ...]
     """The loops around it, outermost first."""
     source: str
     ms: float
-    """Least time on the interconnect."""
+    """Lower bound, on the interconnect."""
     exposed_ms: float
-    """The part of it that the device waits for, if all kernels take their least time."""
+    """The part of it that the device waits for, if all kernels take their lower bounds."""
     kernels_beside: int
     """Launched between its start and its end."""
     flops_beside: float
 
 
 def kernel_cost(i: Instruction, computation: Computation, module: Module, gpu: Gpu, times: int) -> Launch:
-    """A kernel, its traffic, its arithmetic and its least time."""
+    """A kernel's memory traffic, arithmetic and lower bound."""
     kind, part, flops, product, float32 = i.operation, "rest", 0.0, "", False
     moved = i.bytes + sum(computation[name].bytes for name in set(i.operands))
     rate = math.inf
@@ -114,14 +114,14 @@ def _fusion_kind(i: Instruction, body: Computation) -> str:
 
 
 def _fusion_bytes(i: Instruction, body: Computation) -> int:
-    """What a fusion reads and writes: of an array that is only sliced or updated in place, the part it touches."""
+    """Bytes that a fusion reads and writes; of an array only sliced or updated in place, those it touches."""
     users: dict[str, list[Instruction]] = defaultdict(list)
     for inner in body.values():
         for operand in inner.operands:
             users[operand].append(inner)
 
     def uses(name: str) -> Iterator[tuple[str, Instruction]]:
-        """Who uses an array, through bitcasts, and by what name."""
+        """The users of an array, through bitcasts, each with the name by which it uses it."""
         for user in users[name]:
             yield from uses(user.name) if user.operation == "bitcast" else [(name, user)]
 
@@ -179,7 +179,7 @@ def _attention_flops(i: Instruction, computation: Computation) -> float:
 def exchange_cost(
     i: Instruction, computation: Computation, module: Module, gpu: Gpu, times: int, loops: tuple[str, ...]
 ) -> Collective:
-    """An exchange, as long as nothing is known of what runs beside it."""
+    """A collective, before it is known what runs meanwhile."""
     kind = i.operation.removesuffix("-start")
     devices = _group_size(i, module.devices)
     whole = devices if kind == "all-gather" else 1
@@ -204,17 +204,17 @@ def exchange_cost(
 
 
 def _share_sent(kind: str, devices: int) -> float:
-    """Which multiple of the whole arrays a device sends on a ring (Patarasuk & Yuan 2009)."""
+    """Bytes that a device sends in a ring, as a multiple of the whole arrays (Patarasuk & Yuan 2009)."""
     if kind == "collective-permute":
         return 1.0
     return (2 if kind == "all-reduce" else 1) * (devices - 1) / devices
 
 
 def _group_size(i: Instruction, devices: int) -> int:
-    """Devices that exchange with each other, from any of the forms in which HLO writes its groups."""
+    """Number of devices in a replica group, from any of the forms in which HLO writes groups."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}", i.attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        # An axis is named whole, or as a part of it: 'axis':(what comes before)size.
+        # A whole axis by its name, or a part of one as 'axis':(size before)size.
         named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
         return math.prod(int(part or sizes[axis]) for axis, part in named)
     if iota := i.find(r"replica_groups=\[\d+,(\d+)\]"):

@@ -1,7 +1,7 @@
-"""What GPU kernels do, told from their names, and the time that a step spends on each kind of them.
+"""The kind of each GPU kernel, by its name, and the time that a step spends on each kind.
 
-A kernel that JAX compiled has a name that says little (`loop_add_fusion_3`); the operation of the model that it comes
-from says more, where the program's text is there to find it in.
+The name of a kernel that JAX compiled says little (`loop_add_fusion_3`); the model's operation that it comes from,
+found in the program's text, says more.
 """
 
 import dataclasses
@@ -10,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# In the order of a table. Products have their dtype behind them: "products, bfloat16".
+# In the order of a table. "products" are matrix products and name their dtype: "products, bfloat16".
 PRODUCTS, ATTENTION, LOSS, NORM, OPTIMIZER = "products", "attention", "loss", "norms", "optimizer and clipping"
 EMBEDDING, COPY, EXCHANGE, REST = "embeddings", "copies and conversions", "exchange", "elementwise and reductions"
 
-# The first that a name matches, without regard to case, is its kind.
+# The first pattern that matches a name, ignoring case, gives its kind.
 _BY_NAME = (
     (EXCHANGE, r"nccl"),
     (ATTENTION, r"flash|sdpa|fmha|attention|dot_do_o|convert_dq"),
@@ -27,7 +27,7 @@ _BY_NAME = (
            r"(wrapped|loop)_(convert|copy|broadcast)(_fusion)?\b|fused(_+(to_copy|clone|view|t|cat))+$"),
 )  # fmt: skip
 
-# Of the operations that gpt2_jax's programs are made of (benchmarks.hlo.source).
+# The same for the operations of gpt2_jax's programs (benchmarks.hlo.source).
 _BY_SOURCE = (
     (ATTENTION, r"attention"),
     (OPTIMIZER, r"^step: .*(tree_|adam|clip|train_step\.step / (sub|add|mul)|update)"),
@@ -54,14 +54,14 @@ def classify(name: str, source: str = "") -> str:
     if kind == PRODUCTS:
         return f"{PRODUCTS}, {_product_dtype(lower)}"
     of_source = next((kind for kind, pattern in _BY_SOURCE if re.search(pattern, source)), REST)
-    # A fusion is named after its last operation or its shape: the optimizer's may be called a concatenation, a layer
-    # norm's a softmax.
+    # A fusion is named after its last operation or its shape: one of the optimizer's may be named a concatenation, one
+    # of a layer norm's a softmax.
     named_by_chance = kind in (LOSS, NORM) or (kind == COPY and of_source in (OPTIMIZER, LOSS))
     return of_source if kind == REST or (named_by_chance and of_source != REST) else kind
 
 
 def _product_dtype(name: str) -> str:
-    """Of a product's operands, as cuBLAS, CUTLASS and their like write it into a kernel's name."""
+    """The dtype of a product's operands, as cuBLAS, CUTLASS and others write it into a kernel's name."""
     if jet := re.search(r"nvjet_(?:sm\d+_)?([a-z])", name):  # the first letter is the first operand's
         return {"t": "bfloat16", "h": "float16", "s": "tf32", "q": "float8", "d": "float64"}.get(jet[1], "unknown")
     for dtype, pattern in (
@@ -94,7 +94,7 @@ class Profile:
 
 
 def profile(kernels: Sequence[Kernel], *, steps: int, step_seconds: float, top: int = 40) -> Profile:
-    """Sum up what ran in so many steps, of which each takes `step_seconds` when nobody looks."""
+    """Sum up the kernels of so many steps; a step takes `step_seconds` without a profiler."""
     kinds: dict[str, list[float]] = defaultdict(list)
     names: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for kernel in kernels:
@@ -129,10 +129,10 @@ def _covered(kernels: Iterable[Kernel]) -> float:
 
 
 def from_xspace(space: Any, sources: Mapping[str, str]) -> list[Kernel]:
-    """The kernels of what JAX's profiler recorded (a jax.profiler.ProfileData); `sources` are those of `sources_of`.
+    """The kernels in a trace of JAX's profiler (a jax.profiler.ProfileData); `sources` are those of `sources_of`.
 
-    A GPU's plane has a line for each stream, and others that repeat what ran there in other words. Raises LookupError
-    if there is no GPU's plane.
+    A GPU's plane has a line for each stream, and further lines that show the same kernels again. Raises LookupError if
+    there is no GPU's plane.
     """
     planes = [plane for plane in space.planes if plane.name.startswith("/device:GPU")]
     if not planes:
@@ -149,7 +149,7 @@ def from_xspace(space: Any, sources: Mapping[str, str]) -> list[Kernel]:
 
 
 def from_chrome_trace(trace: Mapping[str, Any]) -> list[Kernel]:
-    """The kernels of what PyTorch's profiler exported, whose times are in microseconds."""
+    """The kernels in a trace that PyTorch's profiler exported, with times in microseconds."""
     on_device = {"kernel", "gpu_memcpy", "gpu_memset"}
     return [
         Kernel(event["name"], 1e3 * event["ts"], 1e3 * event["dur"])
@@ -159,7 +159,7 @@ def from_chrome_trace(trace: Mapping[str, Any]) -> list[Kernel]:
 
 
 def _plain(name: str) -> str:
-    """An HLO instruction's name as its kernel has it, in which no character but letters, digits and _ may stand."""
+    """An HLO instruction's name as in its kernel's name, which has only letters, digits and _."""
     return re.sub(r"\W", "_", name)
 
 

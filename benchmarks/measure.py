@@ -1,4 +1,4 @@
-"""Sides that take turns: child processes that hold a warm model and do so many units of work when they are told to."""
+"""Measuring several sides in alternating rounds: each is a child process with a warm model, which works on request."""
 
 import contextlib
 import dataclasses
@@ -34,23 +34,23 @@ _ROOT = Path(__file__).parent.parent
 
 @dataclasses.dataclass
 class Session:
-    """What a child process has made ready: facts about it, its work, and what is known only at the end."""
+    """What a child process has set up: facts about it, its work, and facts that are known only at the end."""
 
     facts: dict[str, Any]
     work: Callable[[int], Any]
-    """Does that many units; what is timed is this call, which returns when the work is done."""
+    """Does that many units of work, and returns when it is done; this call is timed."""
     end: Callable[[], dict[str, Any]] = dict
 
 
 class Side:
-    """A child process that holds a `Session`; `name` is for people."""
+    """A child process that holds a `Session`; `name` is for messages."""
 
     def __init__(self, name: str, function: str, spec: dict[str, Any]) -> None:
         self.name = name
         command = [sys.executable, "-m", "benchmarks.measure", function, json.dumps(spec), str(time.time())]
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         pipe = subprocess.PIPE
-        # A file and no pipe: nobody reads while the side works, and compilers can say more than a pipe holds.
+        # A file, not a pipe: nobody reads while the side works, and a compiler may print more than a pipe holds.
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (`kill` closes it)
         self._process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=os.environ | {"PYTHONPATH": path}
@@ -68,7 +68,7 @@ class Side:
         return seconds
 
     def end(self) -> dict[str, Any]:
-        """End the process; what it knows at its end."""
+        """End the process, and return the facts known at its end."""
         self._process.send_signal(signal.SIGCONT)
         self._process.stdin.close()
         found = self._read()
@@ -81,11 +81,11 @@ class Side:
         self._errors.close()
 
     def _pause(self) -> None:
-        """A process whose turn is over mustn't take part in another's: its idle threads still look for work."""
+        """Stop the process while another is measured: its idle threads would still use the CPU, looking for work."""
         self._process.send_signal(signal.SIGSTOP)
 
     def _read(self) -> dict[str, Any]:
-        # Libraries print too; what is said to us is marked.
+        # Libraries print too; messages to this process are marked.
         for line in self._process.stdout:
             if line.startswith(_MARK):
                 return json.loads(line.removeprefix(_MARK))
@@ -97,22 +97,22 @@ class Side:
 def last_words(text: str, code: int) -> str:
     """Why a process ended with this code, from what it printed: its own error, an exception, or the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    # JAX has words to add behind an exception, and XLA ends a process with a fatal line and a stack.
+    # JAX prints more after an exception, and XLA ends a process with a fatal line and a stack.
     for pattern in (r"error: (.*)", r"((?:[\w.]+\.)?\w*(?:Error|Exception)\b.*)", r"F\d{4} \S+ +\d+ \S+\] (.*)"):
         found = [match[1] for line in lines if (match := re.match(pattern, line))]
         if found:
             return found[-1]
     if code < 0:
         return f"ended by signal {signal.Signals(-code).name}"
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "it printed nothing"
 
 
 _MARK = "\x1fbench "
 
 
 def serve(function: str, spec: dict[str, Any], started: float) -> None:
-    """The child's side: make the session, then do what the parent says until it has no more to say."""
-    keep_freed_memory()  # as the commands do, and for those compared with them too
+    """The child process: set up the session, then work as the parent asks until it closes the pipe."""
+    keep_freed_memory()  # as the commands do; for the sides compared with them too
     module, _, name = function.partition(":")
     session: Session = getattr(importlib.import_module(module), name)(spec)
     session.work(1)
@@ -130,7 +130,7 @@ def _say(values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def sides(functions: dict[str, tuple[str, dict[str, Any]]], console: Console) -> Iterator[dict[str, Side]]:
-    """Start every side, one after the other; none survives the block."""
+    """Start every side, one after the other; all are killed at the end of the block."""
     started: dict[str, Side] = {}
     try:
         for name, (function, spec) in functions.items():
@@ -145,9 +145,10 @@ def sides(functions: dict[str, tuple[str, dict[str, Any]]], console: Console) ->
 def interleave(
     started: dict[str, Side], *, rounds: int, units: int | Mapping[str, int], console: Console
 ) -> dict[str, list[float]]:
-    """Seconds a unit, a list of one value a round for each side: A B A B, so that a slow minute slows both.
+    """Seconds a unit: for each side a list with a value for each round. Sides alternate (A B A B), so that a slow
+    minute slows both.
 
-    `units` are those of a turn, of each side or of all.
+    `units` are done in a round, by each side or by all.
     """
     [seconds] = interleave_works(started, rounds=rounds, works=[units], console=console)
     return seconds
@@ -156,8 +157,8 @@ def interleave(
 def interleave_works(
     started: dict[str, Side], *, rounds: int, works: Sequence[int | Mapping[str, int]], console: Console
 ) -> list[dict[str, list[float]]]:
-    """As `interleave`, for several pieces of work a turn, one result for each: what is measured a moment apart can be
-    subtracted."""
+    """As `interleave`, for several pieces of work in a round, one result for each: times measured right after each
+    other can be subtracted."""
     of_side = [{name: work if isinstance(work, int) else work[name] for name in started} for work in works]
     seconds: list[dict[str, list[float]]] = [{name: [] for name in started} for _ in works]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -175,7 +176,7 @@ def interleave_works(
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times as fast one side is as another: the median over rounds, and the range of the middle half."""
+    """How many times as fast one side is as another: the median over rounds, and the quartiles."""
 
     median: float
     low: float
@@ -195,7 +196,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
 
 
 def write_json(path: str | None, arguments: list[str], results: Any) -> None:
-    """The results with the command, machine, versions and date that they belong to."""
+    """Write the results with their command, machine, versions and date."""
     if path is None:
         return
     try:
@@ -205,7 +206,7 @@ def write_json(path: str | None, arguments: list[str], results: Any) -> None:
 
 
 def description(arguments: list[str]) -> dict[str, Any]:
-    """What results belong to: command, date, machine, versions, and the commit where git knows it."""
+    """Command, date, machine, versions, and the commit if git knows it."""
     versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""Stages of a campaign that look into one framework's step: its kernels by kind, and the least time it could take."""
+"""Stages of a campaign that analyse one framework's step: its kernels by kind, and the lower bound of its time."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from gpt2_core.config.io import from_dict
 from gpt2_core.errors import RunError
 from gpt2_core.files import write_atomically
 
-# Steps before the first that is timed, and the largest groups that an account keeps.
+# Steps before the first that is timed, and how many of the largest groups are kept.
 _WARM, _TOP = 5, 40
 
 
@@ -48,7 +48,7 @@ def torch_profile(spec: dict[str, Any]) -> dict[str, Any]:
 
     training = TorchTraining(from_dict(spec["config"]), compile=spec["compile"], attention=spec["attention"])
     if training.device.type != "cuda":
-        raise Skip("PyTorch's trace has no GPU in it")
+        raise Skip("PyTorch has no GPU here to profile")
     seconds = _seconds_a_step(training, spec["steps"])
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with tempfile.TemporaryDirectory() as folder:
@@ -61,14 +61,14 @@ def torch_profile(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def floor(spec: dict[str, Any]) -> dict[str, Any]:
-    """JAX's step beside the least time that the program compiled for this GPU could take."""
+    """JAX's step beside the lower bound of the program compiled for this GPU."""
     import jax
 
     training = JaxTraining(from_dict(spec["config"]), cached=True)
     device = jax.devices()[0].device_kind
     target = gpu.target_of(device)
     if target is None:
-        raise Skip(f"benchmarks/targets describes no {device}")
+        raise Skip(f"benchmarks/targets has no description of {device}")
     text = training.step.as_text()
     write_atomically(Path(spec["program"]), text)
     found = account(text, gpu.load(target))
@@ -86,5 +86,5 @@ def _seconds_a_step(training: JaxTraining | TorchTraining, steps: int) -> float:
 
 def _summed(kernels: list[Kernel], steps: int, seconds: float) -> dict[str, Any]:
     if not kernels:
-        raise RunError("the trace has a GPU and no kernel in it: is the profiler allowed to read the GPU's counters?")
+        raise RunError("the trace of the GPU has no kernels; check that the profiler may read the GPU's counters")
     return dataclasses.asdict(profile(kernels, steps=steps, step_seconds=seconds))

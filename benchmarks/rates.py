@@ -1,4 +1,5 @@
-"""What a device reaches in either framework: FLOP/s of a large square product, bytes/s of a pass over memory.
+"""Rates that a device reaches in either framework: FLOP/s of a large square matrix product, bytes/s of a pass over
+memory.
 
 Operands are random: a GPU multiplies zeros and ones faster than numbers whose bits vary.
 """
@@ -11,7 +12,7 @@ from benchmarks.measure import Session
 from gpt2_core.config import dtype_of
 from gpt2_core.errors import UserError
 
-# Side of the square matrices, and numbers of the array that is read and written: large enough to fill the device.
+# Rows of the square matrices, and numbers in the array that is read and written: large enough to fill the device.
 _MATMUL = {"cpu": 2048, "gpu": 8192}
 _NUMBERS = {"cpu": 1 << 25, "gpu": 1 << 29}
 
@@ -84,7 +85,7 @@ def torch_session(spec: dict[str, Any]) -> Session:
 
 
 def fastest(work: Callable[[], Any]) -> float:
-    """Least seconds of five, after one that warms up."""
+    """Least seconds of five calls, after one that warms up."""
     work()
     times = []
     for _ in range(5):

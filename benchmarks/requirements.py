@@ -1,6 +1,6 @@
-"""Which packages of this project an interpreter lacks, told before anything imports one of them.
+"""Which of this project's packages aren't installed, checked before anything imports one of them.
 
-Imports the standard library alone: it runs where everything else fails.
+Imports only the standard library, so that it runs without any of them.
 """
 
 import importlib.metadata
@@ -13,7 +13,7 @@ from pathlib import Path
 
 _PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
-# Without these no command starts: modules that all of them import are made with them.
+# Modules that every command imports need these.
 ESSENTIAL = ("jsonargparse", "PyYAML", "numpy", "ml_dtypes", "rich", "grain", "safetensors")
 
 
@@ -30,7 +30,8 @@ def missing(names: Iterable[str]) -> list[str]:
 
 
 def missing_below(names: Iterable[str]) -> list[str]:
-    """Those that aren't installed, and what the others need, directly or not, and isn't; conditions count as unmet."""
+    """Those that aren't installed, and the missing requirements, direct or not, of the others. A requirement with a
+    condition (an environment marker) is left out."""
     requirements = declared()
     found: dict[str, None] = {}
     for name in names:
@@ -39,13 +40,13 @@ def missing_below(names: Iterable[str]) -> list[str]:
 
 
 def pip_command(names: Iterable[str]) -> str:
-    """What installs them, in the versions that the project asks for."""
+    """The command that installs them, in the versions that the project requires."""
     requirements = declared()
     return shlex.join(["pip", "install", *(requirements.get(name, name) for name in names)])
 
 
 def require_or_exit(names: Iterable[str], command: str) -> None:
-    """End the process as a user's error does, with exit code 2, if one of them isn't installed."""
+    """Exit with code 2 and one sentence, as for a UserError, if one of them isn't installed."""
     lacking = missing(names)
     if lacking:
         print(

@@ -1,4 +1,4 @@
-"""A stage of work in a process group of its own: killed whole when its time is up, and its failure is a message."""
+"""Running a stage in its own process group, which is killed when its time is over; a failure becomes a message."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ class Skip(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a stage ended; `results` are those of a stage that is done, `message` says why another isn't."""
+    """How a stage ended: its `results` if it is done, else the reason in `message`."""
 
     status: Status
     seconds: float
@@ -38,8 +38,8 @@ class Outcome:
 def run_stage(function: str, spec: dict[str, Any], *, limit: float, log: Path) -> Outcome:
     """Call `module:function` with `spec` in a process that may take `limit` seconds; what it prints goes to `log`.
 
-    The function returns what JSON can hold. Whatever it started is ended with it, also where this process is
-    interrupted.
+    The function returns what JSON can hold. All processes that it started are killed at its end, and if this process
+    is interrupted.
     """
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     begin = time.monotonic()
@@ -78,7 +78,7 @@ def _serve(function: str, spec: dict[str, Any], result: Path) -> None:
 
 
 if __name__ == "__main__":
-    # As a module of the package, and not as __main__: the `Skip` that stages raise is that one's.
+    # Stages raise the `Skip` of benchmarks.runner, which is another class than __main__'s.
     from benchmarks import runner
 
     run(lambda arguments: runner._serve(arguments[0], json.loads(arguments[1]), Path(arguments[2])))

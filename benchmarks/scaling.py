@@ -29,11 +29,13 @@ def main(arguments: list[str]) -> None:
     axes = options.axes.split(",")
     for axis in axes:
         if axis not in AXES:
-            raise UserError(f"--axes {options.axes}: {axis!r} is none; use some of {','.join(AXES)}")
+            raise UserError(f"--axes {options.axes}: no axis is called {axis!r}; use some of {','.join(AXES)}")
     frameworks = options.frameworks.split(",")
     for name in frameworks:
         if name not in _SIDES:
-            raise UserError(f"--frameworks {options.frameworks}: {name!r} is none; use jax, torch or jax,torch")
+            raise UserError(
+                f"--frameworks {options.frameworks}: unknown framework {name!r}; use jax, torch or jax,torch"
+            )
     factors = [_number(text) for text in options.factors.split(",")]
     base = configuration(options)
     console = Console(soft_wrap=True, highlight=False)
@@ -41,7 +43,7 @@ def main(arguments: list[str]) -> None:
     for axis in axes:
         for factor in factors:
             config = grown(base, axis, factor)
-            # The reference's several devices are torchrun's, each with a process of its own.
+            # PyTorch needs a process for each device (torchrun), which this doesn't measure.
             chosen = [name for name in frameworks if name == "jax" or axis != "devices"]
             rows += [row | {"axis": axis, "factor": factor} for row in _measure(config, chosen, options, console)]
     _show(rows, console)
@@ -102,12 +104,12 @@ def _show(rows: list[dict[str, Any]], console: Console) -> None:
             *growths,
         )
     console.print(table)
-    console.print("time, memory: how they grow since the row before, as an exponent; 1 is linear")
+    console.print("time, memory: growth since the row before, as an exponent of the size; 1 is linear")
 
 
 def _number(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise UserError(f"--factors {text}: expected numbers of 1 or more, comma between")
+        raise UserError(f"--factors {text}: expected comma-separated positive integers")
     return int(text)
 
 
@@ -115,9 +117,9 @@ def _parser() -> Parser:
     parser = Parser(prog="bench.py scaling", description=__doc__.partition(": ")[2])
     add_options(parser, preset=None, batch=8)
     add_json(parser)
-    parser.add_argument("--axes", type=str, default=",".join(AXES), help="What to grow, comma between.")
-    parser.add_argument("--factors", type=str, default="1,2,4", help="How many times as large, comma between.")
+    parser.add_argument("--axes", type=str, default=",".join(AXES), help="Comma-separated sizes to increase.")
+    parser.add_argument("--factors", type=str, default="1,2,4", help="Comma-separated multiples of each size.")
     parser.add_argument("--frameworks", type=str, default="jax,torch", help="jax, torch (uncompiled) or both.")
-    parser.add_argument("--rounds", type=int, default=5, help="Turns that each side takes.")
-    parser.add_argument("--steps", type=int, default=3, help="Steps a turn.")
+    parser.add_argument("--rounds", type=int, default=5, help="Rounds, in each of which every side is measured.")
+    parser.add_argument("--steps", type=int, default=3, help="Steps in a round.")
     return parser

@@ -10,32 +10,32 @@ from benchmarks.variants import FLAGS, VARIANTS, jax_side, torch_side
 from gpt2_core.config import PRESETS, ModelConfig, TrainConfig
 from gpt2_core.config.io import differences
 
-# What importing each side takes.
+# Packages that each side imports.
 _JAX = ("jax", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "safetensors", "ml_dtypes")
 _TORCH = ("torch", "grain", "safetensors", "ml_dtypes")
 _BOTH = (*_JAX, "torch")
 
 GROUPS = {
-    "environment": "versions, GPU, and what it reaches in both frameworks",
+    "environment": "versions, GPU, and the rates that both frameworks reach on it",
     "train": "a train step of both frameworks, PyTorch with its flash attention and with cuDNN's",
     "profile": "kernels of each framework's step, by kind",
-    "floor": "JAX's step beside the least time that its program could take",
-    "variants": "JAX's step in other ways, beside the default",
+    "floor": "JAX's step beside the lower bound of its program",
+    "variants": "JAX's step with other settings and kernels, beside the default",
     "sizes": "gpt2-medium, gpt2-large and gpt2-xl in both frameworks",
-    "flags": "XLA's flags, on beside off",
-    "generate": "prefill and decoding, beside transformers where that is installed",
+    "flags": "JAX's step with flags of XLA, beside the default",
+    "generate": "prefill and decoding, beside transformers if it is installed",
     "parity": "parity/compare.py on the GPU",
-    "overfit": "configs/shakespeare_overfit.yaml against the clock",
+    "overfit": "configs/shakespeare_overfit.yaml, timed",
 }
 
-# Sequences at once that both sides' memory has room for together, on 80 and on 141 GB: estimates, halved if wrong.
+# Sequences at once with which both sides fit in 80 and in 141 GB together: estimates, halved if they don't.
 _BATCHES = {"gpt2-medium": (16, 32), "gpt2-large": (8, 16), "gpt2-xl": (2, 8)}
 _LARGE = 100e9
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a campaign measures; its folder belongs to these."""
+    """What a campaign measures; its folder records them."""
 
     config: TrainConfig
     """The step; its precision may be auto."""
@@ -48,7 +48,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One measurement: `function` (module:name) is called with `spec` in a process of its own."""
+    """One measurement: `function` (module:name) is called with `spec` in its own process."""
 
     name: str
     group: str
@@ -56,12 +56,12 @@ class Stage:
     function: str
     spec: dict[str, Any]
     seconds: float
-    """What it is expected to take on a GPU, nothing compiled before: guesses to begin with."""
+    """Expected time on a GPU with nothing compiled before; an estimate."""
     needs: tuple[str, ...]
 
 
 def stages(settings: Settings, folder: Path, records: Iterable[dict[str, Any]] = ()) -> list[Stage]:
-    """All of them; `records` are the results so far, which tell PyTorch's faster attention and the GPU's memory."""
+    """All stages; `records` are the results so far, which show PyTorch's faster attention and the GPU's memory."""
     records = list(records)
     config, on_cpu = settings.config, settings.config.device == "cpu"
     turns = {"rounds": settings.rounds, "steps": settings.steps}
@@ -124,7 +124,7 @@ def stages(settings: Settings, folder: Path, records: Iterable[dict[str, Any]] =
 
 
 def faster_attention(records: Iterable[dict[str, Any]]) -> str:
-    """PyTorch's kernel whose step was the shorter one; flash until both are measured."""
+    """PyTorch's attention kernel with the shorter step; flash until both are measured."""
     seconds = {}
     for record in records:
         if record["group"] == "train" and record["status"] == "done":
@@ -133,7 +133,7 @@ def faster_attention(records: Iterable[dict[str, Any]]) -> str:
 
 
 def _gpu_memory(records: Iterable[dict[str, Any]]) -> float:
-    """Bytes, as the driver says; 80 GB until it is known."""
+    """Bytes, from the driver; 80 GB until it is known."""
     for record in records:
         gpu = record["stage"] == "environment" and record["status"] == "done" and record["results"]["gpu"]
         if gpu and gpu["memory.total"].endswith("MiB"):

@@ -1,4 +1,4 @@
-"""bench.py start: from the command to the first step of the quickstart, beside a bare import of its libraries."""
+"""bench.py start: time from the command to the first step of the quickstart, beside importing its libraries."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ IMPORTS = "import jax, flax, optax, orbax.checkpoint, grain"
 
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="bench.py start", description=__doc__.partition(": ")[2])
-    parser.add_argument("--rounds", type=int, default=5, help="Turns that each side takes.")
+    parser.add_argument("--rounds", type=int, default=5, help="Rounds, in each of which both are measured.")
     parser.add_argument("--json", type=str, help="File to write the results to, with command, machine and versions.")
     options = parser.parse(arguments)
     positive(options, "rounds")
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
             starts.append(_first_step(Path(folder), str(number)))
     relative = ratio(imports, starts)
     console.print(f"{IMPORTS}: {statistics.median(imports):.2f} s")
-    console.print(f"quickstart to its first step, everything cold: {cold:.2f} s")
+    console.print(f"quickstart to its first step, nothing compiled or tokenised before: {cold:.2f} s")
     console.print(
         f"the same, compiled and tokenised before: {statistics.median(starts):.2f} s, {relative} times the imports"
     )
@@ -65,7 +65,7 @@ def _first_step(folder: Path, name: str) -> float:
                 took = time.perf_counter() - begin
                 run.kill()
                 return took
-    raise RunError(f"train_jax.py ended before its first step: {said[-1].strip() if said else 'it said nothing'}")
+    raise RunError(f"train_jax.py ended before its first step: {said[-1].strip() if said else 'it printed nothing'}")
 
 
 def _is_first_step(words: Sequence[str]) -> bool:
@@ -73,6 +73,6 @@ def _is_first_step(words: Sequence[str]) -> bool:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """A compilation cache of its own, wherever the user's is."""
+    """The environment with another compilation cache than the user's."""
     kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     return kept | {"XDG_CACHE_HOME": str(folder / "cache")}

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
 def measure(
     functions: dict[str, tuple[str, dict[str, Any]]], config: TrainConfig, *, rounds: int, steps: int, console: Console
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-    """What is known of each side, and its seconds a step, one value a round; `config` is what all of them train."""
+    """A row of results for each side, and its seconds a step, one value for each round; all sides train `config`."""
     with sides(functions, console) as started:
         seconds = interleave(started, rounds=rounds, units=steps, console=console)
         facts = {name: side.facts | side.end() for name, side in started.items()}
@@ -49,7 +49,7 @@ def measure(
 
 
 def _sides(frameworks: str, device: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """Name, function and settings of each side. On a CPU PyTorch runs as it is and compiled, and the better counts."""
+    """Name, function and settings of each side. On a CPU PyTorch runs eager and compiled, and the faster one counts."""
     chosen: list[tuple[str, str, dict[str, Any]]] = []
     for name in frameworks.split(","):
         if name == "jax":
@@ -62,7 +62,7 @@ def _sides(frameworks: str, device: str) -> list[tuple[str, str, dict[str, Any]]
             else:
                 print("torch.compile needs a C++ compiler on a CPU, and there is none: eager only", file=sys.stderr)
         else:
-            raise UserError(f"--frameworks {frameworks}: {name!r} is none; use jax, torch or jax,torch")
+            raise UserError(f"--frameworks {frameworks}: unknown framework {name!r}; use jax, torch or jax,torch")
     return chosen
 
 
@@ -140,7 +140,7 @@ def _row(name: str, seconds: list[float], facts: dict[str, Any], config: TrainCo
 
 
 def _ratios(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """JAX against PyTorch, where both ran: against the faster of PyTorch's two."""
+    """JAX's speed over that of the faster PyTorch, if both frameworks ran."""
     theirs = [name for name in seconds if name.startswith("torch")]
     if "jax" not in seconds or not theirs:
         return {}
@@ -160,7 +160,7 @@ def _show(console: Console, rows: list[dict[str, Any]], config: TrainConfig) -> 
         ("tokens/s", "tokens_per_second", lambda x: f"{x:,.0f}"),
         ("step", "step_seconds", lambda x: f"{1e3 * x:,.1f} ms"),
         ("FLOP/s", "flops", lambda x: f"{x / 1e12:,.2f} T"),
-        ("a large product's FLOP/s", "matmul_flops", lambda x: f"{x / 1e12:,.2f} T"),
+        ("a large matrix product's FLOP/s", "matmul_flops", lambda x: f"{x / 1e12:,.2f} T"),
         ("share of that", "share_of_measured_matmul", lambda x: f"{x:.0%}"),
         ("MFU (datasheet's dense peak)", "mfu", lambda x: "unknown" if x is None or math.isnan(x) else f"{x:.1%}"),
         ("compile", "compile_seconds", lambda x: f"{x:.1f} s"),
@@ -180,6 +180,6 @@ def _parser() -> Parser:
     add_options(parser, preset="gpt2", batch=32)
     add_json(parser)
     parser.add_argument("--frameworks", type=str, default="jax,torch", help="Which to measure: jax, torch or both.")
-    parser.add_argument("--rounds", type=int, default=7, help="Turns that each side takes.")
-    parser.add_argument("--steps", type=int, default=5, help="Steps a turn.")
+    parser.add_argument("--rounds", type=int, default=7, help="Rounds, in each of which every side is measured.")
+    parser.add_argument("--steps", type=int, default=5, help="Steps in a round.")
     return parser

@@ -1,4 +1,4 @@
-"""Steps that differ from the trainer's in one respect, and the stage of a campaign that measures one beside another.
+"""Train steps that differ from the default in one respect, and the stage of a campaign that compares two steps.
 
 A variant is a row of a table: settings of the configuration, attributes of modules (set before anything is traced), or
 flags of XLA.
@@ -24,8 +24,8 @@ from gpt2_core.errors import RunError
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """`config` holds dotted settings of TrainConfig; `attributes` values by `module:name` (`module:Class.name`), text
-    being another such."""
+    """`config`: dotted settings of TrainConfig. `attributes`: values by `module:name` (`module:Class.name`); a value
+    that is text names another attribute in the same way."""
 
     name: str
     what: str
@@ -56,7 +56,7 @@ VARIANTS = (
     ),
     Variant(
         "qkv-one-product",
-        "q, k and v as one product, taken apart afterwards",
+        "q, k and v as one product, split afterwards",
         attributes={"gpt2_jax.layers:Linear.split": "benchmarks.variants:split_afterwards"},
     ),
     Variant("dropout", "`--model.dropout 0.1`", config={"model.dropout": 0.1}),
@@ -74,12 +74,12 @@ FLAGS = (
 
 
 def as_it_is(given: Any, *_: Any) -> Any:
-    """What stands for a transformation that is switched off."""
+    """The identity, instead of a transformation that is switched off."""
     return given
 
 
 def split_afterwards(linear: Any, x: Any) -> list[Any]:
-    """`gpt2_jax.layers.Linear.split` by one product of n times the width, as it once was."""
+    """`gpt2_jax.layers.Linear.split` as one product of n times the width."""
     from gpt2_jax.layers import _project
 
     weight_INO = linear.weight[...]
@@ -91,7 +91,7 @@ def split_afterwards(linear: Any, x: Any) -> list[Any]:
 
 
 def jax_side(name: str, config: TrainConfig, variant: Variant | None = None) -> dict[str, Any]:
-    """What `compare` starts: JAX's step of this configuration, as it is or varied."""
+    """A side for `compare`: JAX's step of this configuration, the default or a variant."""
     variant = variant or Variant("", "")
     return {
         "name": name,
@@ -103,7 +103,7 @@ def jax_side(name: str, config: TrainConfig, variant: Variant | None = None) -> 
 
 
 def torch_side(name: str, config: TrainConfig, attention: str, *, compile: bool) -> dict[str, Any]:
-    """PyTorch's step of this configuration with one of its kernels of attention."""
+    """A side for `compare`: PyTorch's step of this configuration with one of its attention kernels."""
     return {
         "name": name,
         "function": "benchmarks.variants:torch_session",
@@ -114,7 +114,7 @@ def torch_side(name: str, config: TrainConfig, attention: str, *, compile: bool)
 
 
 def compare(spec: dict[str, Any]) -> dict[str, Any]:
-    """Two sides in turns; the first is the one that is candidate.
+    """Measure two sides in alternating rounds; the first is the candidate.
 
     With `halve`, a batch that doesn't fit is halved until it does.
     """
@@ -131,7 +131,7 @@ def compare(spec: dict[str, Any]) -> dict[str, Any]:
             batch = config.batch_size // 2
             if not (spec.get("halve") and batch and _OUT_OF_MEMORY.search(str(error))):
                 raise
-            print(f"{error}; again with a batch of {batch}", flush=True)
+            print(f"{error}; trying again with a batch of {batch}", flush=True)
             candidate, baseline = ({**side, "config": side["config"] | {"batch_size": batch}}
                                  for side in (candidate, baseline))  # fmt: skip
     found = ratio(seconds[candidate["name"]], seconds[baseline["name"]])
@@ -146,7 +146,7 @@ def compare(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def jax_session(spec: dict[str, Any]) -> Session:
-    """A side of JAX, which leaves the other side what GPU memory it doesn't use."""
+    """JAX's side; it doesn't reserve GPU memory, which the other side needs too."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {spec['flags']}".strip()
     for where, value in spec["attributes"].items():
@@ -174,7 +174,7 @@ def _naming_lack_of_memory(make) -> Session:
 
 @contextlib.contextmanager
 def _lack_of_memory() -> Iterator[None]:
-    """Say it in a first line: what frameworks print of it is long."""
+    """Turn an out-of-memory error, whose message is long, into a RunError with its first line."""
     try:
         yield
     except Exception as error:
@@ -184,16 +184,14 @@ def _lack_of_memory() -> Iterator[None]:
 
 
 def _found(where: str) -> tuple[Any, str]:
-    """The owner of the attribute `module:name`, and its name; it must exist: a variant of nothing is the default."""
+    """The owner of the attribute `module:name`, and its name; raises RunError if there is no such attribute."""
     path, _, names = where.partition(":")
     *owners, name = names.split(".")
     try:
         owner = functools.reduce(getattr, owners, importlib.import_module(path))
         getattr(owner, name)
     except AttributeError as error:
-        raise RunError(
-            f"{where}: there is no such attribute any more; mend the table in benchmarks/variants.py"
-        ) from error
+        raise RunError(f"{where}: there is no such attribute; correct the table in benchmarks/variants.py") from error
     return owner, name
 
 

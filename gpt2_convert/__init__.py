@@ -22,10 +22,10 @@ __all__ = ["FORMATS", "Holds", "described", "open_weights", "read_initial_weight
 def open_weights(
     source: str | Path, checkpoint: str = "latest", form: str | None = None, mlp: str | None = None
 ) -> Weights:
-    """Weights at a path or of a hub's name, read one tensor at a time as they are asked for.
+    """The weights at a path, or of a model on the Hub; each tensor is read when it is asked for.
 
-    `checkpoint` chooses one of a run folder's; `form` names the format, which is otherwise found by looking; `mlp` says
-    which GELU the model was trained with, for a format whose files may not say. Raises UserError if there are none.
+    `checkpoint` chooses one of a run folder's; `form` names the format, which is otherwise detected; `mlp` is the GELU
+    that the model was trained with, for formats that don't record it. Raises UserError if there are no weights.
     """
     path = _fetch(str(source)) if hub.is_name(str(source)) else Path(source)
     if not path.exists():
@@ -38,7 +38,7 @@ def open_weights(
             return found.read(opened)
         if not found.assumes:
             raise UserError(
-                f"--mlp {mlp}: {path} is in the format {found.name}, which says its MLP; leave the option out"
+                f"--mlp {mlp}: {path} is in the format {found.name}, which records its MLP; leave the option out"
             )
         return found.read(opened, mlp)
     except OSError as error:
@@ -46,7 +46,7 @@ def open_weights(
 
 
 def read_weights(source: str | Path, checkpoint: str = "latest") -> Weights:
-    """The same in memory, to compute with; tells on the standard error what a reader had to assume."""
+    """The same, read into memory to compute with; prints on stderr what the reader had to assume."""
     weights = open_weights(source, checkpoint)
     for note in weights.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -58,7 +58,7 @@ def read_initial_weights(config: TrainConfig) -> Weights | None:
     if config.init_from is None:
         return None
     weights = read_weights(config.init_from)
-    # Dropout is a way of training; everything else is the model itself.
+    # Dropout belongs to the training; everything else is the model itself.
     theirs = dataclasses.replace(weights.config, dropout=config.model.dropout)
     if changed := list(differences(config.model, theirs)):
         said = ", ".join(f"{name} {their} where this run has {ours}" for name, ours, their in changed)
@@ -73,15 +73,15 @@ def read_initial_weights(config: TrainConfig) -> Weights | None:
 
 
 def write_weights(weights: Weights, path: Path, to: str, *, force: bool = False) -> None:
-    """Write `weights` to `path` in a format, whole or not at all.
+    """Write `weights` to `path` in a format, completely or not at all.
 
-    With `force`, weights that are there are replaced once the new are whole. Raises UserError for anything else there,
-    and for an architecture or a dtype that the format can't hold.
+    With `force`, weights at `path` are replaced once the new ones are complete. Raises UserError if anything else is
+    there, and for an architecture or a dtype that the format can't hold.
     """
     form = FORMATS[to]
     form.layout.check_holds(weights.config)
     if not path.name.endswith(form.suffix):
-        raise UserError(f"{path}: a {to} file has a name that ends in {form.suffix}")
+        raise UserError(f"{path}: the name of a {to} file must end in {form.suffix}")
     _check_free(path, form, force)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,11 +104,13 @@ def _fetch(name: str) -> Path:
 
 
 def _chosen_checkpoint(path: Path, choice: str) -> Path:
-    """The checkpoint of a run folder that `choice` names; any other path as it is, which leaves nothing to choose."""
+    """The checkpoint of a run folder that `choice` names; a path that isn't a run folder, unchanged."""
     if path.is_dir() and (path / "config.yaml").is_file() and not metadata_path(path).is_file():
         return RunFolder(path).checkpoint(choice)
     if choice != "latest":
-        raise UserError(f"--checkpoint {choice}: {path} is no run folder with checkpoints to choose from; leave it out")
+        raise UserError(
+            f"--checkpoint {choice}: {path} isn't a run folder, so there is one set of weights; leave it out"
+        )
     return path
 
 
@@ -116,18 +118,19 @@ def _check_free(path: Path, form: Format, force: bool) -> None:
     if not path.exists() or (form.is_folder and path.is_dir() and not any(path.iterdir())):
         return
     if not force:
-        raise UserError(f"{path}: exists; add --force to replace it, or name another")
+        raise UserError(f"{path}: exists; add --force to replace it, or name another target")
     if path.is_file() != (not form.is_folder):
         kinds = ("a folder", "a file")
         raise UserError(
-            f"{path}: is {kinds[path.is_file()]}, which {kinds[not form.is_folder]} doesn't replace; name another"
+            f"{path}: is {kinds[path.is_file()]}, and --to {form.name} writes {kinds[not form.is_folder]}; name "
+            "another target"
         )
     try:
         there = detect(Source(path))
     except UserError as error:
-        raise UserError(f"{path}: exists and holds no weights, so nothing here replaces it; name another") from error
+        raise UserError(f"{path}: holds no weights, so --force doesn't replace it; name another target") from error
     if path.is_dir() and (foreign := _foreign(path, there)):
-        raise UserError(f"{path}: holds {foreign} besides weights, which nothing here replaces; name another")
+        raise UserError(f"{path}: also holds {foreign}, which --force would delete; name another target")
 
 
 def _foreign(folder: Path, form: Format) -> str | None:
@@ -138,6 +141,6 @@ def _check_space(path: Path, weights: Weights) -> None:
     free = shutil.disk_usage(path.parent).free
     if weights.nbytes > free:
         raise UserError(
-            f"{path}: needs {weights.nbytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; make room, or "
-            "name a place on another disk"
+            f"{path}: needs {weights.nbytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; free some space, "
+            "or name a target on another disk"
         )

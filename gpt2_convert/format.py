@@ -1,4 +1,4 @@
-"""What a weight format is to this project: one value that its module exports and the registry lists."""
+"""`Format`: what a weight format's module exports and the registry lists."""
 
 import enum
 from collections.abc import Callable
@@ -11,21 +11,21 @@ from gpt2_core.weights.layouts import Layout
 
 
 class Holds(enum.Flag):
-    """What a format can hold beyond a plain GPT-2 in float32 or bfloat16. Declared apart from `Layout.only`, which
-    enforces it: parity's `weights` check and the tests hold the one against the other."""
+    """What a format can hold beyond a plain GPT-2 in float32 or bfloat16. Declared independently of `Layout.only`,
+    which enforces it: parity's `weights` check and the tests compare the two."""
 
     VARIANTS = enum.auto()
     """RoPE, ALiBi, RMS norm, SwiGLU, query and key norms."""
     EXACT_GELU = enum.auto()
     NO_BIASES = enum.auto()
     SIZES = enum.auto()
-    """An untied head, an MLP width or an epsilon of its own."""
+    """An untied head, another MLP width or another epsilon than GPT-2's."""
     FLOAT64 = enum.auto()
 
 
 @dataclass(frozen=True)
 class Format:
-    """A weight format: how it is recognized, read and written, and what users are told of it."""
+    """A weight format: how it is recognized, read and written, and described to users."""
 
     layout: Layout
     """Names and shapes of its tensors; `layout.format` is the name that users type."""
@@ -37,16 +37,16 @@ class Format:
     detect: Callable[[Source], bool]
     """Whether a file or folder has this format; raises UserError if it has and is damaged."""
     read: Callable[..., Weights]
-    """The weights of a Source, each tensor read when it is asked for; takes `mlp` too if the format has `assumes`."""
+    """The weights of a Source, each tensor read when it is asked for; also takes `mlp` if the format has `assumes`."""
     write: Callable[[Weights, Path], object]
     owns: Callable[[str], bool] | None = None
     """For a format that is a folder: whether a file of this name belongs to it. None: the format is one file."""
     suffix: str = ""
     """How the name of a written file must end."""
     notes: Callable[[Weights], list[str]] = lambda weights: []
-    """What the user of written weights must know about the program that reads them."""
+    """What the user must know about the program that reads the written weights."""
     assumes: str = ""
-    """The GELU that is assumed of a file that doesn't say it, for the help of `--mlp`. Empty: its files say it."""
+    """The GELU that is assumed for files that don't record it, for the help of `--mlp`. Empty: they record it."""
     hub: tuple[tuple[str, ...], ...] = ()
     """Patterns of the weight files on the Hugging Face Hub, in order of preference; one set of files is enough."""
 
@@ -59,7 +59,7 @@ class Format:
         return self.owns is not None
 
 
-# Settings of the architecture that formats of GPT-2's own architecture know, and the values they know.
+# What formats of GPT-2's own architecture can hold: settings, and their only values.
 GPT2 = {
     "position": ("learned",),
     "norm": ("layernorm",),

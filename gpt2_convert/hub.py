@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub by their name, fetched once and kept in huggingface_hub's own cache."""
+"""Models of the Hugging Face Hub by name, downloaded once into huggingface_hub's cache."""
 
 import re
 from collections.abc import Iterable
@@ -12,23 +12,23 @@ _DESCRIPTION = ("config.json", "generation_config.json", "merges.txt", "vocab.js
 
 
 def is_name(source: str) -> bool:
-    """Whether `source` names a model of the hub: `gpt2` and its sisters, or OWNER/NAME where nothing here is called
-    OWNER. What is on this machine comes first."""
+    """Whether `source` names a model of the Hub: one of the four presets, or OWNER/NAME if there is no folder OWNER
+    here. An existing path comes first."""
     if Path(source).exists():
         return False
     return source in PRESETS or bool(_NAME.fullmatch(source) and not Path(source).parent.exists())
 
 
 def repository(name: str) -> str:
-    """The name with its owner; OpenAI's four models are known without."""
+    """The name with its owner; OpenAI's four models can be named without."""
     return f"openai-community/{name}" if name in PRESETS else name
 
 
 def fetch(name: str, weight_files: Iterable[tuple[str, ...]]) -> Path:
     """The folder with the model's files, from the cache or the network; raises UserError if neither has it.
 
-    A repository may have the weights in several formats, of which one is enough: the first of `weight_files`, patterns
-    of the names of their files, that it has.
+    A repository may have the weights in several formats, of which one is downloaded: the first that it has of
+    `weight_files`, patterns of file names.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
@@ -54,5 +54,5 @@ def fetch(name: str, weight_files: Iterable[tuple[str, ...]]) -> Path:
 def hint(source: str) -> str:
     """What to add to the error for a path that isn't there."""
     if source.count("/") <= 1:
-        return f"; a model of the Hub is called {', '.join(PRESETS)} or OWNER/NAME"
+        return f"; models of the Hub are named {', '.join(PRESETS)} or OWNER/NAME"
     return ""

@@ -1,6 +1,7 @@
-"""Hugging Face's folders: config.json, and the weights as safetensors or as PyTorch's own files, whole or in shards."""
+"""Hugging Face's folders: config.json, and the weights as safetensors or PyTorch files, whole or in shards."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ _WEIGHTS = "model.safetensors"
 SOURCES = (_WEIGHTS, f"{_WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_METADATA = "gpt2_jax.tokenizer"
 
-# Hugging Face's names of the activations, and which of ours each one computes.
+# Hugging Face's names of the activations, and this project's name of each.
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_exact"}
 # GPT2Config's defaults, for what a config.json leaves out: the setting here, its name there, its default.
 _SETTINGS = {
@@ -50,8 +51,8 @@ def detect(source: Source) -> bool:
 def read(source: Source) -> Weights:
     """The weights of a folder, or of the folder that a file lies in."""
     config = read_config(source)
-    file = source if source.path.is_file() else _weights_file(source)
-    found = _open_shards(file) if file.path.name.endswith(".index.json") else _open(file)
+    file = weights_file(source, SOURCES)
+    found = open_whole_or_shards(file, (".safetensors", ".bin"), _open)
     arrays = LAYOUT.decode(prefixed(found, LAYOUT.prefix, "lm_head.weight", file.path), config, str(file.path))
     written_here = file.safetensors[1].get(TOKENIZER_METADATA) if file.is_safetensors else None
     return Weights(config, LazyArrays(arrays), str(source.folder), written_here or read_tokenizer(source))
@@ -124,37 +125,49 @@ def _config(values: dict[str, Any], path: Path) -> ModelConfig:
         )
     dropouts = {values.get(name, 0.1) for name in _DROPOUTS if isinstance(values.get(name, 0.1), int | float)}
     settings = {ours: values.get(theirs, default) for ours, (theirs, default) in _SETTINGS.items()}
-    # The model has one rate; where theirs are three, none of them is it. Dropout takes no part in what weights mean.
+    # This project has one dropout rate. If the file's three differ, 0 is taken: dropout matters in training only.
     settings |= {"mlp": _ACTIVATIONS[activation], "dropout": float(dropouts.pop()) if len(dropouts) == 1 else 0.0}
     return model_from_dict(settings, str(path))
 
 
-def _weights_file(source: Source) -> Source:
-    for name in SOURCES:
+def weights_file(source: Source, names: tuple[str, ...]) -> Source:
+    """The file itself, or the first of `names` that a folder has; raises UserError if it has none."""
+    if source.path.is_file():
+        return source
+    for name in names:
         if source.has(name):
             return source.file(name)
-    raise UserError(f"{source.folder}: has {CONFIG} and no weights; expected {' or '.join(SOURCES)}")
+    raise UserError(f"{source.folder}: has {CONFIG} and no weights; expected {' or '.join(names)}")
+
+
+def open_whole_or_shards(
+    file: Source, suffixes: tuple[str, ...], open_file: Callable[[Source], dict[str, LazyTensor]]
+) -> dict[str, LazyTensor]:
+    """The tensors of a file of weights, or of all the files that an index names, each opened by `open_file`."""
+    return _open_shards(file, suffixes, open_file) if file.path.name.endswith(".index.json") else open_file(file)
 
 
 def _open(file: Source) -> dict[str, LazyTensor]:
     if file.tensors is None:
-        raise UserError(f"{file.path}: not a safetensors file or state dict, which has a tensor for each name")
+        raise UserError(f"{file.path}: not a safetensors file or a state dict (tensors by name)")
     return file.tensors
 
 
-def _open_shards(index: Source) -> dict[str, LazyTensor]:
+def _open_shards(
+    index: Source, suffixes: tuple[str, ...], open_file: Callable[[Source], dict[str, LazyTensor]]
+) -> dict[str, LazyTensor]:
     path, file_of = index.path, index.json.get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
         raise UserError(f"{path}: has no 'weight_map' from tensors to files")
     found: dict[str, LazyTensor] = {}
     for file in sorted(set(file_of.values())):
-        if Path(file).name != file or not file.endswith((".safetensors", ".bin")):
+        if Path(file).name != file or not file.endswith(suffixes):
             raise UserError(f"{path}: names {file!r:.80}; expected a file of weights in the same folder")
         if not index.has(file):
-            raise UserError(f"{path}: names {file}, which isn't there")
-        for name, tensor in _open(index.file(file)).items():
+            raise UserError(f"{path}: names {file}, which is missing; copy it into the same folder")
+        for name, tensor in open_file(index.file(file)).items():
             if name in found:
-                raise UserError(f"{path.parent / file}: {name} is in another shard too")
+                raise UserError(f"{path.parent / file}: {name} is also in another shard")
             if file_of.get(name) != file:
                 raise UserError(f"{path.parent / file}: holds {name}, which {path.name} says is in {file_of.get(name)}")
             found[name] = tensor
@@ -164,12 +177,12 @@ def _open_shards(index: Source) -> dict[str, LazyTensor]:
 
 
 def prefixed(found: dict[str, LazyTensor], prefix: str, head: str, path: Path) -> dict[str, LazyTensor]:
-    """Names as the model with a head has them; the bare model's lack the prefix."""
+    """The tensors by the names of the model with a head; those of the bare model lack the prefix."""
     named: dict[str, LazyTensor] = {}
     for name, tensor in found.items():
         full = name if name.startswith(prefix) or name == head else prefix + name
         if full in named:
-            raise UserError(f"{path}: {full} is there twice, with and without '{prefix}'")
+            raise UserError(f"{path}: {full} appears twice, with and without '{prefix}'")
         named[full] = tensor
     return named
 

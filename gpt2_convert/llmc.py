@@ -31,7 +31,7 @@ MAGIC = 20240326
 VERSIONS = {3: DTYPES["float32"], 5: DTYPES["bfloat16"]}
 HEADER_BYTES = 1024
 
-# Tensors of a block, in the order in which the file has them: each for every layer before the next.
+# Tensors of a block in the file's order; each is stored for all layers before the next one.
 BLOCK_ORDER = (
     *("ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias"),
     *("ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"),
@@ -64,7 +64,7 @@ def write(weights: Weights, path: Path) -> None:
 
 
 def read(source: Source) -> Weights:
-    """The weights of a file, read as they are asked for; raises UserError if it isn't whole and of a known version."""
+    """The weights of a file; raises UserError if it isn't complete and of a known version."""
     path = source.path
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", 256)
@@ -72,9 +72,9 @@ def read(source: Source) -> Weights:
         raise UserError(f"{path}: not a model file of llm.c; those begin with the number {MAGIC} and are over 1 KiB")
     version, T, V, L, H, C, padded = map(int, header[1:8])
     if version not in VERSIONS:
-        raise UserError(f"{path}: llm.c's version {version}; this reads 3 (float32) and 5 (bfloat16)")
+        raise UserError(f"{path}: llm.c's version {version}; only 3 (float32) and 5 (bfloat16) can be read")
     dtype = VERSIONS[version]
-    # Counted before the configuration is believed: a damaged header may speak of a billion layers.
+    # Checked before the configuration is used: a damaged header may declare a billion layers.
     needed = HEADER_BYTES + dtype.itemsize * ((padded + T) * C + L * (12 * C * C + 13 * C) + 2 * C)
     if min(T, V, L, H, C) < 1 or padded != V + -V % LAYOUT.vocabulary_multiple or needed != size:
         raise UserError(

@@ -1,5 +1,7 @@
 """The format `msgpack`: transformers' GPT-2 for Flax (transformers 4), flax_model.msgpack beside config.json.
 
+A large model is in shards, with an index from each array's path to its file, as for PyTorch's weights.
+
 The layout is FlaxGPT2LMHeadModel's (transformers, models/gpt2/modeling_flax_gpt2.py): a nested dict of modules with the
 leaves `embedding`, `scale`, `kernel` and `bias`. Its FlaxConv1D stores a kernel as (out, in), where PyTorch's Conv1D
 stores (in, out); an untied head is an nn.Dense, which stores (in, out). flax.serialization writes the dict as msgpack,
@@ -24,14 +26,15 @@ from gpt2_core.weights.layouts import Layout, Placement
 from gpt2_core.weights.safetensors import lazy_tensor_at
 
 _WEIGHTS = "flax_model.msgpack"
+_SOURCES = (_WEIGHTS, f"{_WEIGHTS}.index.json")
 _PREFIX = "transformer/"
 _LEAVES = {"wte": "embedding", "wpe": "embedding", "ln_1": "scale", "ln_2": "scale", "ln_f": "scale"}
 # One of these is a file's first key: a model with a head has the first two, a bare one the others.
 _MODULES = (b"transformer", b"lm_head", b"wte", b"wpe", b"h", b"ln_f")
 
 _DTYPES = {dtype.name: dtype for dtype in (*DTYPES.values(), np.dtype(np.float16))}
-# The first byte of a msgpack value (github.com/msgpack/msgpack/blob/master/spec.md), as far as such files have them. It
-# has a small number or length in it: the first and last such byte, the kind, what the first stands for.
+# The first bytes of msgpack values that occur in such files (github.com/msgpack/msgpack/blob/master/spec.md). Some hold
+# a small number or length: the first and last such byte, the kind, what the first stands for.
 _SHORT = (
     (0x00, 0x7F, "number", 0),
     (0x80, 0x8F, "map", 0),
@@ -40,7 +43,7 @@ _SHORT = (
     (0xC2, 0xC3, "number", 0),  # false and true
     (0xD8, 0xD8, "extension", 16),
 )
-# Or it says how many bytes after it have the number or length.
+# Others give the number of bytes after them that hold the number or length.
 _LONG = {
     **{0xC4 + i: ("bytes", 1 << i) for i in range(3)},
     **{0xC7 + i: ("extension", 1 << i) for i in range(3)},
@@ -70,7 +73,7 @@ def detect(source: Source) -> bool:
     if not source.has(hugging_face.CONFIG):
         return False
     if source.path.is_dir():  # with PyTorch's weights beside them, Flax's are a copy
-        return source.has(_WEIGHTS) and not any(map(source.has, hugging_face.SOURCES))
+        return any(map(source.has, _SOURCES)) and not any(map(source.has, hugging_face.SOURCES))
     # A map of at most 15 entries, and its first key, a string of at most 31 bytes.
     begins = tuple(bytes([0xA0 | len(module)]) + module for module in _MODULES)
     return source.head[:1] in [bytes([0x80 | size]) for size in range(1, 16)] and source.head[1:].startswith(begins)
@@ -79,9 +82,10 @@ def detect(source: Source) -> bool:
 def read(source: Source) -> Weights:
     """The weights of a folder, or of the folder that a file lies in."""
     config = hugging_face.read_config(source)
-    path = source.path if source.path.is_file() else source.folder / _WEIGHTS
-    found = hugging_face.prefixed(_open(path), _PREFIX, "lm_head/kernel", path)
-    arrays = LAYOUT.decode(found, config, str(path))
+    file = hugging_face.weights_file(source, _SOURCES)
+    found = hugging_face.open_whole_or_shards(file, (".msgpack",), lambda shard: _open(shard.path))
+    named = hugging_face.prefixed(found, _PREFIX, "lm_head/kernel", file.path)
+    arrays = LAYOUT.decode(named, config, str(file.path))
     written_here = source.file(hugging_face.CONFIG).json.get(hugging_face.TOKENIZER_METADATA)
     tokenizer = written_here if isinstance(written_here, str) else hugging_face.read_tokenizer(source)
     return Weights(config, LazyArrays(arrays), str(source.folder), tokenizer)
@@ -100,17 +104,17 @@ def write(weights: Weights, folder: Path) -> None:
 
 
 def _open(path: Path) -> dict[str, LazyTensor]:
-    """The arrays of a file, by the names on the way to them with slashes between."""
+    """The arrays of a file, by their paths: keys joined by slashes."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
             found = dict(_flatten(_next(file, path, size)))
             if file.tell() != size:
-                raise ValueError("it goes on after its end")
+                raise ValueError("there are bytes after its end")
     except Exception as error:
-        # Damaged files end in any kind of error.
+        # A damaged file can raise any exception.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a whole file of flax.serialization ({reason:.200})") from error
+        raise UserError(f"{path}: not a complete file of flax.serialization ({reason:.200})") from error
     for name, array in found.items():
         if not isinstance(array, LazyTensor):
             raise UserError(f"{path}: {name or 'the whole':.80} isn't an array")
@@ -139,7 +143,7 @@ def _next(file: BinaryIO, path: Path, size: int) -> Any:
         raise ValueError("it ends within a value")
     if kind == "extension":
         if file.read(1) != b"\x01":
-            raise ValueError("it holds what isn't an array")
+            raise ValueError("it holds an extension type that isn't an array")
         return _array(file, path, size)
     content = file.read(number)
     return content.decode() if kind == "string" else content
@@ -173,12 +177,12 @@ def _joined(value: dict[str, Any]) -> LazyTensor:
     shape, parts = tuple(value["shape"].values()), list(value["chunks"].values())
     dtype = parts[0].dtype
     if {part.dtype for part in parts} != {dtype} or sum(math.prod(part.shape) for part in parts) != math.prod(shape):
-        raise ValueError("the parts of an array don't make its shape")
+        raise ValueError("the parts of an array don't add up to its shape")
     return LazyTensor(shape, dtype, lambda: np.concatenate([part.read() for part in parts]).reshape(shape))
 
 
 def _write_tree(tree: dict[str, Any], file: BinaryIO, packer: msgpack.Packer) -> None:
-    """What flax.serialization.msgpack_serialize makes of the whole tree, with one array in memory at a time."""
+    """Write what flax.serialization.msgpack_serialize gives for the whole tree, with one array in memory at a time."""
     from flax.serialization import msgpack_serialize
 
     file.write(packer.pack_map_header(len(tree)))
@@ -198,6 +202,6 @@ FORMAT = Format(
     detect=detect,
     read=read,
     write=write,
-    owns=lambda name: name == _WEIGHTS or name.endswith(".json") or name == "merges.txt",
-    hub=((_WEIGHTS,),),
+    owns=lambda name: name.endswith((".msgpack", ".json")) or name == "merges.txt",
+    hub=(("flax_model*.msgpack", f"{_WEIGHTS}.index.json"),),
 )

@@ -1,7 +1,7 @@
 """Checkpoints of nanoGPT (`model_args`) and build-nanogpt (a pickled GPTConfig), both by Andrej Karpathy.
 
-nanoGPT's model computes the exact GELU and build-nanogpt's GPT-2's tanh form; neither checkpoint says which. What is
-written here says it, under a key of its own that both programs ignore.
+nanoGPT's model computes the exact GELU, build-nanogpt's the tanh form of GPT-2; neither checkpoint records which.
+Checkpoints written here do, under an additional key that both programs ignore.
 """
 
 from collections.abc import Mapping
@@ -30,8 +30,8 @@ def detect(source: Source) -> bool:
 
 
 def read(source: Source, mlp: str | None = None) -> Weights:
-    """The weights of a checkpoint, read as they are asked for. `mlp` is gelu_exact or gelu_tanh; left out: what the
-    file says, or else what the program that wrote it computes, which `notes` then tells."""
+    """The weights of a checkpoint. `mlp` is gelu_exact or gelu_tanh; left out: what the file records, else what the
+    program that wrote it computes, which `notes` then says."""
     path, contents = source.path, source.torch
     if not isinstance(contents, dict) or not isinstance(contents.get("model"), dict):
         raise UserError(f"{path}: not a checkpoint of nanoGPT, which has the weights under 'model'")
@@ -60,7 +60,7 @@ def read(source: Source, mlp: str | None = None) -> Weights:
 
 
 def write(weights: Weights, path: Path) -> None:
-    """A checkpoint that nanoGPT's sample.py loads; the weights pass through memory all together."""
+    """A checkpoint that nanoGPT's sample.py loads; torch.save needs all weights in memory."""
     import torch
 
     from gpt2_core.files import writing
@@ -84,7 +84,7 @@ def write(weights: Weights, path: Path) -> None:
 
 
 def _arguments(contents: dict, path: Path) -> tuple[dict[str, Any], str]:
-    """The architecture that a checkpoint states, and the program that states it so."""
+    """The architecture that a checkpoint records, and the program that wrote it."""
     if isinstance(contents.get("model_args"), dict):
         given, program = contents["model_args"], "nanoGPT"
     elif type(contents.get("config")).__name__ == "GPTConfig":  # the one class that is unpickled
@@ -94,7 +94,7 @@ def _arguments(contents: dict, path: Path) -> tuple[dict[str, Any], str]:
     if unknown := [str(name) for name in given if name not in _ARGUMENTS]:
         raise UserError(f"{path}: its model has {', '.join(unknown[:3])}, which nanoGPT's models don't")
     if missing := [name for name in _SIZES if name not in given]:
-        raise UserError(f"{path}: doesn't say {', '.join(missing)} of its model")
+        raise UserError(f"{path}: doesn't record its model's {', '.join(missing)}")
     return given, program
 
 
@@ -107,7 +107,7 @@ def _unwrapped(model: Mapping[str, Any], path: Path) -> dict[str, LazyTensor]:
         while prefix := next((p for p in _WRAPPERS if bare.startswith(p)), None):
             bare = bare.removeprefix(prefix)
         if bare in found:
-            raise UserError(f"{path}: {bare} is there twice, once of them as {name}")
+            raise UserError(f"{path}: {bare} appears twice, once as {name}")
         found[bare] = tensor
     return found
 
@@ -116,8 +116,8 @@ def _notes(weights: Weights) -> list[str]:
     if weights.config.mlp != "gelu_tanh":
         return []
     return [
-        "nanoGPT's model.py computes the exact GELU and these weights want the tanh form, as build-nanogpt's does: "
-        "write nn.GELU(approximate='tanh') there, or its logits will differ by about a thousandth"
+        "nanoGPT's model.py computes the exact GELU, and these weights need the tanh form, as in build-nanogpt: change "
+        "it to nn.GELU(approximate='tanh'), or its logits will differ by about a thousandth"
     ]
 
 

@@ -5,8 +5,8 @@ from gpt2_convert.format import Format
 from gpt2_convert.source import Source
 from gpt2_core.errors import UserError
 
-# The last is asked first whether a file is its own: those that know a file by its own mark come after those that know
-# it by what lies beside it. A new format goes to the end.
+# Detection asks the last format first: formats recognized by the file's own content come after those recognized by the
+# files beside it. A new format goes to the end.
 FORMATS: dict[str, Format] = {
     module.FORMAT.name: module.FORMAT
     for module in (jax_checkpoint, torch_checkpoint, hugging_face, nanogpt, llmc, canonical, msgpack)
@@ -22,6 +22,6 @@ def detect(source: Source) -> Format:
 
 
 def described() -> str:
-    """Everything that is read, in words."""
+    """All sources that can be read, for help and errors."""
     *first, last = dict.fromkeys(form.described for form in FORMATS.values())
     return f"{', '.join(first)} or {last}"

@@ -1,4 +1,4 @@
-"""A file or folder of weights while it is opened: what one format's detection has read, readers needn't read again."""
+"""A file or folder of weights while it is opened. Each part is read once, for detection and reading together."""
 
 import functools
 from pathlib import Path

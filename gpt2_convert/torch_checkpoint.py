@@ -32,7 +32,7 @@ def read(source: Source) -> Weights:
 
 
 def write(weights: Weights, folder: Path) -> None:
-    """A checkpoint of `weights` alone, to start from and not to resume."""
+    """A checkpoint of `weights` without training state: a run can start from it (--init_from), not resume it."""
     path = metadata_path(folder)
     path.parent.mkdir(parents=True)
     write_tensors(folder / _WEIGHTS, TORCH.encode(weights.tensors, weights.config), {"format": "pt"})

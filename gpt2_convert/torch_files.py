@@ -46,13 +46,13 @@ def open_torch_file(path: Path) -> Any:
         zipped = file.read(len(TORCH_ZIP)) == TORCH_ZIP
     if zipped:
         _check_entries(path)
-    # Fake tensors have a shape and a place in the file, and no memory: a damaged file can't make anyone allocate it.
+    # Fake tensors have a shape and an offset in the file but no memory, so a damaged file can't cause an allocation.
     fakes = _load(path, fake=True)
     source = path if zipped else _OldFile(path)
     try:
         return _replace(fakes, (), {}, path, source)
     except RecursionError as error:
-        raise UserError(f"{path}: holds containers within containers without end") from error
+        raise UserError(f"{path}: its containers are nested too deeply") from error
 
 
 class _OldFile:
@@ -77,7 +77,7 @@ class _OldFile:
 
 
 class _Bounded(io.BufferedReader):
-    """A file that is asked for no more than it has: Python takes memory for all that a damaged pickle asks for."""
+    """A file whose reads are limited to its size: otherwise Python allocates what a damaged pickle asks for."""
 
     def read(self, size: int | None = -1) -> bytes:
         left = os.fstat(self.fileno()).st_size - self.tell()
@@ -99,25 +99,29 @@ def _load(path: Path, *, fake: bool) -> Any:
             return torch.load(file, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         what = str(error).partition("GLOBAL ")[2].split(" ")[0]
-        holds = f"holds an object of {what}, and only tensors and plain containers are" if what else "holds what isn't"
-        raise UserError(f"{path}: {holds} read from such a file") from error
+        found = f"an object of {what}" if what else "an object"
+        raise UserError(
+            f"{path}: holds {found}, and only tensors and plain containers are read from PyTorch's files"
+        ) from error
     except Exception as error:
-        # Damaged pickles end in any kind of error.
+        # A damaged pickle can raise any exception.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a whole file of PyTorch ({reason:.200})") from error
+        raise UserError(f"{path}: not a complete file of PyTorch ({reason:.200})") from error
 
 
 def _check_entries(path: Path) -> None:
-    """Refuse compressed entries, which could be of any size, and sizes that the file doesn't have."""
+    """Refuse compressed entries, which could expand to any size, and entries larger than the file."""
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{path}: not a whole file of PyTorch ({error})") from error
+        raise UserError(f"{path}: not a complete file of PyTorch ({error})") from error
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size or entry.compress_size > size:
-            raise UserError(f"{path}: not a whole file of PyTorch (its entry {entry.filename} can't be in it)")
+            raise UserError(
+                f"{path}: not a complete file of PyTorch (its entry {entry.filename} is compressed or too large)"
+            )
 
 
 def _replace(value: Any, keys: tuple, seen: dict, path: Path, source: Path | _OldFile) -> Any:

@@ -9,12 +9,12 @@ from gpt2_core.errors import UserError
 COMMANDS = {
     "train": "a train step of both frameworks, side by side",
     "generate": "prefill and decoding, with and without KV cache, against the reference and transformers",
-    "data": "tokenisation against tiktoken's own, and batches",
-    "checkpoint": "what a save costs the steps around it, and how long a restore takes",
-    "scaling": "how a step grows with the model, the batch and the number of devices",
-    "start": "from the command to the first step, beside a bare import of the libraries",
-    "compiled": "the program that a GPU would run, without a GPU: kernels, bytes, exchanges, the least time of a step",
-    "campaign": "all that only a GPU can tell, within a budget of minutes, and on from there when called again",
+    "data": "speed of tokenisation, beside tiktoken's own, and of batches",
+    "checkpoint": "how much a save slows the steps around it, and how long a restore takes",
+    "scaling": "step time by size of the model, batch and number of devices",
+    "start": "time from the command to the first step, beside importing the libraries",
+    "compiled": "a GPU's train step, compiled without a GPU: kernels, bytes, collectives, lower bounds of its time",
+    "campaign": "all measurements that need a GPU, within a budget of minutes; called again, it continues",
 }
 
 

@@ -19,13 +19,13 @@ from gpt2_core.weights import DTYPES, LazyArrays, LazyTensor, Weights
 
 def main(arguments: list[str]) -> None:
     options = _parser().parse(arguments)
-    # A terminated conversion cleans up as an interrupted one does.
+    # A terminated conversion removes its temporary files, as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console(soft_wrap=True, highlight=False)
     target = Path(options.target)
     weights = open_weights(options.source, options.checkpoint, options.source_format, options.mlp)
     if target.resolve() in (Path(weights.source).resolve(), *Path(weights.source).resolve().parents):
-        raise UserError(f"{target}: holds the source itself; name another")
+        raise UserError(f"{target}: contains the source itself; name another target")
     for note in weights.notes:
         console.print(f"note: {note}")
     if options.dtype is not None:
@@ -48,7 +48,7 @@ def _mapped(weights: Weights, change: Callable[[str, LazyTensor], LazyTensor]) -
 
 
 def _watched(weights: Weights, progress: Progress, console: Console, label: str) -> Weights:
-    """The same weights, which move the progress bar when they are read and warn of what isn't a number."""
+    """The same weights; reading one advances the progress bar, and prints a warning if it isn't finite."""
     bar = progress.add_task(label, total=weights.nbytes)
     seen: set[str] = set()
 
@@ -73,8 +73,8 @@ def _verify(weights: Weights, target: Path, to: str, console: Console) -> None:
         there = back.tensors[name]
         same = (tensor.dtype, tensor.shape) == (there.dtype, there.shape)
         if not same or not np.array_equal(*(np.ascontiguousarray(t.read()).view(np.uint8) for t in (tensor, there))):
-            raise RunError(f"{target}: {name} didn't come back as it was written; don't use it")
-    console.print(f"verified: {len(weights.arrays)} tensors came back bit for bit")
+            raise RunError(f"{target}: {name} was read back with other values than were written; don't use this file")
+    console.print(f"verified: {len(weights.arrays)} tensors read back bit for bit")
     if not all(np.isfinite(back.arrays[name]).all() for name in back.arrays):
         console.print("no forward pass: some values aren't finite")
         return
@@ -110,7 +110,7 @@ def _parser() -> Parser:
         "source",
         type=str,
         help=f"Weights to read: {described()}; or the name of a model on the Hugging Face Hub (gpt2, "
-        "openai-community/gpt2). The format is found by looking at it.",
+        "openai-community/gpt2). The format is detected from the content.",
     )
     parser.add_argument(
         "target", type=str, help=f"File ({_names(is_folder=False)}) or folder ({_names(is_folder=True)}) to write."
@@ -121,16 +121,16 @@ def _parser() -> Parser:
         required=True,
         help="; ".join(f"{name}: {form.help}" for name, form in FORMATS.items()) + ".",
     )
-    parser.add_argument("--from", dest="source_format", type=names, help="Format of the source. Left out: found out.")
+    parser.add_argument("--from", dest="source_format", type=names, help="Format of the source. Left out: detected.")
     parser.add_argument(
         "--dtype",
         type=Literal["float32", "bfloat16"],
-        help="Round the weights to this dtype, or widen them. Left out: as they are.",
+        help="Convert the weights to this dtype. Left out: their own.",
     )
     parser.add_argument(
         "--mlp",
         type=Literal["gelu_exact", "gelu_tanh"],
-        help="The GELU of a source that doesn't say. Left out: "
+        help="The GELU of a source that doesn't record it. Left out: "
         + "; ".join(f"{name}: {form.assumes}" for name, form in FORMATS.items() if form.assumes)
         + ".",
     )

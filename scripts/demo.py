@@ -1,4 +1,4 @@
-"""The whole road in a few minutes: train on a mesh, compare with PyTorch, generate from both. `make demo` runs it."""
+"""The whole workflow in a few minutes: train on a mesh, compare with PyTorch, generate with both (`make demo`)."""
 
 import itertools
 import shlex
@@ -11,7 +11,7 @@ from gpt2_core.cli import Parser, run
 from gpt2_core.errors import RunError
 
 PROMPT = "def "
-VIRTUAL_DEVICES = 8  # on a machine without accelerators, so that it trains on a mesh all the same
+VIRTUAL_DEVICES = 8  # on a machine without accelerators, so that the demo trains on a mesh there too
 
 
 def main(arguments: list[str]) -> None:
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _has_accelerator() -> bool:
-    # In a process of its own: one that has looked keeps most of a GPU's memory.
+    # In another process: JAX reserves most of a GPU's memory once it has looked for devices.
     program = "from gpt2_jax.runtime import has_accelerator; print(has_accelerator())"
     found = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     if found.returncode:

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
 
 
 def choose_tokenizer(weights: Weights, asked: str | None) -> Tokenizer:
-    """The tokenizer that is recorded with the weights; where none is, the one asked for, else GPT-2's.
+    """The tokenizer that is recorded with the weights; if none is, the one asked for, else GPT-2's.
 
     Raises UserError if one is recorded and another is asked for, and if it has more ids than the model.
     """
@@ -124,17 +124,17 @@ def _parser() -> Parser:
     parser.add_argument(
         "--tokenizer",
         type=Literal[NAMES],
-        help="Tokenizer of weights whose file doesn't name theirs, as llm.c's and nanoGPT's own don't. Left out: the "
-        "recorded one, else gpt2.",
+        help="Tokenizer, for weights that don't record one (files of llm.c and nanoGPT don't). Left out: the recorded "
+        "one, else gpt2.",
     )
-    parser.add_argument("--prompt", type=str, default="", help="Text to go on from. Left out: the start of a document.")
+    parser.add_argument("--prompt", type=str, default="", help="Text to continue. Left out: the start of a document.")
     parser.add_argument("--backend", type=Literal["jax", "torch"], default="jax", help="Framework that computes.")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="Tokens to generate a sample.")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="Tokens to generate for each sample.")
     parser.add_argument(
         "--temperature",
         type=float,
         default=1.0,
-        help="Divides the logits: below 1 more predictable, above more random.",
+        help="Divides the logits: below 1 the text is more predictable, above 1 more random.",
     )
     parser.add_argument("--top_k", type=int, help="Keep the k most likely tokens. Left out: all.")
     parser.add_argument(
@@ -142,14 +142,14 @@ def _parser() -> Parser:
     )
     parser.add_argument("--greedy", action="store_true", help="Always take the most likely token.")
     parser.add_argument(
-        "--stop_at_end_of_text", action="store_true", help="End a sample before the model's first end-of-text token."
+        "--stop_at_end_of_text", action="store_true", help="End a sample at the model's first end-of-text token."
     )
     parser.add_argument("--num_samples", type=int, default=1, help="Samples to generate, one after the other.")
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="Seed of the samples; the same for both backends, which then draw the same text.",
+        help="Seed of the samples; with one seed both backends write the same text.",
     )
     parser.add_argument(
         "--checkpoint", type=str, default="latest", help="Which checkpoint of a run folder: latest, best or a step."

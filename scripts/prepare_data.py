@@ -7,30 +7,33 @@ from gpt2_core.cli import Parser, run
 from gpt2_core.config import DataConfig, check_seed
 from gpt2_core.data import corpora, tokenizer
 from gpt2_core.data.prepare import SHARD_TOKENS, Settings, prepare
+from gpt2_core.data.text_files import kind_of
 from gpt2_core.errors import UserError
 
 
 def main(arguments: list[str]) -> None:
     parser = Parser(
         prog="prepare_data.py",
-        description="Turn a corpus into token shards on disk. Killed and started again it goes on where it was.",
+        description="Turn a corpus into token shards on disk. If it is interrupted, the same command continues it.",
     )
     parser.add_argument(
         "corpus",
         type=str,
-        help=f"One of {', '.join(corpora.NAMES)}; or the path of a text, JSONL or Parquet file, whose kind its name "
-        "tells.",
+        help=f"One of {', '.join(corpora.NAMES)}; or the path of a text, JSONL or Parquet file, whose kind is known by "
+        "its suffix.",
     )
     parser.add_argument("--path", type=str, help="File, folder or pattern, for text, jsonl and parquet.")
-    parser.add_argument("--field", type=str, default="text", help="Where the text is in a line or row.")
+    parser.add_argument(
+        "--field", type=str, default="text", help="Field or column that holds the text, in JSONL and Parquet."
+    )
     parser.add_argument("--tokenizer", type=str, default="gpt2", help=f"One of {', '.join(tokenizer.NAMES)}.")
     parser.add_argument(
         "--out", type=str, required=True, help="Folder for the tokens: new, empty, or this command's own."
     )
     parser.add_argument("--validation_fraction", type=float, default=0.01, help="Share of the documents held back.")
-    parser.add_argument("--seed", type=int, default=1337, help="Seed of which documents are held back.")
+    parser.add_argument("--seed", type=int, default=1337, help="Seed that chooses the documents held back.")
     parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="Tokens in a shard.")
-    parser.add_argument("--workers", type=int, help="Threads that tokenise. Left out: one a core.")
+    parser.add_argument("--workers", type=int, help="Threads that tokenise. Left out: one for each core.")
     parser.add_argument("--cache_dir", type=str, default="data", help="Where a downloaded text is kept.")
     options = parser.parse(arguments)
 
@@ -38,8 +41,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--workers {options.workers}: must be 1 or more")
     check_seed(options.seed)
     name, path = options.corpus, options.path
-    if name not in corpora.NAMES and path is None and corpora.kind_of(name):
-        name, path = corpora.kind_of(name), name
+    if name not in corpora.NAMES and path is None and kind_of(name):
+        name, path = kind_of(name), name
     data = DataConfig(
         corpus=name,
         path=path,

@@ -113,8 +113,8 @@ def test_every_figure_of_a_header_that_follows_from_the_settings_is_what_follows
         r"\b([\d.]+)M\b": parameters / 1e6,
         r"([\d.]+) million parameters": parameters / 1e6,
         r"([\d,]+) parameters": parameters,
-        r"([\d,]+) of them are the [\d,]+ embeddings": config.model.vocab_size * config.model.n_embd,
-        r"of them are the ([\d,]+) embeddings": config.model.vocab_size,
+        r"[\d,]+ token embeddings alone are ([\d,]*\d)": config.model.vocab_size * config.model.n_embd,
+        r"([\d,]+) token embeddings": config.model.vocab_size,
         # Parameters, gradients and AdamW's two moments in float32.
         r"([\d.]+) GB (?:each )?(?:of device memory )?for the training state": 16 * parameters / 1e9,
         r"[tT]he ([\d.]+) billion tokens are": tokens / 1e9,
@@ -127,7 +127,7 @@ def test_every_figure_of_a_header_that_follows_from_the_settings_is_what_follows
 @pytest.mark.parametrize(
     ("stem", "figures"),
     [
-        ("tinystories_100m", ["162M", "162,081,024 parameters", "77,012,736 of them", "100,277 embeddings"]),
+        ("tinystories_100m", ["162M", "162,081,024 parameters", "are 77,012,736", "100,277 token embeddings"]),
         ("fineweb_gpt2_350m", ["355M", "5.7 GB", "31 billion"]),
         ("quickstart", ["0.8 million"]),
     ],

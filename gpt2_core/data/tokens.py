@@ -63,7 +63,7 @@ def open_tokens(config: TrainConfig) -> TokenFolder:
     """The tokens this configuration trains on, written first if they aren't on disk yet.
 
     Raises UserError if the text is too short for the model's block size, has ids beyond its vocabulary, or was written
-    with another tokenizer; if a file is cut short or damaged; if there is nothing to validate on.
+    with another tokenizer; if a file is truncated or damaged; if there is nothing to validate on.
     """
     data, needed = config.data, vocab_size(config.data.tokenizer)
     if needed > config.model.vocab_size:
@@ -130,7 +130,7 @@ def _open(path: Path, config: TrainConfig) -> TokenFolder:
         shards = {split: [(s["file"], s["tokens"], s["sha256"]) for s in index["shards"][split]] for split in SPLITS}
         tokenizer, source = index["tokenizer"], index["source"]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a whole token folder ({error}); delete it to have it written again") from error
+        raise UserError(f"{path}: not a complete token folder ({error}); delete it to have it written again") from error
     if tokenizer != config.data.tokenizer:
         raise UserError(
             f"--data.tokenizer {config.data.tokenizer}: {path} was written with {tokenizer}; "

@@ -192,7 +192,7 @@ class RunLog:
         try:
             self._tracker.log(row["step"], values)
         except Exception as error:  # a tracker's server that is down must not end the run
-            self.say(f"warning: --track {self._config.track} has failed ({error}); going on without it")
+            self.say(f"warning: --track {self._config.track} has failed ({error}); continuing without it")
             self._tracker = None
 
 

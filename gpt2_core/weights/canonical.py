@@ -26,7 +26,7 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def map(self, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]) -> "LazyTensor":
-        """The tensor of this `shape` that `change` makes of this one, when it is read."""
+        """The tensor of this `shape` that `change` computes from this one when it is read."""
         return LazyTensor(shape, self.dtype, lambda: change(self.read()))
 
     def astype(self, dtype: np.dtype) -> "LazyTensor":

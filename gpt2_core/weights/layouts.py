@@ -8,8 +8,8 @@ C is n_embd; a linear layer maps `in` features to `out`. The layouts of other pr
 | `jax` | (in, out) | (C, 3, C) | zero rows to a multiple of 128 |
 | `torch` | (out, in), as nn.Linear | q, k, v side by side | as it is |
 
-`jax` keeps q, k and v apart so that a mesh's tensor axis splits heads, and not the row of all three; the rows make the
-vocabulary divisible by that axis.
+`jax` has a separate axis for q, k and v, so that a mesh's tensor axis splits heads and not the three side by side; the
+zero rows make the vocabulary divisible by that axis.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _PER_TOKEN = ("wte.weight", "lm_head.weight")
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a format stores the canonical tensors, and which architectures it can say."""
+    """How a format stores the canonical tensors, and which architectures it can hold."""
 
     format: str
     prefix: str = ""
@@ -45,9 +45,10 @@ class Layout:
     vocabulary_multiple: int = 1
     """Rows of zeros fill the vocabulary up to a multiple of this."""
     buffers: str = r"(?!)"
-    """Pattern of names that a file may hold besides: what older versions stored and nothing needs."""
+    """Pattern of further names that a file may hold, which are ignored: older versions stored them, nothing needs
+    them."""
     only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    """Settings of the architecture for which the format knows these values only."""
+    """Settings of the architecture, and the only values that the format can hold."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float64")
 
     def placements(self, config: ModelConfig) -> dict[str, "Placement"]:
@@ -55,7 +56,7 @@ class Layout:
         return {name: self.placement(name, shape) for name, shape in config.parameter_shapes.items()}
 
     def placement(self, name: str, shape: tuple[int, ...]) -> "Placement":
-        """Where the canonical tensor of this name and shape goes; a format with names of its own overrides this."""
+        """Where the canonical tensor of this name and shape goes; a format with other names overrides this."""
         stored_as = name if name == "lm_head.weight" else self.prefix + name
         if self.out_in and _LINEAR.search(name):
             return Placement(stored_as, shape[::-1], np.transpose, np.transpose)
@@ -109,12 +110,14 @@ class Layout:
         }
 
     def check_holds(self, config: ModelConfig) -> None:
-        """Raise UserError naming the first setting of the architecture that the format can't say."""
+        """Raise UserError naming the first setting of the architecture that the format can't hold."""
         for option, values in self.only.items():
             value = getattr(config, option)
             if value not in values and not (option == "mlp_width" and value == 4 * config.n_embd):
                 allowed = " or ".join(_in_words(option, v) for v in values)
-                raise UserError(f"--to {self.format}: can't hold {_in_words(option, value)}; it knows {allowed} only")
+                raise UserError(
+                    f"--to {self.format}: can't hold {_in_words(option, value)}; it can hold only {allowed}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Files of tensors in the safetensors format, written and read one tensor at a time.
 
 The safetensors library checks a file's header against its length when it opens it; the values are then read from their
-place in the file. The library's own writer wants the whole model in memory, which a conversion never has.
+place in the file. The library's own writer needs the whole model in memory, which a conversion never has.
 """
 
 import json
@@ -58,7 +58,7 @@ def open_tensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
             length = struct.unpack("<Q", file.read(8))[0]
             header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
     except (OSError, SafetensorError, ValueError, RecursionError, struct.error) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+        raise UserError(f"{path}: not a complete safetensors file ({error})") from error
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
@@ -78,7 +78,7 @@ def lazy_tensor_at(path: Path, offset: int, dtype: np.dtype, shape: Iterable[int
     def read() -> np.ndarray:
         values = np.fromfile(path, np.uint8, nbytes, offset=offset)
         if len(values) < nbytes:
-            raise UserError(f"{path}: ends within a tensor; it has changed while it was read")
+            raise UserError(f"{path}: ends inside a tensor: it was changed while it was read; try again")
         return values.view(dtype).reshape(shape)
 
     return LazyTensor(shape, dtype, read)
@@ -99,6 +99,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{name} is there twice")
+            raise ValueError(f"{name} appears twice")
         found[name] = value
     return found

@@ -2,13 +2,15 @@
 
 A reader and a writer with one mistake between them, such as layers in the order of their names, undo each other: their
 round trip is bitwise, and no other program can read the file. The shapes are those of Hugging Face's GPT2LMHeadModel
-(linear weights (in, out)), nanoGPT's model.py (nn.Linear, (out, in)) and llm.c's train_gpt2.py (`write_tensors`).
+(linear weights (in, out)), nanoGPT's model.py (nn.Linear, (out, in)), llm.c's train_gpt2.py (`write_tensors`) and
+transformers 4's modeling_flax_gpt2.py (FlaxConv1D, (out, in)), written by flax.serialization.
 """
 
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import torch
 from safetensors.torch import load_file
@@ -30,6 +32,8 @@ def expected(weights: Weights, form: str) -> Bytes:
     arrays = weights.arrays
     if form == "llmc":
         return {"the tensors": b"".join(_llmc(weights))}
+    if form == "msgpack":
+        return {_flax_path(name): _laid(array, name, True) for name, array in arrays.items()}
     prefix = "transformer." if form in ("hf", "nanogpt") else ""
     transposed = form in ("torch", "nanogpt")
     held = {prefix + name: _laid(array, name, transposed) for name, array in arrays.items()}
@@ -39,6 +43,14 @@ def expected(weights: Weights, form: str) -> Bytes:
 def _laid(array: np.ndarray, name: str, transposed: bool) -> bytes:
     is_linear = array.ndim == 2 and not name.startswith(("wte", "wpe"))
     return np.ascontiguousarray(array.T if transposed and is_linear else array).tobytes()
+
+
+def _flax_path(name: str) -> str:
+    """Keys of the nested dict: h.0.ln_1.weight is transformer, h, 0, ln_1, scale. The head is tied."""
+    *modules, leaf = f"transformer.{name}".split(".")
+    if leaf == "weight":
+        leaf = "scale" if "ln_" in modules[-1] else "embedding" if modules[-1] in ("wte", "wpe") else "kernel"
+    return "/".join((*modules, leaf))
 
 
 def _llmc(weights: Weights) -> Iterator[bytes]:
@@ -58,11 +70,25 @@ def _of_tensors(tensors: dict[str, torch.Tensor]) -> Bytes:
     return {name: t.contiguous().view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
 
 
+def _of_flax(content: bytes) -> Bytes:
+    """Extension type 1 is an array: its shape, its dtype's name, and its bytes."""
+    return dict(_leaves(msgpack.unpackb(content, ext_hook=lambda code, packed: msgpack.unpackb(packed)[2])))
+
+
+def _leaves(tree: dict, path: str = "") -> Iterator[tuple[str, bytes]]:
+    for key, inside in tree.items():
+        if isinstance(inside, dict):
+            yield from _leaves(inside, f"{path}{key}/")
+        else:
+            yield path + key, inside
+
+
 # How each file is opened without this project's readers. The `jax` checkpoint is this project's alone.
 READERS: dict[str, Callable[[Path], Bytes]] = {
     "safetensors": lambda path: _of_tensors(load_file(path)),
     "torch": lambda path: _of_tensors(load_file(path / "model.safetensors")),
     "hf": lambda path: _of_tensors(load_file(path / "model.safetensors")),
     "nanogpt": lambda path: _of_tensors(torch.load(io.BytesIO(path.read_bytes()), weights_only=True)["model"]),
+    "msgpack": lambda path: _of_flax((path / "flax_model.msgpack").read_bytes()),
     "llmc": lambda path: {"the tensors": path.read_bytes()[_LLMC_HEADER:]},
 }

@@ -109,7 +109,7 @@ def test_a_stage_may_take_three_times_what_is_expected_and_never_more_than_there
 def test_without_the_environment_nothing_else_is_begun(tmp_path, monkeypatch):
     plan = [stage("environment", group="environment"), stage("a")]
     call = Conductor(tmp_path, plan, {"environment": Outcome("failed", 1.0, message="no GPU here")}, monkeypatch)
-    with pytest.raises(RunError, match="environment failed, so nothing else is begun: no GPU here"):
+    with pytest.raises(RunError, match="environment failed, so no other stage is started: no GPU here"):
         call(10)
     assert [r["stage"] for r in read_records(tmp_path)] == ["environment"]
 
@@ -171,7 +171,7 @@ def test_a_folder_belongs_to_a_campaign_and_to_its_settings(tmp_path):
     open_folder(tmp_path / "mine", SETTINGS)
     open_folder(tmp_path / "mine", SETTINGS)
     other = dataclasses.replace(SETTINGS, config=dataclasses.replace(SETTINGS.config, model=ModelConfig(n_layer=3)))
-    with pytest.raises(UserError, match=r"holds a campaign of other settings \(config.model.n_layer 12, not 3\)"):
+    with pytest.raises(UserError, match=r"holds a campaign with other settings \(config.model.n_layer 12, not 3\)"):
         open_folder(tmp_path / "mine", other)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.tex").touch()
@@ -183,7 +183,7 @@ def test_a_folder_belongs_to_a_campaign_and_to_its_settings(tmp_path):
     ("arguments", "words"),
     [
         (["--minutes", "0"], "--minutes 0.0: must be above 0"),
-        (["--stages", "train,speed"], "--stages train,speed: 'speed' is none; use environment, train"),
+        (["--stages", "train,speed"], "--stages train,speed: no stages are called 'speed'; use environment, train"),
         (["--text", "/nowhere.txt"], "--text /nowhere.txt: no such file"),
         (["--rounds", "0"], "--rounds 0: must be 1 or more"),
     ],

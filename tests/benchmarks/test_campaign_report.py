@@ -40,7 +40,7 @@ def test_the_head_says_what_was_measured_where():
     text = render([record("environment", "environment", {"rates": rates, "gpu": gpu})])
     assert "2026-11-25, commit abc123, Python 3.12.3, jax 0.11.2" in text
     assert "GPU: name NVIDIA H200, driver_version 580.1" in text
-    assert "| a large product, TFLOP/s | 788.00 (bfloat16) |" in text
+    assert "| a large matrix product, TFLOP/s | 788.00 (bfloat16) |" in text
     assert "| a pass over memory, GB/s read and written | 4,300 |" in text
     assert "commit unknown" in render([record("environment", "environment", status="failed", commit=None)])
 
@@ -89,7 +89,7 @@ def test_the_floor_stands_beside_the_step():
         "groups": [group],
     }
     text = render([record("floor", "floor", found)])
-    assert "less than 50.00 ms (products 40.00, rest 10.00; 900 kernels). It takes 60.00 ms: **1.20** times" in text
+    assert "is 50.00 ms (products 40.00, rest 10.00; 900 kernels). It takes 60.00 ms: **1.20** times" in text
     assert "| forward: Linear | fusion, loop | 12 | 0.50 |" in text
 
 

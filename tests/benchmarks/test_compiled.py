@@ -71,7 +71,7 @@ def test_the_mfu_that_a_floor_allows_is_that_of_all_devices():
         (["--batch", "3", "--mesh", "2"], "batch_size 3 is not divisible by data = 2"),
         (["--model.dropout", "0.1"], "--attention cudnn: has no dropout"),
         (["--read", "none.txt"], "--read none.txt: can't be read"),
-        (["--read", "none.txt", "--batch", "8"], "--batch: says how to compile, and --read compiles nothing"),
+        (["--read", "none.txt", "--batch", "8"], "--batch: an option for compiling, and --read compiles nothing"),
         (["--against", __file__], "no results of this command"),
         (["--top", "0"], "--top 0: must be 1 or more"),
     ],

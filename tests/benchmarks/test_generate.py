@@ -90,8 +90,8 @@ def test_all_sides_compute_the_same_tokens():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--batch", "1,x"], "--batch x: expected numbers of 1 or more"),
-        (["--sides", "vllm"], "--sides vllm: there is none; use jax; jax, no cache"),
+        (["--batch", "1,x"], "--batch x: expected comma-separated positive integers"),
+        (["--sides", "vllm"], "--sides vllm: no such side; use jax; jax, no cache"),
         (["--prompt", "1000", "--tokens", "100"], "more than model.block_size 1024"),
         (["--tokens", "1"], "--tokens 1: must be 2 or more"),
         (["--uncached_tokens", "66"], "--uncached_tokens 66: must be 2 to 65"),

@@ -81,7 +81,7 @@ def test_a_side_may_say_as_much_as_it_likes():
          "Unknown flag in XLA_FLAGS: --x"),
         ("some words", -9, "ended by signal SIGKILL"),
         ("some words\nlast words\n", 1, "last words"),
-        ("", 1, "it said nothing"),
+        ("", 1, "it printed nothing"),
     ],
 )  # fmt: skip
 def test_the_reason_is_found_in_what_a_process_printed(text, code, words):

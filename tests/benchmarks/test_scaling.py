@@ -41,9 +41,9 @@ def test_growth_is_an_exponent():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--axes", "depth"], "--axes depth: 'depth' is none; use some of block_size,batch"),
-        (["--factors", "0"], "--factors 0: expected numbers of 1 or more"),
-        (["--frameworks", "mxnet"], "--frameworks mxnet: 'mxnet' is none"),
+        (["--axes", "depth"], "--axes depth: no axis is called 'depth'; use some of block_size,batch"),
+        (["--factors", "0"], "--factors 0: expected comma-separated positive integers"),
+        (["--frameworks", "mxnet"], "--frameworks mxnet: unknown framework 'mxnet'"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, words):

@@ -39,7 +39,10 @@ def test_both_frameworks_are_measured_and_compared(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--frameworks", "jax,mxnet"], "--frameworks jax,mxnet: 'mxnet' is none; use jax, torch or jax,torch"),
+        (
+            ["--frameworks", "jax,mxnet"],
+            "--frameworks jax,mxnet: unknown framework 'mxnet'; use jax, torch or jax,torch",
+        ),
         (["--preset", "gpt5"], "--preset gpt5: no such preset"),
         (["--rounds", "0"], "--rounds 0: must be 1 or more"),
         (["--frameworks", "jax", "--device", "cuda", *SMALL], "jax: --device cuda: JAX finds no GPU here"),

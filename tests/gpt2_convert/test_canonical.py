@@ -57,7 +57,7 @@ def test_damaged_headers_are_refused_by_the_tensor_they_speak_of(tmp_path):
     whole = path.read_bytes()
     for old, new, words in (
         (b'"ln_f.bias"', b'"ln_f.biax"', "ln_f.bias is missing"),
-        (b'"ln_f.bias"', b'"ln_f.weight"', "ln_f.weight is there twice|not a whole safetensors file"),
+        (b'"ln_f.bias"', b'"ln_f.weight"', "ln_f.weight appears twice|not a complete safetensors file"),
         (b'"dtype": "F32", "shape": [8]', b'"dtype": "I32", "shape": [8]', "ln_1.weight is I32; expected float32"),
         (b'n_head\\": 2', b'n_head\\": 3', "not divisible by n_head 3"),
         (b'n_layer\\": 2', b'n_layer\\": 1e9', "n_layer"),

@@ -127,7 +127,7 @@ def test_an_interrupted_conversion_leaves_what_was_there(tmp_path, form):
 def test_a_full_disk_is_noticed_before_and_while_writing(tmp_path, monkeypatch):
     weights = random_weights(CONFIG)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(UserError, match="a.safetensors: needs 0.00 GB and the disk has 0.00 GB free; make room"):
+    with pytest.raises(UserError, match="a.safetensors: needs 0.00 GB and the disk has 0.00 GB free; free some space"):
         write_weights(weights, tmp_path / "a.safetensors", "safetensors")
     monkeypatch.undo()
 
@@ -259,7 +259,7 @@ def test_the_wrong_format_named_is_refused(samples, form):
 
 
 def test_a_checkpoint_is_chosen_of_a_run_folder_only(samples):
-    with pytest.raises(UserError, match="--checkpoint best: .* is no run folder with checkpoints to choose from"):
+    with pytest.raises(UserError, match="--checkpoint best: .* isn't a run folder, so there is one set of weights"):
         open_weights(samples["llmc"], "best")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 import tracemalloc
+from fnmatch import fnmatch
 
 import flax.serialization
 import ml_dtypes
@@ -12,7 +13,7 @@ import pytest
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt2_convert import open_weights, write_weights
+from gpt2_convert import FORMATS, open_weights, write_weights
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
 from gpt2_torch.weights import build
@@ -83,6 +84,65 @@ def test_a_bare_model_and_arrays_in_several_chunks_are_read(theirs, monkeypatch)
     assert b"__msgpack_chunked_array__" in path.read_bytes() and logits_agree(model, path.parent)
 
 
+def save_shards(tree: dict, folder, number: int) -> dict[str, str]:
+    """`flax_shard_checkpoint` and `save_pretrained` of transformers 4, modeling_flax_utils.py, with a given number of
+    files instead of a size: each file has its part of the tree, the index the path of each array. Gives the map."""
+    flat = flatten_dict(tree, sep="/")
+    size = -(-len(flat) // number)
+    file_of = {n: f"flax_model-{i // size + 1:05d}-of-{number:05d}.msgpack" for i, n in enumerate(flat)}
+    for file in set(file_of.values()):
+        part = unflatten_dict({n: array for n, array in flat.items() if file_of[n] == file}, sep="/")
+        (folder / file).write_bytes(flax.serialization.to_bytes(part))
+    write_index(folder, file_of)
+    return file_of
+
+
+def write_index(folder, file_of) -> None:
+    index = {"metadata": {"total_size": 0}, "weight_map": file_of}
+    (folder / "flax_model.msgpack.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_shards_are_read(theirs, bare):
+    model, tree, path = theirs(tie_word_embeddings=bare)
+    save_shards(tree["transformer"] if bare else tree, path.parent, 3)
+    assert not path.exists() and logits_agree(model, path.parent)
+    # From the Hub all of them are downloaded.
+    (patterns,) = FORMATS["msgpack"].hub
+    shards = [f.name for f in path.parent.glob("flax_model*")]
+    assert len(shards) == 4 and all(any(fnmatch(name, pattern) for pattern in patterns) for name in shards)
+    # What conversion writes over such a folder leaves no shard behind.
+    weights = open_weights(path.parent).in_memory()
+    write_weights(weights, path.parent, "msgpack", force=True)
+    assert logits_agree(model, path.parent) and [f.name for f in path.parent.glob("*.msgpack*")] == [path.name]
+
+
+def test_shards_that_are_not_as_their_index_says_are_refused(theirs):
+    _, tree, path = theirs()
+    folder = path.parent
+    file_of = save_shards(tree, folder, 2)
+    first, second = sorted(set(file_of.values()))
+    name = "transformer/ln_f/bias"
+    assert file_of[name] == second
+    (folder / "x.bin").write_bytes((folder / first).read_bytes())
+    for wrong, words in (
+        ({n: f"../{f}" for n, f in file_of.items()}, "expected a file of weights in the same folder"),
+        ({n: "x.bin" for n in file_of}, "names 'x.bin'; expected a file of weights in the same folder"),
+        ({n: "no.msgpack" for n in file_of}, "names no.msgpack, which is missing"),
+        (file_of | {name: first}, f"{second}: holds {name}, which flax_model.msgpack.index.json says is in {first}"),
+        (file_of | {"lm_head/bias": first}, f"lm_head/bias isn't in {first}"),
+        ({n: f for n, f in file_of.items() if f == first}, "transformer/.* missing"),
+        (None, "has no 'weight_map' from tensors to files"),
+    ):
+        write_index(folder, wrong)
+        with pytest.raises(UserError, match=words):
+            open_weights(folder)
+    write_index(folder, file_of)
+    (folder / second).write_bytes((folder / second).read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{second}: not a complete file of flax.serialization"):
+        open_weights(folder)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("chunk", [1 << 30, 94])  # 94: the last part of wte has one number in bfloat16
 def test_what_is_written_is_what_flax_serializes(tmp_path, monkeypatch, dtype, chunk):
@@ -125,7 +185,7 @@ def test_beside_pytorchs_weights_flaxs_are_left(tmp_path):
     write_weights(random_weights(CONFIG), tmp_path / "m", "hf")
     (tmp_path / "m" / "flax_model.msgpack").write_bytes(b"never read")
     assert open_weights(tmp_path / "m").arrays["ln_f.bias"].shape == (16,)
-    with pytest.raises(UserError, match="flax_model.msgpack: not a whole file of flax.serialization"):
+    with pytest.raises(UserError, match="flax_model.msgpack: not a complete file of flax.serialization"):
         open_weights(tmp_path / "m", form="msgpack")
 
 
@@ -144,9 +204,9 @@ def test_nothing_is_unpickled_and_what_isnt_an_array_is_refused(theirs, capsys):
         (serialize(tree | {"lm_head": {"kernel": pickled}}), "lm_head/kernel isn't an array"),
         (serialize(tree | {"lm_head": 3}), "lm_head isn't an array"),
         # An array of Python objects, which numpy would have to unpickle.
-        (whole.replace(b"float32", b"object_", 1), "not a whole file of flax.serialization"),
-        (whole + b"\0", "not a whole file of flax.serialization"),
-        (serialize(tree | {"wte": tree["transformer"]["wte"]}), "transformer/wte/embedding is there twice"),
+        (whole.replace(b"float32", b"object_", 1), "not a complete file of flax.serialization"),
+        (whole + b"\0", "not a complete file of flax.serialization"),
+        (serialize(tree | {"wte": tree["transformer"]["wte"]}), "transformer/wte/embedding appears twice"),
         (serialize(tree | {"value": {"kernel": np.zeros(3)}}), "value/kernel is not part of this GPT-2"),
     ):
         path.write_bytes(content)

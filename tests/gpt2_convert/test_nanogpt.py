@@ -92,13 +92,13 @@ def test_the_gelu_that_was_written_is_known_again(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_args": {}}, "doesn't say n_layer, n_head"),
+        ({"model_args": {}}, "doesn't record its model's n_layer, n_head"),
         ({"model_args": ARGUMENTS | {"n_kv_head": 1}}, "its model has n_kv_head"),
         ({"model_args": ARGUMENTS | {"n_head": "2"}}, "n_head '2', which is not a value"),
         ({"model_args": None}, "neither nanoGPT's"),
         ({"model": [1]}, "not a checkpoint of nanoGPT"),
         ({"model": {"transformer.wte.weight": 3}}, "transformer.wte.weight isn't a tensor"),
-        ({"model": state_of() | {"module.lm_head.weight": torch.zeros(20, 8)}}, "lm_head.weight is there twice"),
+        ({"model": state_of() | {"module.lm_head.weight": torch.zeros(20, 8)}}, "lm_head.weight appears twice"),
     ],
 )
 def test_other_contents_are_refused(tmp_path, change, words):

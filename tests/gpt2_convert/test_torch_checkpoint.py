@@ -28,5 +28,5 @@ def test_building_a_model_copies(make_config, tmp_path):
 def test_a_damaged_checkpoint_is_refused(make_config):
     folder = train(make_config(steps=0))
     (folder.checkpoint("latest") / "model.safetensors").write_bytes(b"\x00" * 40)
-    with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file"):
+    with pytest.raises(UserError, match="model.safetensors: not a complete safetensors file"):
         open_weights(RunFolder(folder.path).checkpoint("latest"))

@@ -79,7 +79,7 @@ def test_compressed_entries_are_refused(tmp_path):
     path = tmp_path / "x.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\0" * 10_000_000)
-    with pytest.raises(UserError, match="its entry archive/data.pkl can't be in it"):
+    with pytest.raises(UserError, match="its entry archive/data.pkl is compressed or too large"):
         open_torch_file(path)
 
 
@@ -87,5 +87,5 @@ def test_containers_without_end_are_refused(tmp_path):
     endless: list = []
     endless.append(endless)
     torch.save(endless, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="containers within containers without end"):
+    with pytest.raises(UserError, match="its containers are nested too deeply"):
         open_torch_file(tmp_path / "x.pt")

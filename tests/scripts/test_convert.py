@@ -51,7 +51,7 @@ def test_weights_come_back_bit_for_bit_through_every_format(convert, tmp_path):
         code, out, err = convert(f"{number}.safetensors", f"{number + 1}.safetensors", "--to", to, "--verify")
         assert code == 0 and err == "", err
         assert f"({to}): 8,368 parameters" in out
-        assert "verified: 16 tensors came back bit for bit" in out and "logits differ by" in out
+        assert "verified: 16 tensors read back bit for bit" in out and "logits differ by" in out
     back = open_weights(tmp_path / f"{len(FORMATS)}.safetensors")
     assert all(back.arrays[n].tobytes() == a.tobytes() for n, a in weights.arrays.items())
 
@@ -84,7 +84,7 @@ def test_the_gelu_of_a_nanogpt_checkpoint_is_said(convert, tmp_path):
     assert code == 0 and "note:" not in out
     assert [open_weights(tmp_path / n).config.mlp for n in ("a", "b")] == ["gelu_exact", "gelu_tanh"]
     code, _, err = convert("a", "c", "--to", "torch", "--mlp", "gelu_tanh")
-    assert code == 2 and "--mlp gelu_tanh: a is in the format torch, which says its MLP" in err
+    assert code == 2 and "--mlp gelu_tanh: a is in the format torch, which records its MLP" in err
 
 
 def test_values_that_are_no_numbers_are_kept_and_named(convert, tmp_path):
@@ -111,7 +111,7 @@ def test_verify_finds_a_bit_that_changed(convert, tmp_path, monkeypatch):
     monkeypatch.setitem(formats.FORMATS, "llmc", dataclasses.replace(formats.FORMATS["llmc"], write=careless))
     write_safetensors(random_weights(MODEL), tmp_path / "w.safetensors")
     code, _, err = convert("w.safetensors", "m.bin", "--to", "llmc", "--verify")
-    assert code == 1 and "m.bin: ln_f.bias didn't come back as it was written" in err
+    assert code == 1 and "m.bin: ln_f.bias was read back with other values than were written" in err
 
 
 def test_force_replaces_weights_and_nothing_else(convert, tmp_path):
@@ -126,15 +126,15 @@ def test_force_replaces_weights_and_nothing_else(convert, tmp_path):
     (tmp_path / "a" / "README.md").write_text("precious too")
     (tmp_path / "notes.txt").write_text("precious as well")
     for source, target, to, words in (
-        ("w.safetensors", "papers", "jax", "holds no weights, so nothing here replaces it"),
-        ("w.safetensors", "a", "torch", "a: holds README.md besides weights, which nothing here replaces"),
-        ("w.safetensors", "notes.txt", "llmc", "holds no weights, so nothing here replaces it"),
-        ("w.safetensors", "w.safetensors", "llmc", "holds the source itself"),
-        ("w.safetensors", ".", "jax", "holds the source itself"),
+        ("w.safetensors", "papers", "jax", "holds no weights, so --force doesn't replace it"),
+        ("w.safetensors", "a", "torch", "a: also holds README.md, which --force would delete"),
+        ("w.safetensors", "notes.txt", "llmc", "holds no weights, so --force doesn't replace it"),
+        ("w.safetensors", "w.safetensors", "llmc", "contains the source itself"),
+        ("w.safetensors", ".", "jax", "contains the source itself"),
         ("w.safetensors", "w.safetensors/x", "jax", "can't be written"),
-        ("a", "w.safetensors", "torch", "is a file, which a folder doesn't replace"),
-        ("w.safetensors", "a", "nanogpt", "is a folder, which a file doesn't replace"),
-        ("w.safetensors", "w.bin", "safetensors", "a safetensors file has a name that ends in .safetensors"),
+        ("a", "w.safetensors", "torch", "is a file, and --to torch writes a folder"),
+        ("w.safetensors", "a", "nanogpt", "is a folder, and --to nanogpt writes a file"),
+        ("w.safetensors", "w.bin", "safetensors", "the name of a safetensors file must end in .safetensors"),
     ):
         code, _, err = convert(source, target, "--to", to, "--force")
         assert code == 2 and words in err and err.count("\n") == 1, (target, to, err)
@@ -145,7 +145,7 @@ def test_force_replaces_weights_and_nothing_else(convert, tmp_path):
 def test_a_format_that_cant_hold_the_model_says_which_setting(convert, tmp_path):
     write_safetensors(random_weights(dataclasses.replace(MODEL, position="rope")), tmp_path / "w.safetensors")
     code, _, err = convert("w.safetensors", "a", "--to", "hf")
-    assert code == 2 and err == "error: --to hf: can't hold position rope; it knows position learned only\n"
+    assert code == 2 and err == "error: --to hf: can't hold position rope; it can hold only position learned\n"
 
 
 def test_terminated_it_leaves_nothing(tmp_path):

@@ -3,11 +3,9 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -27,7 +25,7 @@ from gpt2_core.sampling import Sampling
 from gpt2_core.weights import Weights
 from gpt2_jax import checkpoints
 from gpt2_jax.attention import choose_kernel
-from gpt2_jax.capture import perturb, record, tapping
+from gpt2_jax.capture import record, tapping
 from gpt2_jax.definition import Definition, define
 from gpt2_jax.mesh import check_mesh, parse_mesh
 from gpt2_jax.model import Execution, padded_vocab_size
@@ -36,6 +34,8 @@ from gpt2_jax.runtime import matmul_precision
 from gpt2_jax.train_step import Program
 from gpt2_jax.weights import from_canonical
 from parity.engine import dataflow
+from parity.gpt2.adapters.jax_capture import PLAIN, Perturbed, abstract_values, captured
+from parity.gpt2.adapters.jax_dropout import by_site, drawn_masks, dropout_parts
 from parity.gpt2.adapters.protocol import (
     Arrays,
     Masks,
@@ -49,11 +49,6 @@ from parity.gpt2.adapters.protocol import (
     joined,
     trained,
 )
-
-# LLVM contracts and vectorises a fused loop by what is in it, and a value that is asked for is not fused away: its
-# optimisations are off where a forward pass is compared to the bit with and without capture. The program that training
-# compiles is compared by its logits, gradients and curves. What only draws random numbers needs none either.
-PLAIN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,29 +127,11 @@ class JaxAdapter:
 
     def intermediates(self, tokens_BT: np.ndarray) -> Arrays:
         """Every tapped value of a forward pass, the logits last, in order of computation."""
-        names: list[str] = []
-
-        @functools.partial(jax.jit, compiler_options=PLAIN)
-        def run(params, tokens_BT):
-            values: dict[str, jax.Array] = {}
-            with tapping(record(values)):
-                self.definition.merge(params)(tokens_BT)
-            names[:] = values
-            return values
-
-        values = run(self.params, tokens_BT)
-        return {name: np.asarray(values[name]) for name in names}
+        return captured(self._forward, self.params, tokens_BT)
 
     def dtypes(self, tokens_BT: np.ndarray) -> dict[str, str]:
         """The dtype of every tapped value of a forward pass."""
-
-        def run(params, tokens_BT):
-            values: dict[str, jax.Array] = {}
-            with tapping(record(values)):
-                self.definition.merge(params)(tokens_BT)
-            return values
-
-        return {name: value.dtype.name for name, value in jax.eval_shape(run, self.params, tokens_BT).items()}
+        return {name: x.dtype.name for name, x in abstract_values(self._forward, self.params, tokens_BT).items()}
 
     def loss_and_grads(self, batch: Batch, accumulation: int) -> tuple[float, Arrays]:
         """The loss of a batch and its gradients by canonical name and shape."""
@@ -166,20 +143,15 @@ class JaxAdapter:
         """The gradient of the loss with respect to every tapped value, in order of computation: as the train step's own
         `loss_and_grads` computes it, summed over the parts of the batch."""
         parts = [jnp.asarray(x.reshape(accumulation, -1, x.shape[-1])) for x in batch]
-        order: list[str] = []
 
-        def shapes(params, inputs_BT, targets_BT):
-            values: dict[str, jax.Array] = {}
-            with tapping(record(values)):
-                self.definition.merge(params).loss(inputs_BT, targets_BT)
-            order[:] = values
-            return values
+        def loss(params, *batch):
+            return self.definition.merge(params).loss(*batch)
 
-        of_part = jax.eval_shape(shapes, self.params, *(x[0] for x in parts))
-        params = {"params": self.params, "zeros": {n: jnp.zeros(s.shape, s.dtype) for n, s in of_part.items()}}
-        run = jax.jit(functools.partial(gpt2_jax.train_step.loss_and_grads, _Perturbed(self.definition)))
+        of_part = abstract_values(loss, self.params, *(x[0] for x in parts))
+        params = {"params": self.params, "zeros": {n: jnp.zeros(x.shape, x.dtype) for n, x in of_part.items()}}
+        run = jax.jit(functools.partial(gpt2_jax.train_step.loss_and_grads, Perturbed(self.definition)))
         grads = run(params, *parts)[1]["zeros"]
-        return {name: np.asarray(grads[name]) for name in order}
+        return {name: np.asarray(grads[name]) for name in of_part}
 
     def train(self, config: TrainConfig, batches: Sequence[Batch]) -> Trained:
         """The trainer's own steps, on the mesh and in the way that `config` says, from the weights as given."""
@@ -215,30 +187,22 @@ class JaxAdapter:
 
     def dropout_masks(self, config: TrainConfig, batches: Sequence[Batch]) -> Masks:
         """The masks that the train step draws at each step, for each part of its batch."""
-        masks = _dropout_masks(define(config.model, Execution(config.precision)))
+        masks = drawn_masks(define(config.model, Execution(config.precision)))
 
         def of_step(step: int, batch: Batch) -> list[Sites]:
-            return [
-                _by_site(map(np.asarray, masks(self.params, *part))) for part in _dropout_parts(config, step, batch)
-            ]
+            return [by_site(map(np.asarray, masks(self.params, *part))) for part in dropout_parts(config, step, batch)]
 
         return Masks([of_step(step, batch) for step, batch in enumerate(batches)], None)
 
     def dropped_intermediates(self, config: TrainConfig, batch: Batch) -> Arrays:
         """The values of the first training step's first part, dropout included, in order of computation."""
         definition = define(config.model, Execution(config.precision))
-        names: list[str] = []
 
-        @functools.partial(jax.jit, compiler_options=PLAIN)
-        def run(params, keys_B, *part):
-            values: dict[str, jax.Array] = {}
-            with tapping(record(values)):
-                definition.merge(params).loss(*part, dropout_keys_B=keys_B)
-            names[:] = [name for name in values if not name.endswith("dropout_mask")]
-            return values
+        def loss(params, keys_B, *part):
+            return definition.merge(params).loss(*part, dropout_keys_B=keys_B)
 
-        values = run(self.params, *_dropout_parts(config, 0, batch)[0])
-        return {name: np.asarray(values[name]) for name in names}
+        values = captured(loss, self.params, *dropout_parts(config, 0, batch)[0])
+        return {name: value for name, value in values.items() if not name.endswith("dropout_mask")}
 
     def generate(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling) -> np.ndarray:
         """New tokens, shape (prompts, tokens)."""
@@ -462,6 +426,9 @@ class JaxAdapter:
         with jax.set_mesh(training.mesh):
             return dataflow.trace(training.train_step, training.abstract_state, tokens, tokens, rate)
 
+    def _forward(self, params, tokens_BT: jax.Array) -> jax.Array:
+        return self.definition.merge(params)(tokens_BT)
+
     def _canonical(self, params) -> Arrays:
         return gpt2_jax.weights.canonical_arrays(params, self.config)
 
@@ -470,39 +437,6 @@ def _compiled_settings(config: TrainConfig) -> TrainConfig:
     """`config` without what a train step is given at each call: runs that differ in their schedule share a program."""
     schedule = {"learning_rate": 1.0, "warmup_steps": 0, "final_fraction": 1.0}
     return dataclasses.replace(config, steps=1, optimizer=dataclasses.replace(config.optimizer, **schedule))
-
-
-def _dropout_parts(config: TrainConfig, step: int, batch: Batch) -> list[tuple]:
-    """The dropout keys, inputs and targets of each part that a train step computes at once."""
-    parts = [x.reshape(config.accumulation, -1, x.shape[-1]) for x in batch]
-    keys_AB = gpt2_jax.train_step.dropout_keys(config.seed, step, parts[0].shape[:2])
-    return list(zip(keys_AB, *parts, strict=True))
-
-
-def _dropout_masks(definition: Definition):
-    """(params, keys_B, inputs_BT, targets_BT) -> the masks that a training pass draws, in order of computation."""
-
-    # What is compiled is integer arithmetic, the same bits at any level of optimisation.
-    @functools.partial(jax.jit, compiler_options=PLAIN)
-    def masks(params, keys_B, inputs_BT, targets_BT):
-        found: list[jax.Array] = []
-
-        def keep(name, value):
-            if name.endswith("dropout_mask"):
-                found.append(value)
-            return value
-
-        with tapping(keep):
-            definition.merge(params).loss(inputs_BT, targets_BT, dropout_keys_B=keys_B)
-        return found
-
-    return masks
-
-
-def _by_site(masks: Iterable[np.ndarray]) -> Sites:
-    """Masks in order of computation by site: those of attention weights, (B, H, queries, keys), follow one another."""
-    groups = itertools.groupby(masks, key=lambda mask: mask.ndim == 4)
-    return [site for weights, found in groups for site in ([list(found)] if weights else [[mask] for mask in found])]
 
 
 def _unequal(found: Arrays, expected: Arrays) -> list[str]:
@@ -515,20 +449,3 @@ def _state_of_checkpoint(checkpoint: Path, config: TrainConfig) -> TrainerState:
     state = checkpoints.restore(checkpoint, program.abstract_state)
     trees = (state.params, state.opt_state[0].mu, state.opt_state[0].nu)
     return TrainerState(int(state.step), *(gpt2_jax.weights.canonical_arrays(tree, config.model) for tree in trees))
-
-
-class _Perturbed:
-    """A model's definition whose parameters hold, beside the model's own, a zero for every tapped value, which is added
-    to it: what differentiates the loss by the parameters differentiates it by the values."""
-
-    def __init__(self, definition: Definition) -> None:
-        self._definition, self.logical_axes = definition, definition.logical_axes
-
-    def merge(self, params) -> SimpleNamespace:
-        model = self._definition.merge(params["params"])
-
-        def loss(*batch, **options) -> jax.Array:
-            with tapping(perturb(params["zeros"])):
-                return model.loss(*batch, **options)
-
-        return SimpleNamespace(loss=loss)

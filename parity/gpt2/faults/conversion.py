@@ -1,11 +1,13 @@
 """Mistakes of conversions: tensors, and the files of formats."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 
 import gpt2_convert.hugging_face
 import gpt2_convert.llmc
+import gpt2_convert.msgpack
 import gpt2_torch.weights
 import parity.gpt2.adapters.jax_adapter
 from parity.gpt2.faults.fault import MODEL, fault
@@ -103,6 +105,25 @@ def a_file_layers_in_the_order_of_their_names(order):
         for name in gpt2_convert.llmc.BLOCK_ORDER:
             yield from (f"h.{layer}.{name}" for layer in layers)
         yield from ("ln_f.weight", "ln_f.bias")
+
+    return wrong
+
+
+@fault(
+    "Flax's kernels as Conv1D stores them",
+    check="weights",
+    place="msgpack: transformer/h/0/attn/c_attn/kernel",
+    seam=(gpt2_convert.msgpack._FlaxLayout, "placement"),
+)
+def flax_kernels_as_conv1d_stores_them(placement):
+    """FlaxConv1D's kernel is (out, in), and reader and writer leave it (in, out): the round trip is bitwise, and
+    transformers reads the transpose of every matrix"""
+
+    def wrong(self, name, shape):
+        right = placement(self, name, shape)
+        if not right.name.endswith("/kernel"):
+            return right
+        return dataclasses.replace(right, shape=shape, encode=np.asarray, decode=np.asarray)
 
     return wrong
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 import gpt2_core.data.batches
+import gpt2_core.runs.due
 import gpt2_core.runs.folder
 import gpt2_jax.train
 import gpt2_torch.checkpoints
@@ -205,6 +206,35 @@ def the_best_checkpoint_is_the_one_with_the_largest_loss(best_step):
     def wrong(self):
         losses = {r["step"]: r["loss"] for r in gpt2_core.runs.folder.read_metrics(self.metrics) if r["split"] == "val"}
         return max(self.steps(), key=losses.__getitem__, default=None)
+
+    return wrong
+
+
+@fault(
+    "intervals counted by steps from zero",
+    check="trainer",
+    place="logged steps step 4 where validation after 4 updates is due",
+    seam=(gpt2_core.runs.due, "_is_multiple"),
+)
+def intervals_counted_by_steps_from_zero(is_multiple):
+    """`step % interval == 0` after the update of a step that is counted from 0: everything is one update late, in both
+    trainers"""
+
+    return lambda updates, interval: is_multiple(updates - 1, interval)
+
+
+@fault(
+    "the last update isn't saved",
+    check="trainer",
+    place="PyTorch, interrupted and resumed: checkpoints kept [5, 10], best 5",
+    seam=(gpt2_torch.train, "due_after"),
+)
+def the_last_update_isn_t_saved(due_after):
+    """checkpoints at multiples of the interval only: of a run of 12 steps the last two are lost"""
+
+    def wrong(updates, config, **options):
+        due = due_after(updates, config, **options)
+        return due._replace(save=due.save and updates % config.checkpoint_interval == 0)
 
     return wrong
 

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from gpt2_core.config import DataConfig
 from gpt2_core.data import prepare as module
-from gpt2_core.data.corpora import UnreachableError, get_corpus
+from gpt2_core.data.corpora import get_corpus
+from gpt2_core.data.documents import UnreachableError
 from gpt2_core.data.prepare import Settings, is_validation, prepare
 from gpt2_core.data.tokenizer import get_tokenizer
 from gpt2_core.errors import UserError

@@ -72,7 +72,7 @@ def test_the_digest_follows_the_content_not_the_place(tmp_path):
 @pytest.mark.parametrize(
     ("write", "words"),
     [
-        (lambda p: (p / "train.bin").write_bytes(b"abc"), r"train\.bin: 3 bytes are no whole number of uint16"),
+        (lambda p: (p / "train.bin").write_bytes(b"abc"), r"train\.bin: 3 bytes are not a whole number of uint16"),
         (lambda p: llm_c(p / "train.bin", IDS, count=6000), r"train\.bin: 11024 bytes where its header says 6000"),
         (lambda p: llm_c(p / "train.bin", IDS, version=2), r"train\.bin: a token file of version 2; .* version 1"),
         (lambda p: llm_c(p / "train.bin", IDS + 9000), "--model.vocab_size 50257: token .* of .*train.bin is id"),

@@ -111,7 +111,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(make_config, monkeypatch, cap
 
     monkeypatch.setattr("gpt2_core.runs.log.open_tracker", lambda folder, config: Failing())
     folder = logged_run(make_config, "wandb")
-    assert capsys.readouterr().out.count("warning: --track wandb has failed (gone); going on without it") == 1
+    assert capsys.readouterr().out.count("warning: --track wandb has failed (gone); continuing without it") == 1
     assert (folder / "metrics.jsonl").read_text().count("\n") == 4
 
 

@@ -11,6 +11,7 @@ import pytest
 from gpt2_convert import FORMATS, Holds
 from gpt2_core.config import ModelConfig
 from gpt2_core.weights import DTYPES
+from parity.gpt2 import raw_files
 from parity.gpt2.cases import random_weights
 from parity.gpt2.checks import weights
 from parity.gpt2.checks.weights import MODELS
@@ -29,6 +30,11 @@ def test_every_dtype_and_every_setting_of_the_architecture_goes_through_the_form
     }
     assert changed == {field.name for field in dataclasses.fields(ModelConfig)}
     assert functools.reduce(operator.or_, (needs for _, _, needs in MODELS.values())) == ~Holds(0)
+
+
+def test_the_files_of_every_format_that_others_read_are_opened_by_other_means():
+    """All but the JAX trainer's checkpoint, which no other program writes or reads."""
+    assert set(raw_files.READERS) == set(FORMATS) - {"jax"}
 
 
 def test_weights_in_float64_have_digits_that_float32_has_not():
