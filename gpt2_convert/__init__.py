@@ -13,6 +13,7 @@ from gpt2_convert.source import Source
 from gpt2_core.config import TrainConfig
 from gpt2_core.config.io import differences
 from gpt2_core.errors import UserError
+from gpt2_core.files import publish
 from gpt2_core.runs.folder import RunFolder, metadata_path
 from gpt2_core.weights import Weights
 
@@ -94,7 +95,7 @@ def write_weights(weights: Weights, path: Path, to: str, *, force: bool = False)
             form.write(weights, new)
             if path.exists():
                 path.rename(Path(temporary) / "old")
-            new.rename(path)
+            publish(new, path)
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror or error})") from error
 

@@ -1,4 +1,4 @@
-"""Atomic writes: a reader never sees an incomplete file."""
+"""Atomic writes: a reader never sees an incomplete file, nor does a power cut leave one."""
 
 import contextlib
 import os
@@ -17,7 +17,10 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     try:
         with temporary.open("wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -26,3 +29,30 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a whole file: a reader finds the old content or the new, never a part."""
     with writing(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a complete folder to `path`, which isn't there: all its files are on disk before it has that name."""
+    for folder, _, names in os.walk(temporary):
+        for name in names:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+    temporary.rename(path)
+    _sync(path.parent)
+
+
+def link(path: Path, target: str) -> None:
+    """Make `path` a symbolic link to `target`, in one step where it is one already."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(path)
+
+
+def _sync(path: Path) -> None:
+    """Return when the disk holds a file's content, or a folder's names: a rename may reach it before what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

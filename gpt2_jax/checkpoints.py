@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from gpt2_core.errors import UserError
+from gpt2_core.files import publish
 from gpt2_core.runs.folder import RunFolder, metadata_of_weights
+from gpt2_core.runs.manifest import write_manifest
 from gpt2_core.weights import LazyTensor, Weights
 from gpt2_core.weights.layouts import JAX
 from gpt2_core.weights.safetensors import json_object
@@ -22,33 +26,49 @@ from gpt2_jax.train_step import TrainState
 class CheckpointWriter:
     """Saves states of one run in the background, and removes the checkpoints that are no longer kept.
 
-    A checkpoint's folder gets its name, the number of the step, when it is complete; what a killed save leaves behind
-    has another name, and is removed when the run is resumed.
+    A checkpoint's folder gets its name, the number of the step, when it is complete and on disk; what a killed save
+    leaves behind has another name, and is removed when the run is resumed.
     """
 
     def __init__(self, folder: RunFolder, keep: int) -> None:
         self._folder, self._keep = folder, keep
         folder.checkpoints.mkdir(exist_ok=True)
         self._checkpointer = ocp.AsyncCheckpointer(_handler(use_compression=False))
+        self._thread = ThreadPoolExecutor(1)
+        self._saving: Future[None] | None = None
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
         """Start saving; returns once the state is copied and may be donated. Waits for the save before, if need be."""
         self.wait()
-        self._folder.remove_obsolete(self._keep)
+        temporary = self._folder.checkpoints / f".{step}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
         self._checkpointer.save(
-            (self._folder.checkpoints / str(step)).absolute(),
+            temporary.absolute(),
             args=ocp.args.Composite(state=ocp.args.PyTreeSave(_tree(state)), metadata=ocp.args.JsonSave(metadata)),
         )
+        self._saving = self._thread.submit(self._complete, temporary, step)
+
+    def _complete(self, temporary: Path, step: int) -> None:
+        self._checkpointer.wait_until_finished()
+        write_manifest(temporary)
+        checkpoint = self._folder.checkpoints / str(step)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        publish(temporary, checkpoint)
+        self._folder.remove_obsolete(self._keep)
 
     def wait(self) -> None:
         """Wait until everything is on disk."""
-        self._checkpointer.wait_until_finished()
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def close(self) -> None:
-        """Wait, and remove what is no longer kept."""
-        self.wait()
-        self._folder.remove_obsolete(self._keep)
-        self._checkpointer.close()
+        """Wait, and end the threads."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._checkpointer.close()
 
 
 def restore(checkpoint: Path, abstract: TrainState) -> TrainState:

@@ -78,7 +78,8 @@ def _train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None],
                 f"jax {jax.__version__} on {devices} x {device} ({config.mesh}), {config.precision}, "
                 f"{config.attention} attention, {config.norm_kernel} layer norm; {config.model.parameter_count:,} "
                 f"parameters; {tokens.source}; run "
-                f"{folder.path}" + (f", from step {plan.step}" if plan.checkpoint else "")
+                f"{folder.path}" + (f", from step {plan.step}" if plan.checkpoint else ""),
+                plan.warnings,
             )
             loop = _Loop(program, tokens, folder, log, stop, train_step_future, eval_step_future)
             with stop.deferred():

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt2_core.errors import UserError
+from gpt2_core.files import publish
 from gpt2_core.runs.folder import metadata_path
+from gpt2_core.runs.manifest import write_manifest
 
 
 def save(
@@ -28,8 +30,9 @@ def save(
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / "model.safetensors")
     torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
     metadata_path(temporary).write_text(json.dumps(metadata))
+    write_manifest(temporary)
     shutil.rmtree(checkpoint, ignore_errors=True)
-    temporary.rename(checkpoint)
+    publish(temporary, checkpoint)
 
 
 def restore(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -224,7 +224,8 @@ class Trainer:
             log.introduce(
                 f"torch {torch.__version__} on {self.processes} x {device_name(self.device)}, {config.precision}, "
                 f"{'compiled' if config.compile else 'eager'}; {config.model.parameter_count:,} parameters; "
-                f"{self.tokens.source}; run {self.folder.path}" + (f", from step {first}" if resumed else "")
+                f"{self.tokens.source}; run {self.folder.path}" + (f", from step {first}" if resumed else ""),
+                self.plan.warnings,
             )
             with self.stop.deferred():
                 updates = self.loop(first)

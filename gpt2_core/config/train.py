@@ -46,6 +46,9 @@ class DataConfig:
     llm.c's or datatrove's, read as they are."""
     mixture: dict[str, float] | str | None = None
     """Several token folders or files, each with a weight: FOLDER=0.7,OTHER=0.3, or a mapping in a recipe."""
+    verify: Literal["changed", "always"] = "changed"
+    """Which token files are compared with their checksums at the start: those whose size or time has changed since the
+    last time, or all (a disk may change a file without either)."""
 
     def __post_init__(self) -> None:
         refuse_unless(

@@ -138,8 +138,12 @@ def _open(path: Path, config: TrainConfig) -> TokenFolder:
         )
     every = [shard for split in SPLITS for shard in shards[split]]
     for name, tokens, _ in every:
+        if Path(name).name != name:
+            raise UserError(
+                f"{file}: names {name}, which isn't a file of this folder; delete {path} to have it written again"
+            )
         _refuse_other_size(path / name, tokens * dtype.itemsize)
-    _verify(path, {name: sha256 for name, _, sha256 in every})
+    _verify(path, {name: sha256 for name, _, sha256 in every}, config.data.verify == "always")
     splits = {
         split: Source(
             tuple(token_files.map_tokens(path / name, dtype, 0, tokens) for name, tokens, _ in shards[split]),
@@ -197,8 +201,8 @@ def _refuse_other_size(file: Path, expected: int) -> None:
         )
 
 
-def _verify(path: Path, expected: dict[str, str]) -> None:
-    """Compare sha256 of the files that are new or have changed since they were last compared."""
+def _verify(path: Path, expected: dict[str, str], all_files: bool) -> None:
+    """Compare sha256 of the files that are new or have changed since they were last compared, or of all."""
     stamps = {name: [(stat := (path / name).stat()).st_size, stat.st_mtime_ns] for name in expected}
     note = path / "verified.json"
     try:
@@ -206,7 +210,7 @@ def _verify(path: Path, expected: dict[str, str]) -> None:
     except (OSError, ValueError):
         before = {}
     for name in expected:
-        if before.get(name) == stamps[name]:
+        if before.get(name) == stamps[name] and not all_files:
             continue
         with (path / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected[name]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import math
 import shutil
@@ -12,7 +13,8 @@ from typing import Any
 from gpt2_core.config import NEWEST, ResolvedConfig, TrainConfig
 from gpt2_core.config.io import differences, from_yaml, to_yaml
 from gpt2_core.errors import UserError
-from gpt2_core.files import write_atomically
+from gpt2_core.files import link, write_atomically
+from gpt2_core.runs.manifest import damage
 from gpt2_core.weights import Weights
 from gpt2_core.weights.safetensors import json_object
 
@@ -34,7 +36,7 @@ _DECIDES_THE_NUMBERS = {
 # The location of the text may change too: the digest of its tokens is compared. So may batch_tokens and
 # device_batch_size, which have become batch_size and accumulation.
 _FREE_ON_RESUME = frozenset(f.name for f in dataclasses.fields(TrainConfig)) - _DECIDES_THE_NUMBERS
-_FREE_ON_RESUME |= {"data.path", "data.tokens", "data.cache_dir"}
+_FREE_ON_RESUME |= {"data.path", "data.tokens", "data.cache_dir", "data.verify"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ class RunFolder:
         """Steps of the complete checkpoints, ascending. Both trainers rename a folder to its number at the end."""
         if not self.checkpoints.is_dir():
             return []
-        return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and p.name.isdigit())
+        return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and _is_step(p.name))
 
     def best_step(self) -> int | None:
         """The checkpoint whose evaluation has the lowest loss; where nothing was evaluated, the one with the lowest
@@ -88,7 +90,7 @@ class RunFolder:
             step = steps[-1]
         elif choice == "best":
             step = self.best_step()
-        elif choice.isdigit() and int(choice) in steps:
+        elif _is_step(choice) and int(choice) in steps:
             step = int(choice)
         else:
             raise UserError(
@@ -109,11 +111,15 @@ class RunFolder:
         return [step for step in self.steps()[:-keep] if step != self.best_step()]
 
     def remove_obsolete(self, keep: int) -> None:
+        """Remove the checkpoints that aren't kept, and let the links `latest` and `best` name those that are."""
         for step in self.obsolete_steps(keep):
             # Renamed first: a removal that is killed halfway must not leave something that looks like a checkpoint.
             doomed = self.checkpoints / f".{step}.removed"
             (self.checkpoints / str(step)).rename(doomed)
-            shutil.rmtree(doomed)
+            doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed)
+        if steps := self.steps():
+            link(self.checkpoints / "latest", str(steps[-1]))
+            link(self.checkpoints / "best", str(self.best_step()))
 
 
 @dataclasses.dataclass
@@ -127,19 +133,33 @@ class RunPlan:
     """Where it starts from; None: from `config.init_from` or random weights."""
     continued: bool
     """Whether the folder already holds the run."""
+    damaged: dict[int, str] = dataclasses.field(default_factory=dict)
+    """Newer checkpoints of the run that can't be resumed from, and why: `begin` sets them aside."""
 
     @property
     def step(self) -> int:
         return int(self.checkpoint.name) if self.checkpoint else 0
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should know of how the run continues."""
+        return [
+            f"checkpoint {step} is damaged ({why}); it is set aside as {step}.damaged, and the run continues from step "
+            f"{self.step}"
+            for step, why in self.damaged.items()
+        ]
+
     def begin(self) -> None:
-        """Lock the folder, write config.yaml, remove leftovers of killed processes, truncate metrics.jsonl."""
+        """Lock the folder, write config.yaml, set damaged checkpoints aside, remove leftovers of killed processes,
+        truncate metrics.jsonl."""
         folder = self.folder
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             self._lock = (folder.path / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write_atomically(folder.config, to_yaml(self.config))
+            for step in self.damaged:
+                (folder.checkpoints / str(step)).rename(_set_aside(folder, step))
             for leftover in (*folder.path.glob(".*.tmp"), *_killed_saves(folder.checkpoints)):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             if self.continued:
@@ -161,9 +181,14 @@ def plan_run(config: ResolvedConfig, *, framework: str, data_digest: str) -> Run
     random weights, given weights, or the checkpoint of another run.
     """
     folder = RunFolder(Path(config.run_dir))
-    checkpoint = None
+    checkpoint, damaged = None, {}
     if config.resume not in (None, NEWEST):
         checkpoint = _named_checkpoint(config.resume)
+        if why := damage(checkpoint):
+            raise UserError(
+                f"--resume {config.resume}: {checkpoint} is damaged ({why}); name another checkpoint, or give --resume "
+                "without a path and the run's own --run_dir: it then continues from the newest that is whole"
+            )
         if folder.path.exists() and checkpoint.parent.resolve() == folder.checkpoints.resolve():
             if int(checkpoint.name) != folder.steps()[-1]:
                 raise UserError(
@@ -179,7 +204,7 @@ def plan_run(config: ResolvedConfig, *, framework: str, data_digest: str) -> Run
         saved = from_yaml(folder.config)
         config = dataclasses.replace(config, init_from=saved.init_from, resume=saved.resume)
         if folder.steps():
-            checkpoint = folder.checkpoints / str(folder.steps()[-1])
+            checkpoint, damaged = _newest_whole(folder)
         else:
             checkpoint = None if saved.resume is None else _named_checkpoint(saved.resume)
     else:
@@ -192,12 +217,36 @@ def plan_run(config: ResolvedConfig, *, framework: str, data_digest: str) -> Run
             raise UserError(
                 f"--steps {config.steps}: the run is already at step {checkpoint.name}; use {checkpoint.name} or more"
             )
-    return RunPlan(config, folder, checkpoint, continued)
+    return RunPlan(config, folder, checkpoint, continued, damaged)
+
+
+def _newest_whole(folder: RunFolder) -> tuple[Path, dict[int, str]]:
+    """The newest checkpoint of a run that is as it was written, and the damaged ones after it."""
+    damaged: dict[int, str] = {}
+    for step in reversed(folder.steps()):
+        checkpoint = folder.checkpoints / str(step)
+        if not (why := damage(checkpoint)):
+            return checkpoint, damaged
+        damaged[step] = why
+    said = "; ".join(f"{step}: {why}" for step, why in damaged.items())
+    raise UserError(
+        f"--resume: every checkpoint of {folder.path} is damaged ({said}); start the run again in a new --run_dir"
+    )
+
+
+def _set_aside(folder: RunFolder, step: int) -> Path:
+    """A free name for a damaged checkpoint, which isn't one of a checkpoint."""
+    names = (f"{step}.damaged" + (f".{n}" if n else "") for n in itertools.count())
+    return next(path for name in names if not (path := folder.checkpoints / name).exists())
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdigit()
 
 
 def _named_checkpoint(name: str) -> Path:
     path = Path(name)
-    in_run = path.name.isdigit() and (path.parent.parent / "config.yaml").is_file()
+    in_run = _is_step(path.name) and (path.parent.parent / "config.yaml").is_file()
     source = RunFolder(path.parent.parent if in_run else path)
     if not source.config.is_file():
         raise UserError(f"--resume {path}: neither a run folder nor a checkpoint of one (RUN/checkpoints/STEP)")
@@ -268,6 +317,11 @@ def _taken(folder: RunFolder, config: TrainConfig) -> str:
 
 def _check_checkpoint(checkpoint: Path, framework: str, data_digest: str) -> None:
     metadata = read_metadata(checkpoint)
+    if metadata["step"] != int(checkpoint.name):
+        raise UserError(
+            f"--resume: {checkpoint} was written after {metadata['step']} steps, and its name says {checkpoint.name}; "
+            "give it its own name again"
+        )
     if metadata["framework"] != framework:
         raise UserError(
             f"--resume: {checkpoint} was written by the {metadata['framework']} trainer; resume it there, or start "

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,11 @@ class RunLog:
     def say(self, message: str) -> None:
         self._console.print(message, markup=False)
 
-    def introduce(self, message: str) -> None:
-        """Print how the run computes, and the table of its model."""
+    def introduce(self, message: str, warnings: Sequence[str] = ()) -> None:
+        """Print how the run computes, what a person should know of how it continues, and the table of its model."""
         self.say(message)
+        for warning in warnings:
+            self.say(f"warning: {warning}")
         self._console.print(model_table(self._config))
 
     def train(self, step: int, *, loss: float, learning_rate: float, grad_norm: float) -> None:

@@ -206,3 +206,23 @@ def test_a_run_told_to_stop_saves_its_step_and_resumed_is_the_run_never_stopped(
         assert code == 0 and err == "", err
     for split in ("train", "val"):
         assert rows(tmp_path / "stopped", split) == rows(tmp_path / "whole", split)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["train_torch.py", pytest.param("train_jax.py", marks=pytest.mark.slow)])
+def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_resumed(script, run, recipe, tmp_path):
+    arguments = ("--config", recipe, "--keep_checkpoints", "2", "--run_dir", "run")
+    assert run(script, *arguments)[0] == 0
+    whole, checkpoints = rows(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    largest = max((path for path in (checkpoints / "20").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+    code, _, err = run(script, "--config", recipe, "--resume", checkpoints / "20", "--run_dir", "other")
+    assert code == 2 and "is damaged" in err and not (tmp_path / "other").exists()
+    code, out, err = run(script, *arguments, "--resume")
+    assert code == 0 and err == "", err
+    assert "warning: checkpoint 20 is damaged" in out and "the run continues from step 15" in out
+    assert (checkpoints / "20.damaged").is_dir() and (checkpoints / "20").is_dir()
+    assert rows(tmp_path / "run") == whole

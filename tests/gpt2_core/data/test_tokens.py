@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import mmap
+import os
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,29 @@ def test_a_block_longer_than_the_text_is_refused(make_config):
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(make_config):
     with pytest.raises(UserError, match="--model.vocab_size 256: the tokenizer bytes has 257 ids"):
         open_tokens(make_config(model=ModelConfig(1, 1, 8, 16, 256)))
+
+
+def test_a_file_changed_under_its_old_time_is_found_when_all_are_to_be_compared(make_config):
+    path = open_tokens(make_config()).path
+    shard = path / "train-00000.bin"
+    times = (shard.stat().st_atime_ns, shard.stat().st_mtime_ns)
+    content = bytearray(shard.read_bytes())
+    content[40] ^= 1
+    with shard.open("r+b") as file:
+        file.write(content)
+    os.utime(shard, ns=times)
+    open_tokens(make_config())  # the promise is for files whose size or time has changed
+    always = dataclasses.replace(make_config().data, verify="always")
+    with pytest.raises(UserError, match=r"train-00000\.bin: its sha256 isn't the one in index\.json"):
+        open_tokens(make_config(data=always))
+
+
+def test_an_index_names_files_of_its_own_folder_only(make_config):
+    path = open_tokens(make_config()).path
+    index = (path / "index.json").read_text()
+    (path / "index.json").write_text(index.replace("train-00000.bin", "../train-00000.bin"))
+    with pytest.raises(UserError, match=r"names \.\./train-00000\.bin, which isn't a file of this folder"):
+        open_tokens(make_config())
 
 
 def test_damaged_token_folders_are_refused_by_name(make_config):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from gpt2_core.config import OptimizerConfig
 from gpt2_core.errors import UserError
 from gpt2_core.runs.folder import RunFolder, metadata_of, metadata_path, plan_run, read_metrics, recent_training_loss
+from gpt2_core.runs.manifest import write_manifest
 
 
 def begin(config):
@@ -59,6 +61,74 @@ def test_resuming_takes_the_newest_whole_checkpoint_and_cuts_the_metrics_there(m
     assert reopen(make_config(), resume="newest").checkpoint == folder.checkpoints / "3"
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["1", "3", "mine"]
     assert read_metrics(folder.metrics) == [row(0, "val"), *map(row, range(3)), row(3, "val")]
+
+
+def break_manifest(folder: RunFolder, step: int) -> None:
+    write_manifest(folder.checkpoints / str(step))
+    metadata_path(folder.checkpoints / str(step)).write_text("{}")
+
+
+def test_damaged_checkpoints_are_set_aside_and_the_newest_whole_one_is_resumed(make_config):
+    folder = fake_run(make_config(), [1, 3, 6, 8], [*map(row, range(9))])
+    for step in (6, 8):
+        break_manifest(folder, step)
+    (folder.checkpoints / "8.damaged").mkdir()  # of an earlier time
+    plan = plan_run(make_config(resume="newest"), framework="jax", data_digest="d")
+    assert folder.steps() == [1, 3, 6, 8]  # a plan changes nothing
+    plan.begin()
+    assert plan.checkpoint == folder.checkpoints / "3" and folder.steps() == [1, 3]
+    names = {path.name for path in folder.checkpoints.iterdir()}
+    assert names == {"1", "3", "6.damaged", "8.damaged", "8.damaged.1"}
+    assert read_metrics(folder.metrics) == [*map(row, range(3))]
+    newest, older = plan.warnings
+    assert newest.startswith("checkpoint 8 is damaged (metadata/metadata has 2 bytes instead of ")
+    assert "set aside as 6.damaged, and the run continues from step 3" in older
+
+
+def test_where_no_checkpoint_is_whole_the_run_is_not_resumed(make_config):
+    folder = fake_run(make_config(), [3])
+    break_manifest(folder, 3)
+    with pytest.raises(UserError, match=r"every checkpoint of .* is damaged \(3: metadata/metadata has 2 bytes"):
+        reopen(make_config(), resume="newest")
+    assert folder.steps() == [3]
+
+
+def test_a_damaged_checkpoint_that_was_named_is_an_error(make_config):
+    folder = fake_run(make_config(), [1, 3])
+    break_manifest(folder, 1)
+    path = folder.checkpoints / "1"
+    with pytest.raises(UserError, match=rf"--resume {path}: .* is damaged .*; name another checkpoint"):
+        reopen(make_config("other"), resume=str(path))
+
+
+def test_a_checkpoint_under_another_name_is_an_error(make_config):
+    folder = fake_run(make_config(), [3])
+    (folder.checkpoints / "3").rename(folder.checkpoints / "7")
+    with pytest.raises(UserError, match="7 was written after 3 steps, and its name says 7"):
+        reopen(make_config(), resume="newest")
+
+
+def test_names_that_only_look_like_numbers_are_no_checkpoints(make_config):
+    folder = fake_run(make_config(), [3])
+    for name in ("\u0664", "\u00b2", "-1", "1e3"):
+        (folder.checkpoints / name).mkdir()
+    assert folder.steps() == [3]
+
+
+def test_a_link_among_old_checkpoints_is_removed_and_what_it_names_is_not(make_config, tmp_path):
+    folder = fake_run(make_config(), [3, 4])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").write_text("kept")
+    (folder.checkpoints / "1").symlink_to(tmp_path / "elsewhere")
+    folder.remove_obsolete(1)
+    assert folder.steps() == [4] and (tmp_path / "elsewhere" / "precious").read_text() == "kept"
+
+
+def test_links_name_the_latest_and_the_best(make_config):
+    folder = fake_run(make_config(), [1, 2, 3], [row(s, "val", loss) for s, loss in {1: 2.0, 2: 1.0, 3: 3.0}.items()])
+    folder.remove_obsolete(1)
+    assert folder.steps() == [2, 3]
+    assert {name: os.readlink(folder.checkpoints / name) for name in ("latest", "best")} == {"latest": "3", "best": "2"}
 
 
 def test_resuming_a_run_killed_before_its_first_checkpoint_starts_it_again(make_config):
