@@ -16,6 +16,17 @@ class RunError(UserError):
     """A run that was started as asked failed (its loss isn't finite, for example): exit code 1."""
 
 
+class DivergedError(RunError):
+    """A run has left out so many updates in a row, for a loss or gradients that aren't finite, that it ends.
+
+    `step` is the last of them.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class Stopped(BaseException):
     """A run was told to stop by a signal, and can be resumed: exit code STOPPED.
 

@@ -13,7 +13,7 @@ from gpt2_core.config import IGNORE_INDEX, ResolvedConfig, TrainConfig, resolved
 from gpt2_core.data.batches import TrainingBatches, evaluation_batches
 from gpt2_core.data.tokenizer import get_tokenizer
 from gpt2_core.data.tokens import TokenFolder, open_tokens, with_steps
-from gpt2_core.errors import Stopped
+from gpt2_core.errors import DivergedError, Stopped
 from gpt2_core.runs.due import Due, due_after, due_at_start, is_logged
 from gpt2_core.runs.folder import RunFolder, RunPlan, metadata_of, plan_run
 from gpt2_core.runs.log import RunLog, peak_flops
@@ -23,6 +23,7 @@ from gpt2_core.schedule import learning_rate
 from gpt2_core.weights import Weights
 from gpt2_jax.attention import choose_kernel
 from gpt2_jax.checkpoints import CheckpointWriter, restore
+from gpt2_jax.divergence import first_not_finite
 from gpt2_jax.generate import Generator
 from gpt2_jax.memory import check_memory, memory_errors
 from gpt2_jax.mesh import check_mesh, format_mesh
@@ -125,6 +126,8 @@ class _Loop:
     ) -> None:
         self.program, self.config, self.tokens, self.folder = program, program.config, tokens, folder
         self.log, self.stop = log, stop
+        self.unchecked: list[tuple[int, Metrics]] = []
+        """Steps whose loss and gradient norm haven't been fetched."""
         self.train_step_future, self.eval_step_future = train_step_future, eval_step_future
         self.generator = Generator(program.definition)
         self.writer = CheckpointWriter(folder, self.config.keep_checkpoints)
@@ -149,6 +152,7 @@ class _Loop:
                     break
                 rate = learning_rate(step, config.steps, config.optimizer)
                 state, metrics = train_step(state, *batch, self.scalar(rate))
+                self.unchecked.append((step, metrics))
                 updates = step + 1
                 if updates < config.steps:
                     batch = self.put(updates)
@@ -168,6 +172,13 @@ class _Loop:
                 self.log_metrics(pending_metrics)
                 self.save_unless_saved(state, updates)
             log.end()
+        except DivergedError as error:
+            # Updates were left out, so the state is the one before them.
+            batch = self.batches[error.step]
+            module = first_not_finite(self.program, state.params, batch)
+            self.folder.write_diverged(error.step, module, **batch._asdict())
+            self.save_unless_saved(state, updates)
+            raise
         finally:
             self.writer.close()
         if updates < config.steps and not log.reached_target:
@@ -188,9 +199,13 @@ class _Loop:
 
     def log_metrics(self, pending_metrics: tuple[int, float, Metrics] | None) -> None:
         """Fetch and log the metrics of an earlier step, if any are pending; afterwards none are."""
-        if pending_metrics is not None:
-            step, rate, metrics = pending_metrics
-            self.log.train(step, loss=float(metrics.loss), learning_rate=rate, grad_norm=float(metrics.grad_norm))
+        if pending_metrics is None:
+            return
+        step, rate, metrics = pending_metrics
+        fetched = [one for one in self.unchecked if one[0] <= step]
+        self.unchecked = self.unchecked[len(fetched) :]
+        self.log.check_updates((number, float(m.loss), float(m.grad_norm)) for number, m in jax.device_get(fetched))
+        self.log.train(step, loss=float(metrics.loss), learning_rate=rate, grad_norm=float(metrics.grad_norm))
 
     def do(self, due: Due, state: TrainState, updates: int) -> None:
         """What is due after so many updates."""
@@ -231,5 +246,7 @@ class _Loop:
             self.save(state, updates)
 
     def save(self, state: TrainState, updates: int) -> None:
+        if not self.program.is_finite(state):
+            self.log.refuse_state(updates)
         self.writer.save(updates, state, metadata_of(self.config, updates, "jax", self.tokens.digest))
         self.log.update_curves()

@@ -38,7 +38,7 @@ from gpt2_jax.sharding import (
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes. `step` counts the updates made, int32."""
+    """Everything that a step changes. `step` counts the steps made, int32, those whose update was left out too."""
 
     params: Params
     opt_state: optax.OptState
@@ -141,6 +141,11 @@ class Program:
             grads, grad_norm = clip_by_global_norm(grads, config.optimizer.clip_norm)
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
+            # Decided on the device, so that the host needn't wait: an update that isn't finite is left out.
+            is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            params, opt_state = jax.tree.map(
+                functools.partial(jnp.where, is_finite), (params, opt_state), (state.params, state.opt_state)
+            )
             return TrainState(params, opt_state, state.step + 1), Metrics(loss, grad_norm)
 
         return jax.jit(
@@ -165,6 +170,11 @@ class Program:
             in_shardings=(self.state_shardings.params, *2 * [sharding(self.mesh, tokens)]),
             out_shardings=self._replicated,
         )
+
+    @functools.cached_property
+    def is_finite(self) -> Callable[[TrainState], jax.Array]:
+        """The jitted function (state) -> whether every number of the state is finite."""
+        return jax.jit(lambda state: jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state)])))
 
     def compile_train_step(self) -> jax.stages.Compiled:
         """The train step, compiled from shapes alone, in any thread."""

@@ -35,6 +35,12 @@ def save(
     publish(temporary, checkpoint)
 
 
+def is_finite(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether every number of a training's state is finite."""
+    moments = (tensor for state in optimizer.state.values() for tensor in state.values())
+    return all(bool(torch.isfinite(tensor).all()) for tensor in (*model.parameters(), *moments))
+
+
 def restore(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load a checkpoint into `model` and `optimizer`."""
     device = next(model.parameters()).device

@@ -18,7 +18,7 @@ from gpt2_core.config import IGNORE_INDEX, ResolvedConfig, TrainConfig
 from gpt2_core.data.batches import Batch, TrainingBatches, evaluation_batches
 from gpt2_core.data.tokenizer import get_tokenizer
 from gpt2_core.data.tokens import TokenFolder, open_tokens, with_steps
-from gpt2_core.errors import Stopped, UserError
+from gpt2_core.errors import DivergedError, Stopped, UserError
 from gpt2_core.runs.due import Due, due_after, due_at_start, is_logged
 from gpt2_core.runs.folder import RunFolder, RunPlan, metadata_of, plan_run
 from gpt2_core.runs.log import RunLog, peak_flops
@@ -27,6 +27,7 @@ from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
 from gpt2_core.weights import Weights
 from gpt2_torch import checkpoints
+from gpt2_torch.divergence import first_not_finite
 from gpt2_torch.generate import generate
 from gpt2_torch.memory import check_memory, memory_errors
 from gpt2_torch.model import GPT2
@@ -85,12 +86,18 @@ def train_step(
     accumulation: int = 1,
     autocast: contextlib.AbstractContextManager | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One update. Returns the mean loss and the gradient norm before clipping."""
+    """One update, left out if the loss or the gradient norm isn't finite. Returns the mean loss and the gradient norm
+    before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     loss = accumulate_gradients(model, inputs_BT, targets_BT, accumulation=accumulation, autocast=autocast)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm if clip_norm > 0 else float("inf"))
-    optimizer.step()
+    is_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = 1.0 - is_finite.float()  # decided on the device, so that the host needn't wait
+        optimizer.step()
+    elif is_finite:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
 
@@ -188,6 +195,8 @@ class Trainer:
         self.config, self.folder = config, folder = self.plan.config, self.plan.folder
         self.stop, self.device, self.rank, self.processes = stop, device, rank, processes
         self.stop_flag: tuple[Tensor, dist.Work] | None = None
+        self.unchecked: list[tuple[int, Tensor, Tensor]] = []
+        """Steps whose loss and gradient norm haven't been read."""
 
         torch.manual_seed(config.seed)
         self.model = GPT2(config.model).to(device, torch.float64 if config.precision == "float64" else torch.float32)
@@ -228,7 +237,11 @@ class Trainer:
                 self.plan.warnings,
             )
             with self.stop.deferred():
-                updates = self.loop(first)
+                try:
+                    updates = self.loop(first)
+                except DivergedError as error:
+                    self.keep_for_study(error.step)
+                    raise
         if updates < config.steps and not log.reached_target:
             if self.processes > 1:
                 dist.barrier()  # torchrun kills all processes when one has ended, and the first may still be saving
@@ -251,6 +264,20 @@ class Trainer:
             self.save(updates)
         log.end()
         return updates
+
+    def keep_for_study(self, step: int) -> None:
+        """Save what came before the updates that were left out, and the batch of the last of them."""
+        if self.rank == 0:
+            batch = self.batches[step]
+            inputs_BT, targets_BT = _to_device(batch, self.device)
+            parts = zip(
+                inputs_BT.chunk(self.config.accumulation), targets_BT.chunk(self.config.accumulation), strict=True
+            )
+            with self.autocast:
+                module = first_not_finite(self.model, parts)
+            self.folder.write_diverged(step, module, **batch._asdict())
+            if step + 1 not in self.folder.steps():
+                self.save(step + 1)
 
     def told_to_stop(self) -> bool:
         """Whether the run was told to stop, by a signal to any of its processes: the same answer in all of them.
@@ -283,7 +310,10 @@ class Trainer:
             accumulation=config.accumulation,
             autocast=self.autocast,
         )
+        self.unchecked.append((step, loss, grad_norm))
         if is_logged(step, config):
+            outcomes, self.unchecked = self.unchecked, []
+            self.log.check_updates((number, loss.item(), norm.item()) for number, loss, norm in outcomes)
             self.log.train(step, loss=loss.item(), learning_rate=rate, grad_norm=grad_norm.item())
 
     def do(self, due: Due, updates: int) -> None:
@@ -321,6 +351,8 @@ class Trainer:
         self.folder.write_sample(updates, tokenizer.decode(ids))
 
     def save(self, updates: int) -> None:
+        if not checkpoints.is_finite(self.model, self.optimizer):
+            self.log.refuse_state(updates)
         metadata = metadata_of(self.config, updates, "torch", self.tokens.digest)
         checkpoints.save(self.folder.checkpoints / str(updates), self.model.state_dict(), metadata, self.optimizer)
         self.folder.remove_obsolete(self.config.keep_checkpoints)

@@ -168,13 +168,16 @@ class TrainConfig:
     """Length of such a sample, in tokens."""
     track: Literal["wandb", "tensorboard", "mlflow"] | None = None
     """Where metrics go in addition to the run folder; each needs its package: pip install 'gpt2-jax[wandb]'."""
+    max_skipped_steps: int = 10
+    """An update is left out where the loss or the gradient norm isn't finite; more than this many in a row end the
+    run."""
     reference_curve: dict[int, float] | None = None
     """A published run's training losses by step, drawn beside this run's in curves.png."""
 
     def __post_init__(self) -> None:
         require_positive("", self, "batch_size", "accumulation", "log_interval", "eval_interval", "eval_sequences")
         require_positive("", self, "checkpoint_interval", "keep_checkpoints", "sample_tokens")
-        require_nonnegative("", self, "steps", "sample_interval")
+        require_nonnegative("", self, "steps", "sample_interval", "max_skipped_steps")
         check_seed(self.seed)
         for name in ("epochs", "target_loss", "batch_tokens", "device_batch_size"):
             value = getattr(self, name)

@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gpt2_core.config import NEWEST, ResolvedConfig, TrainConfig
 from gpt2_core.config.io import differences, from_yaml, to_yaml
 from gpt2_core.errors import UserError
-from gpt2_core.files import link, write_atomically
+from gpt2_core.files import link, write_atomically, writing
 from gpt2_core.runs.manifest import damage
 from gpt2_core.weights import Weights
 from gpt2_core.weights.safetensors import json_object
@@ -98,6 +100,23 @@ class RunFolder:
                 "use latest, best or one of them"
             )
         return self.checkpoints / str(step)
+
+    @property
+    def diverged(self) -> Path:
+        return self.path / "diverged"
+
+    def write_diverged(self, step: int, module: str | None, *, inputs: np.ndarray, targets: np.ndarray) -> None:
+        """Keep what is needed to study a step whose loss or gradient isn't finite.
+
+        That is its batch, and the first module whose output isn't finite; None: all outputs are, and the gradient
+        isn't.
+        """
+        self.diverged.mkdir(exist_ok=True)
+        with writing(self.diverged / "batch.npz") as file:
+            np.savez(file, inputs=inputs, targets=targets)
+        sequences = list(range(step * len(inputs), (step + 1) * len(inputs)))
+        found = {"step": step, "sequences": sequences, "first_module_not_finite": module}
+        write_atomically(self.diverged / "step.json", json.dumps(found, indent=2) + "\n")
 
     def sample(self, step: int) -> Path:
         return self.samples / f"{step}.txt"

@@ -5,15 +5,15 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpt2_core.config import ResolvedConfig
-from gpt2_core.errors import RunError
+from gpt2_core.errors import DivergedError, RunError
 from gpt2_core.files import write_atomically
 from gpt2_core.runs.folder import RECENT, RunFolder, read_metrics
 from gpt2_core.runs.summary import model_table
@@ -39,6 +39,11 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return share and peak and share * peak
 
 
+def is_update(loss: float, grad_norm: float) -> bool:
+    """Whether both trainers apply the update of a step with this loss and gradient norm: where both are finite."""
+    return math.isfinite(loss) and math.isfinite(grad_norm)
+
+
 class RunLog:
     """Logs a run from `start_step` on. With `enabled=False` (all processes but the first) it writes nothing.
 
@@ -60,6 +65,7 @@ class RunLog:
         self._last_drawn = self._last_time
         self._val_loss: float | None = None
         self._recent: deque[float] = deque(maxlen=RECENT)
+        self._skipped = self._skipped_in_a_row = 0
         self._tracker: Tracker | None = None
         self._progress = Progress(
             TextColumn("step"),
@@ -103,7 +109,7 @@ class RunLog:
     def train(self, step: int, *, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Log the batch of `step`: its loss and gradient norm before clipping, and the rate of the update it led to.
 
-        Raises RunError if the loss isn't finite.
+        Of a batch whose update was left out `check_updates` has said so, and nothing is logged.
         """
         now = time.perf_counter()
         steps = step - self._last_step
@@ -112,10 +118,13 @@ class RunLog:
         tokens_per_second = self._config.tokens_per_step / seconds
         flops = tokens_per_second * self._config.model.training_flops_per_token
         mfu = flops / self._peak_flops if self._peak_flops else None
-        self._refuse_unless_finite(step, loss)
+        if not is_update(loss, grad_norm):
+            return
         self._recent.append(loss)
+        skipped = {"skipped": self._skipped} if self._skipped else {}
         self._write(
-            {
+            skipped
+            | {
                 "step": step,
                 "split": "train",
                 "loss": loss,
@@ -134,6 +143,29 @@ class RunLog:
             val = "" if self._val_loss is None else f"  val {self._val_loss:.4f}"
             self._progress.update(self._task, completed=step + 1, status=words + val)
 
+    def check_updates(self, outcomes: Iterable[tuple[int, float, float]]) -> None:
+        """Count the updates that were left out among consecutive steps, each (step, loss, gradient norm).
+
+        Raises DivergedError where they are more in a row than `max_skipped_steps`.
+        """
+        for step, loss, grad_norm in outcomes:
+            if is_update(loss, grad_norm):
+                self._skipped_in_a_row = 0
+                continue
+            self._skipped += 1
+            self._skipped_in_a_row += 1
+            self.say(
+                f"warning: step {step} has loss {loss} and gradient norm {grad_norm}: its update is left out "
+                f"({self._skipped} of this run)"
+            )
+            if self._skipped_in_a_row > self._config.max_skipped_steps:
+                raise DivergedError(
+                    f"the loss or the gradient of step {step} isn't finite, and neither is that of the "
+                    f"{self._config.max_skipped_steps} steps before (--max_skipped_steps): {self._advice()}; the "
+                    f"batch, and where it stops being finite, are in {self._folder.diverged}",
+                    step,
+                )
+
     @property
     def reached_target(self) -> bool:
         """Whether the mean of the last ten logged training losses is at or below the target loss."""
@@ -144,18 +176,21 @@ class RunLog:
 
     def evaluation(self, step: int, loss: float) -> None:
         """Log the validation loss of the weights after `step` updates; raises RunError if it isn't finite."""
-        self._refuse_unless_finite(step, loss)
+        if not math.isfinite(loss):
+            raise RunError(f"the validation loss of step {step} is {loss}: {self._advice()}")
         self._val_loss = loss
         self._write({"step": step, "split": "val", "loss": loss})
         self.say(f"step {step:>6}  val loss {loss:.4f}")
 
-    def _refuse_unless_finite(self, step: int, loss: float) -> None:
-        if not math.isfinite(loss):
-            kept = self._folder.steps()
-            raise RunError(
-                f"the loss of step {step} is {loss}: the run has diverged; try a lower --optimizer.learning_rate or a "
-                "longer --optimizer.warmup_steps" + (f" (the newest checkpoint is step {kept[-1]})" if kept else "")
-            )
+    def refuse_state(self, updates: int) -> NoReturn:
+        """Raises RunError for a state after `updates` updates that isn't finite, instead of saving it."""
+        raise RunError(f"the parameters or the optimizer's state after step {updates} aren't finite: {self._advice()}")
+
+    def _advice(self) -> str:
+        kept = self._folder.steps()
+        return "the run has diverged; try a lower --optimizer.learning_rate or a longer --optimizer.warmup_steps" + (
+            f" (the newest checkpoint is step {kept[-1]})" if kept else ""
+        )
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:

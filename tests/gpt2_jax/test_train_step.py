@@ -7,6 +7,7 @@ import pytest
 
 from gpt2_core.config import IGNORE_INDEX, ModelConfig, OptimizerConfig
 from gpt2_core.data.batches import Batch
+from gpt2_jax.divergence import first_not_finite
 from gpt2_jax.optimizer import clip_by_global_norm, make_optimizer
 from gpt2_jax.train_step import make_program
 
@@ -132,3 +133,30 @@ def test_a_run_repeats_bitwise(mesh_config):
     b, b_state = run(config)
     assert a == b
     assert all((a_state.params[n] == b_state.params[n]).all() for n in a_state.params)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", [1, "data=2"])
+def test_an_update_that_is_not_finite_is_left_out_and_the_next_is_made(mesh_config, mesh):
+    """One row of the embeddings is infinite: only a batch with that token isn't finite, on whichever device."""
+    model = dataclasses.replace(MODEL, tie_embeddings=False)
+    program = make_program(mesh_config(model=model, mesh=mesh))
+    state = program.initial_state()
+    poisoned = {name: np.asarray(x).copy() for name, x in state.params.items()}
+    poisoned["wte.weight"][3] = np.inf
+    state = program.initial_state(poisoned)
+    good, bad = batch_of(0), batch_of(0)
+    good.inputs[good.inputs == 3] = 4
+    bad.inputs[-1, -1] = 3
+    with jax.set_mesh(program.mesh):
+        state, metrics = program.train_step(state, *program.put_batch(good), 1e-2)
+        before = [np.asarray(x) for x in jax.tree.leaves((state.params, state.opt_state))]
+        state, metrics = program.train_step(state, *program.put_batch(bad), 1e-2)
+        assert not np.isfinite(float(metrics.loss)) and int(state.step) == 2
+        after = [np.asarray(x) for x in jax.tree.leaves((state.params, state.opt_state))]
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(before, after, strict=True))
+        state, metrics = program.train_step(state, *program.put_batch(good), 1e-2)
+        assert np.isfinite(float(metrics.loss)) and np.isfinite(float(metrics.grad_norm))
+        assert any(a.tobytes() != np.asarray(b).tobytes() for a, b in zip(after, jax.tree.leaves(state), strict=False))
+        assert not program.is_finite(state) and first_not_finite(program, state.params, bad) == "embeddings"
+        assert first_not_finite(program, state.params, good) is None

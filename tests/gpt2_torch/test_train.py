@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -17,7 +18,9 @@ from gpt2_core.config.io import from_yaml, to_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.runs import log as runlog
 from gpt2_core.runs.folder import RunFolder, RunPlan, read_metrics
+from gpt2_torch import checkpoints
 from gpt2_torch import train as train_module
+from gpt2_torch.divergence import first_not_finite
 from gpt2_torch.model import GPT2
 from gpt2_torch.optimizer import make_optimizer
 from gpt2_torch.runtime import pick_device, resolve_precision, set_matmul_precision
@@ -114,6 +117,34 @@ def test_the_norm_reported_is_the_one_before_clipping():
     model.zero_grad()
     _, norm = train_step(model, optimizer, inputs, targets, learning_rate=1e-3, clip_norm=expected / 10)
     assert norm.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_update_that_is_not_finite_is_left_out_and_the_next_is_made(fused):
+    """One row of the embeddings is infinite: only a batch with that token isn't finite."""
+    torch.manual_seed(0)
+    model = GPT2(ModelConfig(1, 2, 16, 8, 31, tie_embeddings=False))
+    with torch.no_grad():
+        model.wte.weight[3] = float("inf")
+    optimizer = make_optimizer(model, OptimizerConfig())
+    if not fused:
+        optimizer = torch.optim.AdamW(model.parameters(), fused=False)
+    good = torch.randint(4, 31, (2, 4, 8))
+    bad = good.clone()
+    bad[0, -1, -1] = 3
+
+    def state() -> list[bytes]:
+        moments = [tensor for of in optimizer.state.values() for tensor in of.values()]
+        return [tensor.detach().numpy().tobytes() for tensor in (*model.parameters(), *moments)]
+
+    step = functools.partial(train_step, model, optimizer, learning_rate=1e-2, clip_norm=1.0)
+    step(*good)
+    before = state()
+    loss, _ = step(*bad)
+    assert not torch.isfinite(loss) and state() == before
+    assert all(torch.isfinite(figure) for figure in step(*good)) and state() != before
+    assert not checkpoints.is_finite(model, optimizer)
+    assert first_not_finite(model, [good, bad]) == "wte" and first_not_finite(model, [good]) is None
 
 
 def test_curves_are_drawn_with_the_checkpoints_but_not_all_the_time(make_config, monkeypatch):

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from gpt2_core.errors import RunError
+from gpt2_core.errors import DivergedError, RunError
 from gpt2_core.runs.folder import RunFolder, plan_run, read_metrics
 from gpt2_core.runs.log import RunLog, peak_flops
 
@@ -41,12 +41,33 @@ def test_throughput_counts_steps_since_the_last_row_and_no_evaluation(make_confi
     assert row["mfu"] == pytest.approx(flops / 1e9, abs=1e-4)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(make_config, folder):
-    words = "the loss of step 3 is nan: .* lower --optimizer.learning_rate"
-    with RunLog(folder, make_config(), start_step=0) as log, pytest.raises(RunError, match=words):
-        log.train(3, loss=float("nan"), learning_rate=1e-4, grad_norm=2.0)
-    with RunLog(folder, make_config(), start_step=0) as log, pytest.raises(RunError, match="the loss of step 4 is inf"):
-        log.evaluation(4, float("inf"))
+def test_updates_that_are_left_out_are_counted_and_too_many_in_a_row_end_the_run(make_config, folder, capsys):
+    nan, inf = float("nan"), float("inf")
+    with RunLog(folder, make_config(max_skipped_steps=2), start_step=0) as log:
+        log.check_updates([(0, 1.0, 1.0), (1, nan, 1.0), (2, 1.0, inf), (3, 1.0, 1.0)])
+        log.train(3, loss=1.0, learning_rate=1e-4, grad_norm=1.0)
+        log.check_updates([(4, nan, nan), (5, inf, 1.0)])
+        log.train(5, loss=inf, learning_rate=1e-4, grad_norm=1.0)  # no figure to log
+        with pytest.raises(DivergedError, match="step 6 isn't finite.* 2 steps before .*lower --optimizer") as failure:
+            log.check_updates([(6, nan, 1.0), (7, 1.0, 1.0)])
+    assert failure.value.step == 6
+    (row,) = read_metrics(folder.metrics)
+    assert (row["step"], row["skipped"]) == (3, 2)
+    out = capsys.readouterr().out
+    assert "warning: step 2 has loss 1.0 and gradient norm inf: its update is left out (2 of this run)" in out
+
+
+def test_none_is_left_out_where_none_may_be(make_config, folder):
+    with RunLog(folder, make_config(max_skipped_steps=0), start_step=0) as log, pytest.raises(DivergedError):
+        log.check_updates([(0, float("nan"), 1.0)])
+
+
+def test_a_validation_loss_or_a_state_that_is_not_finite_ends_the_run_with_a_sentence(make_config, folder):
+    with RunLog(folder, make_config(), start_step=0) as log:
+        with pytest.raises(RunError, match="the validation loss of step 4 is inf: the run has diverged"):
+            log.evaluation(4, float("inf"))
+        with pytest.raises(RunError, match="state after step 5 aren't finite: the run has diverged; try a lower"):
+            log.refuse_state(5)
     assert read_metrics(folder.metrics) == []
 
 
