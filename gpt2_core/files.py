@@ -41,14 +41,6 @@ def publish(temporary: Path, path: Path) -> None:
     _sync(path.parent)
 
 
-def link(path: Path, target: str) -> None:
-    """Make `path` a symbolic link to `target`, in one step where it is one already."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    temporary.replace(path)
-
-
 def _sync(path: Path) -> None:
     """Return when the disk holds a file's content, or a folder's names: a rename may reach it before what it names."""
     descriptor = os.open(path, os.O_RDONLY)

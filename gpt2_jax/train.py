@@ -140,7 +140,7 @@ class _Loop:
 
     def run(self, state: TrainState, plan: RunPlan) -> None:
         config, first, log, stop = self.config, plan.step, self.log, self.stop
-        updates, pending_metrics = first, None
+        updates, pending = first, None
         try:
             if first < config.steps:
                 train_step = self.compiled_step()
@@ -156,20 +156,20 @@ class _Loop:
                 updates = step + 1
                 if updates < config.steps:
                     batch = self.put(updates)
-                pending_metrics = self.log_metrics(pending_metrics)
+                pending = self.log_metrics(pending)
                 if is_logged(step, config):
-                    pending_metrics = (step, rate, metrics)
+                    pending = (step, rate)
                     if config.target_loss is not None:
-                        pending_metrics = self.log_metrics(pending_metrics)  # the target may be reached by this loss
+                        pending = self.log_metrics(pending)  # the target may be reached by this loss
                 due = due_after(updates, config, reached_target=log.reached_target)
                 if due.evaluate or due.sample:
-                    pending_metrics = self.log_metrics(pending_metrics)
+                    pending = self.log_metrics(pending)
                     jax.block_until_ready(state)  # steps that were dispatched are training time, not evaluation time
                 self.do(due, state, updates)
                 if due.stop:
                     break
             if stop:
-                self.log_metrics(pending_metrics)
+                self.log_metrics(pending)
                 self.save_unless_saved(state, updates)
             log.end()
         except DivergedError as error:
@@ -197,15 +197,17 @@ class _Loop:
     def put(self, step: int) -> tuple[jax.Array, jax.Array]:
         return self.program.put_batch(self.batches[step])
 
-    def log_metrics(self, pending_metrics: tuple[int, float, Metrics] | None) -> None:
+    def log_metrics(self, pending: tuple[int, float] | None) -> None:
         """Fetch and log the metrics of an earlier step, if any are pending; afterwards none are."""
-        if pending_metrics is None:
+        if pending is None:
             return
-        step, rate, metrics = pending_metrics
+        step, rate = pending
         fetched = [one for one in self.unchecked if one[0] <= step]
         self.unchecked = self.unchecked[len(fetched) :]
-        self.log.check_updates((number, float(m.loss), float(m.grad_norm)) for number, m in jax.device_get(fetched))
-        self.log.train(step, loss=float(metrics.loss), learning_rate=rate, grad_norm=float(metrics.grad_norm))
+        outcomes = [(number, float(m.loss), float(m.grad_norm)) for number, m in jax.device_get(fetched)]
+        self.log.check_updates(outcomes)
+        _, loss, grad_norm = outcomes[-1]
+        self.log.train(step, loss=loss, learning_rate=rate, grad_norm=grad_norm)
 
     def do(self, due: Due, state: TrainState, updates: int) -> None:
         """What is due after so many updates."""

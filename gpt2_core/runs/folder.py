@@ -15,7 +15,7 @@ import numpy as np
 from gpt2_core.config import NEWEST, ResolvedConfig, TrainConfig
 from gpt2_core.config.io import differences, from_yaml, to_yaml
 from gpt2_core.errors import UserError
-from gpt2_core.files import link, write_atomically, writing
+from gpt2_core.files import write_atomically, writing
 from gpt2_core.runs.manifest import damage
 from gpt2_core.weights import Weights
 from gpt2_core.weights.safetensors import json_object
@@ -130,15 +130,16 @@ class RunFolder:
         return [step for step in self.steps()[:-keep] if step != self.best_step()]
 
     def remove_obsolete(self, keep: int) -> None:
-        """Remove the checkpoints that aren't kept, and let the links `latest` and `best` name those that are."""
+        """Remove the checkpoints that aren't kept, and write index.json, which names the latest and the best."""
         for step in self.obsolete_steps(keep):
             # Renamed first: a removal that is killed halfway must not leave something that looks like a checkpoint.
             doomed = self.checkpoints / f".{step}.removed"
             (self.checkpoints / str(step)).rename(doomed)
             doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed)
         if steps := self.steps():
-            link(self.checkpoints / "latest", str(steps[-1]))
-            link(self.checkpoints / "best", str(self.best_step()))
+            # Not links, which tools that copy folders turn into copies of whole checkpoints.
+            index = {"latest": str(steps[-1]), "best": str(self.best_step())}
+            write_atomically(self.checkpoints / "index.json", json.dumps(index) + "\n")
 
 
 @dataclasses.dataclass

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_core.files import link, publish, write_atomically, writing
+from gpt2_core.files import publish, write_atomically, writing
 
 
 @pytest.fixture
@@ -64,9 +64,3 @@ def test_after_an_error_the_old_file_stays_and_nothing_else_is_there(tmp_path):
         file.write(b"new")
         raise ValueError("no")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
-
-
-def test_a_link_is_replaced(tmp_path):
-    for target in ("1", "2"):
-        link(tmp_path / "latest", target)
-    assert os.readlink(tmp_path / "latest") == "2" and len(list(tmp_path.iterdir())) == 1

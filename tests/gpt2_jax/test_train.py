@@ -66,8 +66,9 @@ def test_the_host_never_waits_for_a_step_before_it_has_dispatched_the_next(make_
     monkeypatch.setattr(train_module.jax, "block_until_ready", block_until_ready)
     train(make_config(steps=8, log_interval=3, eval_interval=100, checkpoint_interval=100, mesh=2))
     steps = [("dispatch", step) for step in range(8)]
-    # Those of the steps that are logged, 0, 3 and 6, and the last one: loss and gradient norm.
-    fetches = {step: [("fetch", step)] * 2 for step in (0, 3, 6, 7)}
+    # With the steps that are logged, 0, 3 and 6, and the last one, those before them: loss and gradient norm.
+    since = {0: [0], 3: [1, 2, 3], 6: [4, 5, 6], 7: [7]}
+    fetches = {logged: [("fetch", step) for step in steps for _ in range(2)] for logged, steps in since.items()}
     ends = [*fetches[7], ("wait", None)]
     assert events == [*steps[:2], *fetches[0], *steps[2:5], *fetches[3], *steps[5:], *fetches[6], *ends]
 

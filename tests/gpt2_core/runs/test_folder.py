@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -124,11 +123,11 @@ def test_a_link_among_old_checkpoints_is_removed_and_what_it_names_is_not(make_c
     assert folder.steps() == [4] and (tmp_path / "elsewhere" / "precious").read_text() == "kept"
 
 
-def test_links_name_the_latest_and_the_best(make_config):
+def test_an_index_names_the_latest_and_the_best_for_other_tools(make_config):
     folder = fake_run(make_config(), [1, 2, 3], [row(s, "val", loss) for s, loss in {1: 2.0, 2: 1.0, 3: 3.0}.items()])
     folder.remove_obsolete(1)
     assert folder.steps() == [2, 3]
-    assert {name: os.readlink(folder.checkpoints / name) for name in ("latest", "best")} == {"latest": "3", "best": "2"}
+    assert json.loads((folder.checkpoints / "index.json").read_text()) == {"latest": "3", "best": "2"}
 
 
 def test_resuming_a_run_killed_before_its_first_checkpoint_starts_it_again(make_config):
