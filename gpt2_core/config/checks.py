@@ -33,7 +33,8 @@ def require_nonnegative(group: str, config: Any, *names: str) -> None:
 
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def one_of(numbers: list[int]) -> str:

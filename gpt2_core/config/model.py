@@ -70,8 +70,8 @@ class ModelConfig:
         )
         refuse_unless(0.0 <= self.dropout < 1.0, f"--model.dropout {self.dropout}: must be at least 0 and below 1")
         refuse_unless(
-            self.layer_norm_epsilon > 0,
-            f"--model.layer_norm_epsilon {self.layer_norm_epsilon}: must be above 0",
+            0.0 < self.layer_norm_epsilon < math.inf,
+            f"--model.layer_norm_epsilon {self.layer_norm_epsilon}: must be above 0 and finite",
         )
         if self.mlp_width is not None:
             require_positive("model.", self, "mlp_width")

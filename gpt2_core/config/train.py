@@ -85,10 +85,10 @@ class OptimizerConfig:
     """Largest global gradient norm; longer gradients are scaled down to it. 0: no clipping."""
 
     def __post_init__(self) -> None:
-        require_nonnegative(
-            "optimizer.", self, "learning_rate", "final_fraction", "weight_decay", "epsilon", "clip_norm"
-        )
+        require_nonnegative("optimizer.", self, "learning_rate", "final_fraction", "weight_decay", "clip_norm")
         require_nonnegative("optimizer.", self, "warmup_steps")
+        # With 0, a parameter that has never had a gradient would be updated by 0 / 0.
+        refuse_unless(0.0 < self.epsilon < math.inf, f"--optimizer.epsilon {self.epsilon}: must be above 0 and finite")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             refuse_unless(0.0 <= value < 1.0, f"--optimizer.{name} {value}: must be at least 0 and below 1")

@@ -12,6 +12,7 @@ from gpt2_core.config import (
     resolved,
     with_accumulation,
 )
+from gpt2_core.config.checks import divisors
 from gpt2_core.config.io import differences, from_dict, to_yaml
 from gpt2_core.errors import UserError
 
@@ -121,3 +122,18 @@ def test_a_batch_is_counted_in_tokens_too():
         TrainConfig(batch_tokens=5000)
     with pytest.raises(UserError, match="--batch_size 512: not divisible by the 3 devices that share it; use 510"):
         with_accumulation(TrainConfig(batch_size=512, device_batch_size=8), 3)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -1e-8, float("inf"), float("nan")])
+def test_an_epsilon_that_divides_zero_by_zero_or_everything_to_zero_is_refused(epsilon):
+    with pytest.raises(UserError, match=f"--optimizer.epsilon {epsilon}: must be above 0 and finite"):
+        OptimizerConfig(epsilon=epsilon)
+    with pytest.raises(UserError, match=f"--model.layer_norm_epsilon {epsilon}: must be above 0 and finite"):
+        ModelConfig(layer_norm_epsilon=epsilon)
+
+
+@pytest.mark.parametrize("number", [1, 2, 12, 36, 97, 1_000_000_007])
+def test_divisors_are_found_without_trying_every_number(number):
+    found = divisors(number)
+    assert found == sorted(found) and all(number % n == 0 for n in found)
+    assert found == [n for n in range(1, number + 1) if number % n == 0] if number < 100 else [1, number]

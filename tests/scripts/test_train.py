@@ -168,7 +168,7 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(run, rec
 @pytest.mark.long
 @pytest.mark.parametrize("script", ["train_torch.py", pytest.param("train_jax.py", marks=pytest.mark.slow)])
 def test_a_run_that_diverges_ends_with_a_sentence_and_exit_code_1(script, run, recipe, tmp_path):
-    rate = ("--optimizer.learning_rate", "1e30", "--optimizer.clip_norm", "0")
+    rate = ("--optimizer.learning_rate", "1e30", "--optimizer.clip_norm", "0", "--checkpoint_interval", "100")
     code, out, err = run(script, "--config", recipe, *rate, "--run_dir", "run")
     assert code == 1 and "the run has diverged" in err and err.count("\n") == 1
     assert "its update is left out (11 of this run)" in out
@@ -176,7 +176,7 @@ def test_a_run_that_diverges_ends_with_a_sentence_and_exit_code_1(script, run, r
     assert len(found["sequences"]) == 8 and found["first_module_not_finite"] is not None
     # What was saved is what came before the updates that were left out, and finite.
     newest = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
-    assert newest == found["step"] + 1
+    assert newest - found["step"] in (1, 2)  # JAX has dispatched a step more
     weights = read_weights(tmp_path / "run" / "checkpoints" / str(newest))
     assert all(np.isfinite(array).all() for array in weights.arrays.values())
 
