@@ -27,6 +27,10 @@ class DivergedError(RunError):
         self.step = step
 
 
+class SaveError(Exception):
+    """A checkpoint could not be written: the disk is full, say, or the folder is gone. Training goes on without it."""
+
+
 class Stopped(BaseException):
     """A run was told to stop by a signal, and can be resumed: exit code STOPPED.
 

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from gpt2_core.errors import UserError
+from gpt2_core.errors import SaveError, UserError
 from gpt2_core.files import publish
 from gpt2_core.runs.folder import RunFolder, metadata_of_weights
 from gpt2_core.runs.manifest import write_manifest
@@ -32,43 +32,66 @@ class CheckpointWriter:
 
     def __init__(self, folder: RunFolder, keep: int) -> None:
         self._folder, self._keep = folder, keep
-        folder.checkpoints.mkdir(exist_ok=True)
         self._checkpointer = ocp.AsyncCheckpointer(_handler(use_compression=False))
         self._thread = ThreadPoolExecutor(1)
         self._saving: Future[None] | None = None
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
-        """Start saving; returns once the state is copied and may be donated. Waits for the save before, if need be."""
+        """Start saving; returns once the state is copied and may be donated. Waits for the save before, if need be.
+
+        Raises SaveError if either can't be saved.
+        """
         self.wait()
         temporary = self._folder.checkpoints / f".{step}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        self._checkpointer.save(
-            temporary.absolute(),
-            args=ocp.args.Composite(state=ocp.args.PyTreeSave(_tree(state)), metadata=ocp.args.JsonSave(metadata)),
-        )
-        self._saving = self._thread.submit(self._complete, temporary, step)
+        with _save_errors(step):
+            shutil.rmtree(temporary, ignore_errors=True)
+            # Where a folder can't be made, Orbax would leave threads that wait for it for ever.
+            self._folder.checkpoints.mkdir(exist_ok=True)
+            temporary.mkdir()
+            temporary.rmdir()
+            self._checkpointer.save(
+                temporary.absolute(),
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(_tree(state)), metadata=ocp.args.JsonSave(metadata)),
+            )
+            self._saving = self._thread.submit(self._complete, temporary, step)
 
     def _complete(self, temporary: Path, step: int) -> None:
-        self._checkpointer.wait_until_finished()
-        write_manifest(temporary)
-        checkpoint = self._folder.checkpoints / str(step)
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        publish(temporary, checkpoint)
-        self._folder.remove_obsolete(self._keep)
+        with _save_errors(step):
+            self._checkpointer.wait_until_finished()
+            write_manifest(temporary)
+            checkpoint = self._folder.checkpoints / str(step)
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            publish(temporary, checkpoint)
+            self._folder.remove_obsolete(self._keep)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a save has failed, as `wait` would say."""
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def wait(self) -> None:
-        """Wait until everything is on disk."""
+        """Wait until everything is on disk; raises SaveError if the last save failed."""
         if self._saving is not None:
             saving, self._saving = self._saving, None
             saving.result()
 
     def close(self) -> None:
-        """Wait, and end the threads."""
+        """Wait, and end the threads; raises SaveError if the last save failed."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
             self._checkpointer.close()
+
+
+@contextlib.contextmanager
+def _save_errors(step: int) -> Iterator[None]:
+    """Turn any error of writing a checkpoint into a SaveError: Orbax and tensorstore raise several types."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SaveError(f"checkpoint {step} can't be saved ({reason:.300})") from error
 
 
 def restore(checkpoint: Path, abstract: TrainState) -> TrainState:

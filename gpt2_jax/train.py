@@ -13,9 +13,9 @@ from gpt2_core.config import IGNORE_INDEX, ResolvedConfig, TrainConfig, resolved
 from gpt2_core.data.batches import TrainingBatches, evaluation_batches
 from gpt2_core.data.tokenizer import get_tokenizer
 from gpt2_core.data.tokens import TokenFolder, open_tokens, with_steps
-from gpt2_core.errors import DivergedError, Stopped
+from gpt2_core.errors import DivergedError, RunError, SaveError, Stopped
 from gpt2_core.runs.due import Due, due_after, due_at_start, is_logged
-from gpt2_core.runs.folder import RunFolder, RunPlan, metadata_of, plan_run
+from gpt2_core.runs.folder import SAVE_AGAIN, RunFolder, RunPlan, metadata_of, plan_run
 from gpt2_core.runs.log import RunLog, peak_flops
 from gpt2_core.runs.stop import StopRequest, stopped_by_signals
 from gpt2_core.sampling import Sampling, uniforms
@@ -128,6 +128,8 @@ class _Loop:
         self.log, self.stop = log, stop
         self.unchecked: list[tuple[int, Metrics]] = []
         """Steps whose loss and gradient norm haven't been fetched."""
+        self.unsaved: SaveError | None = None
+        """Why the last checkpoint that was due isn't there."""
         self.train_step_future, self.eval_step_future = train_step_future, eval_step_future
         self.generator = Generator(program.definition)
         self.writer = CheckpointWriter(folder, self.config.keep_checkpoints)
@@ -157,6 +159,8 @@ class _Loop:
                 if updates < config.steps:
                     batch = self.put(updates)
                 pending = self.log_metrics(pending)
+                if self.writer.has_failed:
+                    self.wait_for_save()
                 if is_logged(step, config):
                     pending = (step, rate)
                     if config.target_loss is not None:
@@ -171,6 +175,7 @@ class _Loop:
             if stop:
                 self.log_metrics(pending)
                 self.save_unless_saved(state, updates)
+            self.end_saving(state, updates)
             log.end()
         except DivergedError as error:
             # Updates were left out, so the state is the one before them.
@@ -180,7 +185,8 @@ class _Loop:
             self.save_unless_saved(state, updates)
             raise
         finally:
-            self.writer.close()
+            with self.warning_of_saves():
+                self.writer.close()
         if updates < config.steps and not log.reached_target:
             stop.check(f"{updates} steps are saved; continue with --resume")
 
@@ -240,15 +246,41 @@ class _Loop:
         tokenizer = get_tokenizer(self.config.data.tokenizer)
         numbers = uniforms(self.config.seed, updates, self.config.sample_tokens)[None]
         tokens = self.generator(state.params, [[tokenizer.end_of_text]], numbers, Sampling())
-        self.folder.write_sample(updates, tokenizer.decode([row[0] for row in self.stop.checked(tokens)]))
+        text = tokenizer.decode([row[0] for row in self.stop.checked(tokens)])
+        with self.log.going_on(self.folder.sample(updates)):
+            self.folder.write_sample(updates, text)
 
     def save_unless_saved(self, state: TrainState, updates: int) -> None:
-        self.writer.wait()
+        self.wait_for_save()
         if updates not in self.folder.steps():
             self.save(state, updates)
 
     def save(self, state: TrainState, updates: int) -> None:
         if not self.program.is_finite(state):
             self.log.refuse_state(updates)
-        self.writer.save(updates, state, metadata_of(self.config, updates, "jax", self.tokens.digest))
+        self.wait_for_save()
+        self.unsaved = None
+        with self.warning_of_saves():
+            self.writer.save(updates, state, metadata_of(self.config, updates, "jax", self.tokens.digest))
         self.log.update_curves()
+
+    def wait_for_save(self) -> None:
+        with self.warning_of_saves():
+            self.writer.wait()
+
+    def end_saving(self, state: TrainState, updates: int) -> None:
+        """Wait for the last save, and try it once more if it failed; raises RunError if it fails again."""
+        self.wait_for_save()
+        if self.unsaved:
+            self.save(state, updates)
+            self.wait_for_save()
+        if self.unsaved:
+            raise RunError(f"{self.unsaved}: the state after step {updates} is lost; {SAVE_AGAIN}")
+
+    @contextlib.contextmanager
+    def warning_of_saves(self) -> Iterator[None]:
+        try:
+            yield
+        except SaveError as error:
+            self.unsaved = error
+            self.log.say(f"warning: {error}; training goes on, and the next checkpoint is saved when it is due")

@@ -18,9 +18,9 @@ from gpt2_core.config import IGNORE_INDEX, ResolvedConfig, TrainConfig
 from gpt2_core.data.batches import Batch, TrainingBatches, evaluation_batches
 from gpt2_core.data.tokenizer import get_tokenizer
 from gpt2_core.data.tokens import TokenFolder, open_tokens, with_steps
-from gpt2_core.errors import DivergedError, Stopped, UserError
+from gpt2_core.errors import DivergedError, RunError, SaveError, Stopped, UserError
 from gpt2_core.runs.due import Due, due_after, due_at_start, is_logged
-from gpt2_core.runs.folder import RunFolder, RunPlan, metadata_of, plan_run
+from gpt2_core.runs.folder import SAVE_AGAIN, RunFolder, RunPlan, metadata_of, plan_run
 from gpt2_core.runs.log import RunLog, peak_flops
 from gpt2_core.runs.stop import StopRequest, stopped_by_signals
 from gpt2_core.sampling import Sampling, uniforms
@@ -195,6 +195,8 @@ class Trainer:
         self.config, self.folder = config, folder = self.plan.config, self.plan.folder
         self.stop, self.device, self.rank, self.processes = stop, device, rank, processes
         self.stop_flag: tuple[Tensor, dist.Work] | None = None
+        self.unsaved: Exception | None = None
+        """Why the last checkpoint that was due isn't there."""
         self.unchecked: list[tuple[int, Tensor, Tensor]] = []
         """Steps whose loss and gradient norm haven't been read."""
 
@@ -260,8 +262,10 @@ class Trainer:
             self.do(due, updates)
             if due.stop:
                 break
-        if self.stop and self.rank == 0 and updates not in self.folder.steps():
+        if self.unsaved or (self.stop and self.rank == 0 and updates not in self.folder.steps()):
             self.save(updates)
+        if self.unsaved:
+            raise RunError(f"{self.unsaved}: the state after step {updates} is lost; {SAVE_AGAIN}")
         log.end()
         return updates
 
@@ -348,12 +352,18 @@ class Trainer:
             tokens = generate(self.model, [[tokenizer.end_of_text]], numbers, Sampling())
             ids = [row[0] for row in self.stop.checked(tokens)]
         self.model.train()
-        self.folder.write_sample(updates, tokenizer.decode(ids))
+        with self.log.going_on(self.folder.sample(updates)):
+            self.folder.write_sample(updates, tokenizer.decode(ids))
 
     def save(self, updates: int) -> None:
         if not checkpoints.is_finite(self.model, self.optimizer):
             self.log.refuse_state(updates)
         metadata = metadata_of(self.config, updates, "torch", self.tokens.digest)
-        checkpoints.save(self.folder.checkpoints / str(updates), self.model.state_dict(), metadata, self.optimizer)
-        self.folder.remove_obsolete(self.config.keep_checkpoints)
+        self.unsaved = None
+        try:
+            checkpoints.save(self.folder.checkpoints / str(updates), self.model.state_dict(), metadata, self.optimizer)
+            self.folder.remove_obsolete(self.config.keep_checkpoints)
+        except (SaveError, OSError) as error:
+            self.unsaved = error
+            self.log.say(f"warning: {error}; training goes on, and the next checkpoint is saved when it is due")
         self.log.update_curves()

@@ -23,6 +23,11 @@ from gpt2_core.weights.safetensors import json_object
 # Number of logged training losses whose mean ranks checkpoints and is compared with the target: one batch is noisy.
 RECENT = 10
 
+# What to do when the last checkpoint of a run couldn't be written.
+SAVE_AGAIN = (
+    "make room or set the permissions right, and continue with --resume from the newest checkpoint that is there"
+)
+
 # A resumed run may change where and how it computes, what it logs and keeps, and how long it is. These settings decide
 # the numbers, and must stay.
 _DECIDES_THE_NUMBERS = {

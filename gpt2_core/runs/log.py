@@ -1,8 +1,11 @@
 """The log of a run: metrics.jsonl, progress on the terminal, curves.png."""
 
 import contextlib
+import errno
+import io
 import json
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -66,6 +69,7 @@ class RunLog:
         self._val_loss: float | None = None
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._skipped = self._skipped_in_a_row = 0
+        self._unwritten = b""
         self._tracker: Tracker | None = None
         self._progress = Progress(
             TextColumn("step"),
@@ -83,7 +87,7 @@ class RunLog:
         self._recent.extend(row["loss"] for row in read_metrics(self._folder.metrics) if row["split"] == "train")
         if self._enabled:
             self._tracker = open_tracker(self._folder.path, self._config)
-            self._file = self._folder.metrics.open("a", encoding="utf-8")
+            self._file = self._folder.metrics.open("ab", buffering=0)
         self._progress.start()
         self._last_time = time.perf_counter()
         return self
@@ -193,6 +197,14 @@ class RunLog:
         )
 
     @contextlib.contextmanager
+    def going_on(self, path: Path) -> Iterator[None]:
+        """What the disk refuses of writing `path` is a warning, and training goes on."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"warning: {path} can't be written ({error.strerror or error}); training goes on")
+
+    @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
         """Exclude the time inside (evaluations, checkpoints, samples) from the training throughput."""
         start = time.perf_counter()
@@ -214,13 +226,26 @@ class RunLog:
             self._last_drawn = time.perf_counter()
 
     def _draw_curves(self) -> None:
-        draw_curves(read_metrics(self._folder.metrics), self._folder.curves, self._config.reference_curve)
+        with self.going_on(self._folder.curves):
+            draw_curves(read_metrics(self._folder.metrics), self._folder.curves, self._config.reference_curve)
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._enabled:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            self._unwritten += json.dumps(row).encode() + b"\n"
+            with self.going_on(self._folder.metrics):
+                self._append()
             self._track(row)
+
+    def _append(self) -> None:
+        """Write the rows that aren't in metrics.jsonl yet, whole or not at all: they are tried again with the next."""
+        size = self._file.seek(0, io.SEEK_END)
+        try:
+            if self._file.write(self._unwritten) != len(self._unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._file.truncate(size)
+            raise
+        self._unwritten = b""
 
     def _track(self, row: dict[str, Any]) -> None:
         if self._tracker is None:
@@ -235,8 +260,6 @@ class RunLog:
 
 def draw_curves(rows: list[dict[str, Any]], path: Path, reference: dict[int, float] | None = None) -> None:
     """Loss, learning rate, gradient norm and throughput over the steps, as a PNG; `reference` is another run's loss."""
-    import io
-
     from matplotlib.figure import Figure
 
     train = [row for row in rows if row["split"] == "train"]

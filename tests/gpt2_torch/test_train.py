@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_core.config import IGNORE_INDEX, DataConfig, ModelConfig, OptimizerConfig
 from gpt2_core.config.io import from_yaml, to_yaml
-from gpt2_core.errors import UserError
+from gpt2_core.errors import RunError, UserError
 from gpt2_core.runs import log as runlog
 from gpt2_core.runs.folder import RunFolder, RunPlan, read_metrics
 from gpt2_torch import checkpoints
@@ -273,3 +274,29 @@ def test_tf32_is_refused_where_there_is_none(monkeypatch, name, capability):
             resolve_precision("tf32", torch.device("cuda"))
     with pytest.raises(UserError, match="and this is mps; use float32"):
         resolve_precision("tf32", torch.device("mps"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("failures", [1, 99])
+def test_a_checkpoint_that_cannot_be_saved_does_not_end_training(make_config, monkeypatch, capsys, failures):
+    publish, left = checkpoints.publish, [failures]
+
+    def failing(*paths):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        publish(*paths)
+
+    monkeypatch.setattr(checkpoints, "publish", failing)
+    config = make_config(steps=6, checkpoint_interval=2)
+    if failures == 1:
+        assert train(config).steps() == [4, 6]
+    else:
+        with pytest.raises(
+            RunError, match=r"checkpoint 6 can't be saved .*: the state after step 6 is lost; make room"
+        ):
+            train(config)
+        assert RunFolder(Path(config.run_dir)).steps() == []
+    rows = read_metrics(RunFolder(Path(config.run_dir)).metrics)
+    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(6))
+    assert "warning: checkpoint 2 can't be saved ([Errno 28] No space left on device)" in capsys.readouterr().out
