@@ -148,7 +148,7 @@ def _rows(
 
 def _tables(source: dict[str, Weight], target: Model, given: Inputs) -> list[str]:
     """Weights of the source that the target's program has as constants."""
-    if not hasattr(target, "program"):
+    if not hasattr(target, "program") or not any(w.frozen for w in source.values()):
         return []
     from parity.pair.tables import constants_among
 

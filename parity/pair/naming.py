@@ -66,6 +66,9 @@ def recurrent(name: str, source: tuple[str, ...], transform: Transform, names: C
     """What a name such as `hf.kernel` or `LSTMCell.ii.kernel` says of the tensors that PyTorch fuses as weight_ih and
     weight_hh: which of them, and which part. Values can't say it one by one, because gates are sums of two products.
     `names` are those of the model that has this name."""
+    module, _, leaf = name.rpartition(".")
+    if leaf == "bias" and {f"{module}.weight_ih", f"{module}.weight_hh"} <= set(names):
+        return 1.2 if transform.adds else -0.4  # Equinox has one for all gates
     gate = re.search(r"(?:^|[._])([ih])([ifgorzn])[._]", name)
     part = next((numbers for kind, numbers in transform.steps if kind == "chunk"), None)
     if gate is None or part is None or part[1] not in _GATES:

@@ -477,9 +477,10 @@ def test_the_biases_of_a_gru_are_mapped():
         def __call__(self, x):
             def step(h, x):
                 h = jax.vmap(self.cell)(x, h)
-                return h, jax.vmap(self.out)(h)
+                return h, h
 
-            return jax.lax.scan(step, jnp.zeros((len(x), 4)), x.swapaxes(0, 1))[1].swapaxes(0, 1)
+            _, states = jax.lax.scan(step, jnp.zeros((len(x), 4)), x.swapaxes(0, 1))
+            return jax.vmap(jax.vmap(self.out))(states.swapaxes(0, 1))
 
     x = np.stack([X, X[::-1]])
     shapes = jax.eval_shape(lambda: Linen().init(jax.random.key(0), jnp.asarray(x, jnp.float32)))

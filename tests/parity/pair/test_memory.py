@@ -1,47 +1,45 @@
-"""What a comparison holds in memory: models are large, so no weight is held more often than is needed."""
-
-import tracemalloc
+"""What a comparison holds in memory: models are large, so weights are shared."""
 
 import jax.numpy as jnp
 import numpy as np
 import torch
 
-import parity
 from parity.models.model import Inputs
 from parity.models.opening import open_model
+from parity.pair.comparison import opened
 
-WIDTH, LAYERS = 400, 4
-
-
-class Deep(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x
+X = np.random.default_rng(0).standard_normal((2, 6))
 
 
 def port(parameters, x):
-    for layer in parameters:
-        x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
-    return x
+    return jnp.tanh(x @ parameters["kernel"]) @ parameters["kernel"]
 
 
-def test_numpy_holds_the_float64_weights_twice_at_most():
-    """The random weights of the source; those of the target are views of them, or one copy."""
-    empty = [{"kernel": jnp.zeros((WIDTH, WIDTH)), "bias": jnp.zeros(WIDTH)} for _ in range(LAYERS)]
-    x = np.random.default_rng(0).standard_normal((2, WIDTH))
-    tracemalloc.start()
-    try:
-        report = parity.compare(Deep(), (port, empty), inputs=x, checks=("weights", "forward"), generate=False)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert report.passed, report.in_words()
-    assert peak < 2 * 8 * LAYERS * WIDTH * (WIDTH + 1)
+class Twice(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kernel = torch.nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        return self.kernel(torch.tanh(self.kernel(x)))
+
+
+def test_weights_of_both_models_are_the_same_memory():
+    c = opened(Twice(), (port, {"kernel": jnp.zeros((6, 6))}), inputs=X)
+    (theirs,), (ours,) = c.weights["reference"].values(), c.weights["candidate"].values()
+    assert np.array_equal(ours, theirs.T) and np.shares_memory(ours, theirs)
+    c.reference.run(c.weights["reference"], c.cases[0][0])
+    (inside,) = c.reference._tensors.values()
+    assert np.shares_memory(inside.detach().numpy(), theirs)
+
+
+def test_outputs_are_those_of_a_program_that_keeps_every_value():
+    model = open_model((port, {"kernel": jnp.zeros((6, 6))}), "model")
+    kernel = np.random.default_rng(1).standard_normal((6, 6))
+    program = model.program(Inputs.of(X))
+    every = program.run([kernel], [X], lifted=True)
+    (output,) = model.run_lifted({"kernel": kernel}, Inputs.of(X))
+    assert np.array_equal(output, every[program.outputs[0]])
 
 
 def test_training_leaves_the_given_weights_as_they_are():
