@@ -102,6 +102,19 @@ def _dot_general(a, b, *, params, lifted):
     return np.matmul(left, right).reshape(shape).astype(wanted)
 
 
+def _gather(x, indices, *, params, lifted):
+    """Rows of a table; other ways to gather are left to JAX."""
+    d, width = params["dimension_numbers"], x.shape[1:]
+    rows = np.asarray(indices)[..., 0]
+    plain = d.collapsed_slice_dims == d.start_index_map == (0,) and not d.operand_batching_dims
+    last = tuple(range(rows.ndim, rows.ndim + len(width)))
+    if not plain or params["slice_sizes"] != (1, *width) or d.offset_dims != last or x.dtype.kind != "f":
+        return NotImplemented
+    if rows.size and not 0 <= rows.min() <= rows.max() < len(x):
+        return NotImplemented
+    return x[rows]
+
+
 def _select(which, *cases, params, lifted):
     if which.dtype.kind == "b":
         return np.where(which, cases[1], cases[0])
@@ -229,6 +242,7 @@ RULES = {
     "split": _split,
     "pad": _pad,
     "dot_general": _dot_general,
+    "gather": _gather,
     "select_n": _select,
     "clamp": _clamp,
     "is_finite": lambda x, *, params, lifted: np.isfinite(x),

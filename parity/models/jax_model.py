@@ -5,8 +5,9 @@ Each is reduced to one function of its floating-point arrays and the inputs; the
 
 import contextlib
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +48,7 @@ class JaxModel:
         self._definition = definition
         self.kind = definition.kind
         self._programs: dict[Any, tuple[Program, Callable | None]] = {}
+        self._tables: dict[Any, list[NarrowCast]] = {}
         self._compiled = jax.jit(lambda arrays, inputs: self._outputs(arrays, inputs)[0])
 
     def weights(self) -> list[Weight]:
@@ -68,7 +70,7 @@ class JaxModel:
         values = arrays_of(inputs)
         numbers = [i for i, x in enumerate(values) if programs.is_float(x)]
 
-        def loss(arrays, chosen):
+        def loss(arrays, chosen, cotangents):
             filled = list(values)
             for number, x in zip(numbers, chosen, strict=True):
                 filled[number] = x
@@ -76,7 +78,9 @@ class JaxModel:
 
         with jax.enable_x64(True):
             arrays, chosen = [jnp.asarray(w) for w in self._ordered(weights)], [jnp.asarray(values[n]) for n in numbers]
-            by_array, by_input = jax.jit(jax.grad(loss, argnums=(0, 1)))(arrays, chosen)
+            # The weights' memory is given to their gradients.
+            compiled = jax.jit(jax.grad(loss, argnums=(0, 1)), donate_argnums=0)
+            by_array, by_input = compiled(arrays, chosen, list(cotangents))
         names = inputs.names()
         return (
             {n: np.asarray(g) for n, g in zip(self._definition.names, by_array, strict=True)},
@@ -84,9 +88,7 @@ class JaxModel:
         )
 
     def run_lifted(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
-        program = self.program(inputs)
-        values = program.run(self._ordered(weights), arrays_of(inputs), lifted=True)
-        return [programs.read(x, values) for x in program.outputs]
+        return self.program(inputs).lifted_outputs(self._ordered(weights), arrays_of(inputs))
 
     def run_in_float32(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
         with jax.enable_x64(False):
@@ -133,6 +135,14 @@ class JaxModel:
     def program(self, inputs: Inputs) -> Program:
         return self._program(inputs)[0]
 
+    def hold(self, inputs: Inputs, tables: Mapping[int, np.ndarray]) -> None:
+        """From now on have these values of the program, exact ones, in place of those that were rounded to float32."""
+        program, ladder = self._program(inputs)
+        key = _signature(inputs)
+        places = [o.place for o in program.operations if tables.keys() & set(o.outputs)]
+        self._tables[key] = [*self._tables.get(key, ()), *(NarrowCast("float32", p) for p in places)]
+        self._programs[key] = program.with_constants(tables), ladder
+
     def record(self, weights: Arrays, inputs: Inputs) -> Recording:
         program = self.program(inputs)
         values = program.run(self._ordered(weights), arrays_of(inputs), lifted=True)
@@ -142,7 +152,7 @@ class JaxModel:
         program, ladder = self._program(inputs)
         if ladder is None:
             return [NarrowCast("float32", "the whole program: it can't be traced in float64")]
-        found = []
+        found = list(self._tables.get(_signature(inputs), ()))
         for operation in program.operations:
             if operation.primitive == "convert_element_type":
                 dtype = jnp.dtype(operation.params["new_dtype"])
@@ -162,14 +172,16 @@ class JaxModel:
 
     def _program(self, inputs: Inputs) -> "tuple[Program, Callable | None]":
         """And in which of `_LADDER` the model can be traced; None if only in float32."""
-        key = tuple((np.shape(x), str(np.asarray(x).dtype)) for x in inputs.values()), tuple(inputs.keywords)
+        key = _signature(inputs)
         if key not in self._programs:
             self._programs[key] = self._trace(inputs)
         return self._programs[key]
 
     def _trace(self, inputs: Inputs) -> "tuple[Program, Callable | None]":
         def trace(dtype):
-            arrays = [jnp.asarray(a, dtype) for a in self._definition.arrays]
+            # Their values don't matter; one array serves all weights of its shape.
+            blank = functools.cache(lambda shape: jnp.zeros(shape, dtype))
+            arrays = [blank(a.shape) for a in self._definition.arrays]
             values = _traced(inputs)
             flat = [jnp.asarray(x) for x in values.values()]
 
@@ -192,6 +204,11 @@ class JaxModel:
                 return trace(jnp.float32), None
         except Exception:
             raise EngineError(f"the JAX model can't be traced with these inputs: {in_one_line(failed)}") from failed
+
+
+def _signature(inputs: Inputs) -> tuple:
+    """What a program is traced for."""
+    return tuple((np.shape(x), str(np.asarray(x).dtype)) for x in inputs.values()), tuple(inputs.keywords)
 
 
 def _in_64_bits() -> contextlib.AbstractContextManager:

@@ -53,6 +53,8 @@ class Weight:
     trained: bool = True
     kept: bool = True
     """Whether it is part of a checkpoint; a table that is computed at construction isn't."""
+    frozen: bool = False
+    """Whether it is a parameter that training leaves as it is."""
 
     @property
     def value(self) -> np.ndarray:
@@ -128,6 +130,14 @@ class Recording:
             if step.sources and found.issuperset(step.sources):
                 found.add(step.number)
         return found
+
+    @functools.cached_property
+    def order_of_use(self) -> list[str]:
+        """The weights' names, each where it is used first."""
+        order: dict[str, None] = {}
+        for step in self.steps:
+            order |= dict.fromkeys(self.weights[s] for s in step.sources if s in self.weights)
+        return list(order)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _takes_arguments(given: Any) -> bool:
 def _made(given: Any) -> Any:
     """The model of a function or class without arguments. It is made with float64 as both frameworks' default and casts
     to narrower types lifted, so that tables which it computes are as exact as its weights."""
-    makes = inspect.isfunction(given) or inspect.isclass(given)
+    makes = inspect.isfunction(given) or inspect.ismethod(given) or inspect.isclass(given)
     if not makes or _takes_arguments(given):
         return given
     with contextlib.ExitStack() as exact:

@@ -86,10 +86,33 @@ class Program:
             values |= {x: replaced[x] for x in operation.outputs if x in replaced}
         return values
 
+    def lifted_outputs(self, weights: Sequence[np.ndarray], inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The outputs, computed in float64; every other value is released after its last use."""
+        values: dict[int, Any] = dict(zip(self.weights, weights, strict=True))
+        values |= zip(self.inputs, inputs, strict=True)
+        last = {x: p for p, o in enumerate(self.operations) for x in o.inputs if not isinstance(x, Constant)}
+        kept = {x for x in self.outputs if not isinstance(x, Constant)}
+        for position, operation in enumerate(self.operations):
+            evaluate(operation, values, lifted=True)
+            for x in operation.inputs:
+                if not isinstance(x, Constant) and x not in kept and last[x] == position:
+                    values.pop(x, None)
+        return [read(x, values) for x in self.outputs]
+
     def with_operation(self, position: int, operation: Operation) -> "Program":
         """With another operation in this place."""
         operations = [*self.operations[:position], operation, *self.operations[position + 1 :]]
         return dataclasses.replace(self, operations=operations)
+
+    def with_constants(self, values: Mapping[int, np.ndarray]) -> "Program":
+        """With these in place of what is computed for these numbers."""
+
+        def known(x: "int | Constant") -> "int | Constant":
+            return Constant(values[x]) if not isinstance(x, Constant) and x in values else x
+
+        operations = [dataclasses.replace(o, inputs=list(map(known, o.inputs))) for o in self.operations]
+        outputs = list(map(known, self.outputs))
+        return dataclasses.replace(self, operations=_needed(operations, outputs), outputs=outputs)
 
     def traced(self, weights: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         """The outputs, lifted, by JAX's own operations: what `jax.grad` can differentiate."""

@@ -45,11 +45,17 @@ _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 @contextlib.contextmanager
 def exact_tables() -> Iterator[None]:
     """What is constructed inside, and asks for a narrower type or for none, is in float64."""
+    with _by_default(torch.float64), _Lifted():
+        yield
+
+
+@contextlib.contextmanager
+def _by_default(dtype: torch.dtype) -> Iterator[None]:
+    """What asks for no type is in this one."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
     try:
-        with _Lifted():
-            yield
+        yield
     finally:
         torch.set_default_dtype(before)
 
@@ -77,6 +83,7 @@ class TorchModel:
         # Of an owned module: as they are, until other values are held.
         self._own = dict((*module.named_parameters(), *module.named_buffers()))
         self._tensors = self._named()
+        self._frozen = {n for n, t in self._module.named_parameters() if not t.requires_grad}
         for name, tensor in self._tensors.items():
             if tensor.device.type == "meta":
                 raise EngineError(f"{name} of the PyTorch model has no values (device meta); load its weights first")
@@ -94,7 +101,7 @@ class TorchModel:
         parameters = {id(p) for p in self._module.parameters()}
         saved = set(self._module.state_dict(keep_vars=True))
         return [
-            Weight(name, _array(self._own[name]), id(t) in parameters, kept=name in saved)
+            Weight(name, _array(self._own[name]), id(t) in parameters, name in saved, name in self._frozen)
             for name, t in self._tensors.items()
         ]
 
@@ -127,16 +134,17 @@ class TorchModel:
 
     def run_in_float32(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
         with self._holding(weights), torch.no_grad():
-            narrow = copy.deepcopy(self._module).float()
+            rounded = {id(t): _rounded(t) for t in self._tensors.values()}  # in place of copies in float64
+            narrow = copy.deepcopy(self._module, rounded).float()
             values = [x.float() if x.is_floating_point() else x for x in _tensors(inputs).values()]
-            outputs = _floats(narrow, _tensors(inputs).with_values(values))
+            with _by_default(torch.float32):
+                outputs = _floats(narrow, _tensors(inputs).with_values(values))
             return [x.double().numpy() for x in outputs]
 
     def train(self, weights: Arrays, inputs: Inputs, loss: Any, optimizer: Any, steps: int) -> Trained:
         """Train on one input with what `optimizer(parameters)` returns, an optimizer of torch.optim."""
         values = _tensors(inputs)
-        with self._holding(weights):
-            self._held = None  # the optimizer changes them
+        with self._holding(weights, alone=True):
             parameters = {
                 n: t.requires_grad_(True) for n, t in self._tensors.items() if isinstance(t, torch.nn.Parameter)
             }
@@ -171,7 +179,7 @@ class TorchModel:
 
     def narrow_casts(self, inputs: Inputs) -> list[NarrowCast]:
         watch = _Watch(self._module, self._tensors, lift=False)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch.watching():
+        with _by_default(torch.float64), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch.watching():
             self._call(_tensors(inputs))
         return list(dict.fromkeys(watch.narrow))
 
@@ -179,21 +187,29 @@ class TorchModel:
         return [x.double() for x in _floats(self._module, inputs)]
 
     @contextlib.contextmanager
-    def _holding(self, weights: Arrays) -> Iterator[None]:
-        """These values in the module inside."""
-        # A call in training mode changes buffers, and a training the parameters: those are written again each time.
-        if self._held is not weights or self._training:
-            with torch.no_grad():
-                for name, t in self._tensors.items():
-                    t.copy_(torch.from_numpy(np.array(weights[name])))
-        self._held = weights
-        yield
+    def _holding(self, weights: Arrays, alone: bool = False) -> Iterator[None]:
+        """These values in the module inside; `alone`: in memory of its own, because they are changed."""
+        # A call in training mode changes buffers, and an optimizer the parameters. Otherwise the module computes on the
+        # arrays themselves: models are large.
+        alone = alone or self._training
+        if self._held is not weights or alone:
+            for name, t in self._tensors.items():
+                x = weights[name]
+                t.data = torch.from_numpy(np.array(x) if alone or not x.flags.writeable else np.ascontiguousarray(x))
+        self._held = None if alone else weights
+        with _by_default(torch.float64):
+            yield
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
     """As numpy, which has no bfloat16, without a copy where that is possible."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _rounded(tensor: torch.Tensor) -> torch.Tensor:
+    narrow = tensor.detach().float()
+    return torch.nn.Parameter(narrow) if isinstance(tensor, torch.nn.Parameter) else narrow
 
 
 def _first_float(outputs: Any) -> torch.Tensor:

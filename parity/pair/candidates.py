@@ -131,6 +131,8 @@ def of_group(names: Sequence[str], shapes: Mapping[str, Shape], target: Shape) -
                 yield Transform((("stack", (0,)), *after))
     if len(names) == 2 and first == shapes[names[1]] and len(first) == 1 and _are_biases(names):
         whole = [after.steps for after in one_to_one(first, target)] + [a.steps for a in part_of(first, target)]
+        if first == target and _of_gru(names, shapes):
+            yield Transform((("add_first", (2, 3)),))
         for after in whole:
             yield Transform((("add", ()), *after))
 
@@ -140,6 +142,12 @@ def _in_every_row(source: Shape, target: Shape) -> Iterator[tuple]:
         yield ()
     if len(source) == 2 and source[::-1] == target:
         yield (("permute", (0, 2, 1)),)
+
+
+def _of_gru(names: Sequence[str], shapes: Mapping[str, Shape]) -> bool:
+    """Whether these are the biases of a GRU of PyTorch, whose third gate doesn't add them."""
+    hidden = [shapes.get(n.replace("bias", "weight"), ()) for n in names if "_hh" in n]
+    return len(hidden) == 1 and len(hidden[0]) == 2 and hidden[0][0] == 3 * hidden[0][1]
 
 
 def _are_biases(names: Sequence[str]) -> bool:

@@ -15,7 +15,7 @@ from parity.engine.errors import EngineError
 from parity.models.model import Arrays, Inputs, NarrowCast, Recording, Step, Weight
 from parity.models.opening import open_model
 
-FORMAT = "parity capture 1"
+FORMAT = "parity capture 2"
 
 
 def capture(model: Any, *, inputs: Any, out: str | Path, mode: str = "eval", overwrite: bool = False) -> Path:
@@ -47,6 +47,7 @@ def capture(model: Any, *, inputs: Any, out: str | Path, mode: str = "eval", ove
     arrays = {f"weight {n}": x for n, x in held.items()}
     arrays |= {f"value {n}": x for n, x in recording.values.items() if isinstance(x, np.ndarray)}
     arrays |= {f"output {i}": x for i, x in enumerate(outputs)}
+    arrays |= {f"float32 {i}": x for i, x in enumerate(opened.run_in_float32(held, given))}
     arrays |= {f"input {n}": np.asarray(x) for n, x in zip(given.names(), given.values(), strict=True)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -110,8 +111,7 @@ class Captured:
         raise EngineError(f"{self.path}: a captured model can't be run on other inputs")
 
     def run_in_float32(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
-        """Its own outputs rounded once: what float32 costs at least."""
-        return [x.astype(np.float32).astype(np.float64) for x in self.run(weights, inputs)]
+        return [self._arrays[f"float32 {i}"] for i in range(self._header["count"])]
 
     def state_after(self, weights: Arrays, inputs: Inputs) -> Arrays:
         raise EngineError(f"{self.path}: a captured model can't be trained")

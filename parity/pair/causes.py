@@ -6,7 +6,7 @@ own. Where to go on is found by role: the next operation that combines the wrong
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -44,42 +44,72 @@ def causes(
 ) -> Causes:
     """All of them that can be told: none is looked for behind one where the two models can't be joined again."""
     program, names = model.program(inputs), [w.name for w in model.weights()]
-    held = [weights[n] for n in names]
-    values = program.run(held, arrays_of(inputs), lifted=True)
+    held, given = [weights[n] for n in names], arrays_of(inputs)
     index = Index.of(reference)
-    found, following, replaced = [first], [], {}
+
+    def trial(replaced: dict[int, np.ndarray]) -> _Trial:
+        values = program.run(held, given, lifted=True, replaced=replaced)
+        record = recording(program, values, names, inputs.names())
+        return _Trial(replaced, values, record, _agreeing(program, values, index))
+
+    found, following, now = [first], [], trial({})
     while True:
-        record = recording(program, values, names, inputs.names())
-        trials = [
-            (number, value, program.run(held, arrays_of(inputs), lifted=True, replaced=replaced | {number: value}))
-            for number, value in itertools.islice(_joints(record, reference, index, found[-1], made_of), JOINTS)
-        ]
-        agreeing = [_agreeing(program, v, index) for _, _, v in trials]
-        if not trials or max(agreeing) <= _agreeing(program, values, index):
-            following.append(len(_behind(record, found[-1].candidate_step)) - 1)
+        after = _joined(now, found[-1], reference, index, made_of, trial)
+        if after is None:
+            following.append(len(_behind(now.record, found[-1].candidate_step)) - 1)
             break
-        # A weight may be combined with something else first (a norm's scale with its divisor): the right place to join
-        # is the one behind which most values agree.
-        number, value, after = trials[int(np.argmax(agreeing))]
-        replaced[number] = value
-        following.append(_changed(values, after))
-        values = after
-        if len(found) == MOST:
-            break
-        record = recording(program, values, names, inputs.names())
-        computed, expected = outputs.of_recording(record), outputs.of_recording(reference)
-        agreeing_outputs = [
-            (i, j) for i, j in outputs.paired(computed, expected) if Index([(0, expected[j])]).find(computed[i])
-        ]
-        place = divergence.locate(record, reference, agreeing_outputs, made_of)
-        if (
-            place is None
-            or place.candidate_step is None
-            or place.candidate_step.number <= found[-1].candidate_step.number
-        ):
+        following.append(_changed(now.values, after.values))
+        now, place = after, after.divergence(reference, made_of)
+        seen = {d.candidate_step.number for d in found}
+        if len(found) == MOST or place is None or place.candidate_step is None or place.candidate_step.number in seen:
             break
         found.append(place)
     return Causes(found, following)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """The candidate's program with some of the reference's values in place of its own."""
+
+    replaced: dict[int, np.ndarray]
+    values: dict[int, Any]
+    record: Recording
+    agreeing: int
+    """How many of its values occur in the reference."""
+
+    def divergence(self, reference: Recording, made_of: dict[str, Any]) -> Divergence | None:
+        computed, expected = outputs.of_recording(self.record), outputs.of_recording(reference)
+        agreeing = [
+            (i, j) for i, j in outputs.paired(computed, expected) if Index([(0, expected[j])]).find(computed[i])
+        ]
+        return divergence.locate(self.record, reference, agreeing, made_of)
+
+
+def _joined(
+    now: _Trial,
+    place: Divergence,
+    reference: Recording,
+    index: Index,
+    made_of: dict[str, Any],
+    trial: Callable[[dict[int, np.ndarray]], _Trial],
+) -> _Trial | None:
+    """The program that goes on with the reference's value after this divergence; None if there is no place for it.
+
+    A weight may be combined with something else first (a norm's scale with its divisor): behind a wrong place the
+    models part at once. The first behind which they don't is taken, because a later one may hide what is wrong in
+    another branch; else the one behind which most values agree.
+    """
+    better: list[_Trial] = []
+    for number, value in itertools.islice(_joints(now.record, reference, index, place, made_of), JOINTS):
+        after = trial(now.replaced | {number: value})
+        if after.agreeing <= now.agreeing:
+            continue
+        following = after.divergence(reference, made_of)
+        step = following.candidate_step if following else None
+        if step is None or step not in _behind(after.record, after.record.by_number[number]):
+            return after
+        better.append(after)
+    return max(better, key=lambda t: t.agreeing, default=None)
 
 
 def _joints(

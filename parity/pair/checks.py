@@ -20,6 +20,7 @@ from parity.pair import inputs as generated
 from parity.pair.capturing import Captured
 from parity.pair.causes import causes
 from parity.pair.comparison import Comparison, checked
+from parity.pair.fingerprints import CLOSE
 from parity.pair.hints import hints
 from parity.pair.mapping import Row
 from parity.pair.report import Report
@@ -30,6 +31,8 @@ ZERO = 1e-12
 """Of the largest gradient: below, a gradient is zero but for rounding."""
 NARROW = 1.5
 """Largest ratio of the candidate's error to the reference's, where casts to narrower types are left in."""
+FINEST = 1e-12
+"""Of two values' fingerprints, in the search for where a small difference begins. Rounding measures 1e-14."""
 OWN = float(np.finfo(np.float32).eps)
 """Largest difference of the models' own weights: one of them may have been converted through float32."""
 
@@ -123,10 +126,11 @@ def _generated(c: Comparison, found: Report) -> Iterator[Result]:
         except Exception:  # a size that one of the models doesn't take is no difference
             refused.append(name)
             continue
-        if not outputs.lacking(a, b):
-            for i, j in outputs.paired(a, b):
-                a[i], b[j] = outputs.where_finite(a[i], b[j])
-        difference = outputs.worst(a, b)
+        difference = _where_finite(a, b)
+        if not difference <= outputs.SAME and _read_tables(
+            c.candidate, ours, c.reference.record(c.weights["reference"], theirs)
+        ):
+            difference = _where_finite(c.candidate.run_lifted(c.weights["candidate"], ours), b)
         taken.append(name)
         if not difference <= outputs.SAME:
             where = "the given inputs don't show it"
@@ -139,10 +143,20 @@ def _generated(c: Comparison, found: Report) -> Iterator[Result]:
         yield Result("forward", f"{len(taken)} generated inputs", worst, outputs.SAME, f"{', '.join(taken)}{left}")
 
 
+def _where_finite(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+    """The largest difference of outputs, where they are finite."""
+    a, b = list(ours), list(theirs)
+    if not outputs.lacking(a, b):
+        for i, j in outputs.paired(a, b):
+            a[i], b[j] = outputs.where_finite(a[i], b[j])
+    return outputs.worst(a, b)
+
+
 def _parted(case: str, c: Comparison, found: Report, given, computed, worst: float) -> Iterator[Result]:
     """Outputs differ: whether in what is computed, or only in what is rounded on the way."""
     theirs, ours = given
     reference = c.reference.record(c.weights["reference"], theirs)
+    _read_tables(c.candidate, ours, reference)
     candidate = c.candidate.record(c.weights["candidate"], ours)
     truth = outputs.of_recording(candidate), outputs.of_recording(reference)
     lifted = outputs.worst(*truth)
@@ -153,7 +167,9 @@ def _parted(case: str, c: Comparison, found: Report, given, computed, worst: flo
     agreeing = [
         (i, j) for i, j in outputs.paired(*truth) if outputs.difference(truth[0][i], truth[1][j]) <= outputs.SAME
     ]
-    place = divergence.locate(candidate, reference, agreeing, c.made_of("candidate"))
+    # A small difference of outputs begins as a smaller one.
+    close = min(CLOSE, max(FINEST, lifted / 100))
+    place = divergence.locate(candidate, reference, agreeing, c.made_of("candidate"), close)
     if place:
         _remember(c, found, ours, candidate, reference, place)
     yield Result("forward", case, worst, outputs.SAME, str(place) if place else "")
@@ -171,11 +187,20 @@ def _remember(
     found.hints += [h for h in hints(candidate, reference, place) if h not in found.hints]
 
 
+def _read_tables(candidate: Model, given: Inputs, reference: Recording) -> bool:
+    """Whether the candidate had tables that are rounded to float32; it computes with the reference's then."""
+    if not hasattr(candidate, "program"):
+        return False
+    from parity.pair.tables import read_tables
+
+    return read_tables(candidate, given, reference)
+
+
 def _rounding(case: str, c: Comparison, theirs: Inputs, computed, truth) -> Result:
     """Both compute the same. The candidate as it is written may be no further from it than the reference is, as it is
     written or in float32."""
-    ours_error, theirs_error = (outputs.worst(a, b) for a, b in zip(computed, truth, strict=True))
-    in_float32 = outputs.worst(c.reference.run_in_float32(c.weights["reference"], theirs), truth[1])
+    ours_error, theirs_error = (outputs.norm(a, b) for a, b in zip(computed, truth, strict=True))
+    in_float32 = outputs.norm(c.reference.run_in_float32(c.weights["reference"], theirs), truth[1])
     allowed = max(theirs_error, in_float32)
     return Result(
         "forward",
@@ -212,22 +237,40 @@ def gradients(c: Comparison, found: Report, options: Options) -> Iterator[Result
     if not differences and not inputs:
         yield Skipped("gradients", "the models have no weights in common and no floating-point inputs")
     if differences:
-        where = first_beyond(differences, GRADIENTS)
-        yield Result("gradients", f"of {len(differences)} weights", worst_of(differences), GRADIENTS, where)
+        worst = worst_of(differences)
+        where = first_beyond(differences, GRADIENTS) if worst <= GRADIENTS else _in_backward_order(c, differences)
+        yield Result("gradients", f"of {len(differences)} weights", worst, GRADIENTS, where)
     for name, x, y in inputs:
         yield Result("gradients", f"of {name}", outputs.difference(x, y), GRADIENTS)
+
+
+def _in_backward_order(c: Comparison, differences: list[Difference]) -> str:
+    """The first weight, from the outputs back, whose gradient differs: what is wrong is used after it."""
+    role = "candidate" if c.from_reference else "reference"
+    recording = c.target.record(c.weights[role], c.cases[0][c.from_reference])
+    place = {name: number for number, name in enumerate(recording.order_of_use)}
+
+    def first_use(difference: Difference) -> int:
+        return min(place.get(name, len(place)) for name in difference.name.split(" + "))
+
+    ordered = sorted(differences, key=first_use, reverse=True)
+    return f"in the order of the backward pass {first_beyond(ordered, GRADIENTS)}"
 
 
 def _gradient_differences(c: Comparison, ours: Arrays, theirs: Arrays) -> list[Difference]:
     """Of every trained weight of the target, under its name."""
     source, target = c.directed(ours, theirs)
-    largest = max((float(np.abs(g).max(initial=0.0)) for g in source.values()), default=0.0)
+    largest = max((_largest(g) for g in source.values()), default=0.0)
     # One tensor of the source may serve several of the target (tied on one side only): their gradients add up.
     several: dict[tuple[str, ...], list[Row]] = {}
     for row in c.rows(source, target):
         several.setdefault(row.source, []).append(row)
     found = []
+    frozen = {w.name for w in (*c.source.weights(), *c.target.weights()) if w.frozen}
     for names, rows in several.items():
+        # What one model freezes by a flag, the other stops the gradient of.
+        if frozen.intersection((*names, *(r.target for r in rows))) and not any(target[r.target].any() for r in rows):
+            continue
         if len(rows) > 1 and all(r.transform.can_undo() for r in rows):
             whole = source[names[0]]
             total = sum(r.transform.undo(target[r.target], whole.shape) for r in rows)
@@ -241,9 +284,14 @@ def _gradient_differences(c: Comparison, ours: Arrays, theirs: Arrays) -> list[D
 
 def _relative(ours: np.ndarray, theirs: np.ndarray, largest: float) -> float:
     """Relative norm of the difference; none of two gradients that are zero but for rounding."""
-    if max(np.abs(theirs).max(initial=0.0), np.abs(ours).max(initial=0.0)) <= ZERO * largest:
+    if max(_largest(theirs), _largest(ours)) <= ZERO * largest:
         return 0.0
     return relative_norm(ours, theirs)
+
+
+def _largest(x: np.ndarray) -> float:
+    """The largest magnitude, without an array of magnitudes: gradients are as large as the model."""
+    return float(max(x.max(initial=0.0), -x.min(initial=0.0)))
 
 
 def state(c: Comparison, found: Report, options: Options) -> Iterator[Result | Skipped]:

@@ -11,6 +11,7 @@ from parity.engine.errors import EngineError
 from parity.models.model import Arrays, Inputs, Model, Weight
 from parity.models.opening import open_model
 from parity.pair.by_name import rows_by_name
+from parity.pair.by_running import rows_by_running
 from parity.pair.by_value import rows_by_value
 from parity.pair.capturing import Captured
 from parity.pair.mapping import Mapping, Row, complete, from_table, with_buffers, with_unused
@@ -102,9 +103,11 @@ def opened(
             raise EngineError(f"ignore: {name} is a weight of neither model")
     # What was captured can't be run again with other weights.
     fixed, own = own or isinstance(source, Captured), own or isinstance(target, Captured)
-    held = {n: w.value for n, w in mine.items()} if fixed else draw(mine.values(), np.random.default_rng(seed))
-    progress("mapping the weights")
     given = cases[0] if from_reference else cases[0][::-1]
+    tables = _tables(mine, target, given[1])
+    ignore = (*ignore, *tables)
+    held = {n: w.value for n, w in mine.items()} if fixed else draw(mine.values(), np.random.default_rng(seed), tables)
+    progress("mapping the weights")
     if mapping is not None:
         table = from_table(mapping, mine, theirs, ignore)
     else:
@@ -127,13 +130,29 @@ def _rows(
     if isinstance(target, Captured):
         return rows_by_value(*weights, ignore)
     if not hasattr(target, "program"):
-        return rows_by_name(*weights, ignore)
+        rows = rows_by_name(*weights, ignore)
+        if not isinstance(source, Captured) and not all(r.verified for r in rows):
+            followed = rows_by_running(source, target, weights, held, given, ignore)
+            rows = with_unused(with_buffers(followed, *weights), *weights)
+        return rows
     from parity.models.jax_model import arrays_of
     from parity.pair.inference import Inference
+    from parity.pair.tables import read_tables
 
-    recording, program = source.record(held, given[0]), target.program(given[1])
+    recording = source.record(held, given[0])
+    read_tables(target, given[1], recording)
+    program = target.program(given[1])
     inference = Inference(recording, weights[0], held, program, weights[1], arrays_of(given[1]), ignore)
     return with_unused(with_buffers(inference.rows, *weights), *weights)
+
+
+def _tables(source: dict[str, Weight], target: Model, given: Inputs) -> list[str]:
+    """Weights of the source that the target's program has as constants."""
+    if not hasattr(target, "program") or not any(w.frozen for w in source.values()):
+        return []
+    from parity.pair.tables import constants_among
+
+    return constants_among(source, target.program(given))
 
 
 def _cases(inputs: Any, to_candidate: Callable[[Any], Any] | None) -> list[tuple[Inputs, Inputs]]:

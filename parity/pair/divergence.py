@@ -60,12 +60,12 @@ class _Side:
         self.agreed: set[int] = set()
         self.right: set[int] = set()
 
-    def match(self, other: "_Side") -> None:
+    def match(self, other: "_Side", close: float) -> None:
         """Find which values the other side has, and which follow from such by moving numbers."""
         self.agreed = set(self.recording.weights) | set(self.recording.inputs)
         for step in self.recording.steps:
             value = self.values.get(step.number)
-            found = other.index.find(value, CLOSE) if isinstance(value, np.ndarray) else []
+            found = other.index.find(value, close) if isinstance(value, np.ndarray) else []
             if found:
                 self.matches[step.number] = found
                 self.agreed.add(step.number)
@@ -133,15 +133,17 @@ def locate(
     reference: Recording,
     agreeing: Collection[tuple[int, int]],
     weights: dict[str, Sequence[str]],
+    close: float = CLOSE,
 ) -> Divergence | None:
     """The first divergence; None if every output of the candidate agrees. `agreeing` are the pairs of outputs that are
-    equal, `weights` says which of the reference's weights each of the candidate's is made of."""
+    equal, `weights` says which of the reference's weights each of the candidate's is made of, `close` how near two
+    values' fingerprints are that are one."""
     right = {i for i, _ in agreeing}
     if len(right) == len(candidate.outputs):
         return None
     ours, theirs = _Side(candidate), _Side(reference)
-    ours.match(theirs)
-    theirs.match(ours)
+    ours.match(theirs, close)
+    theirs.match(ours, close)
     ours.settle({candidate.outputs[i] for i in right})
     theirs.settle({reference.outputs[j] for _, j in agreeing})
     fronts = ours.frontier(), theirs.frontier()

@@ -183,7 +183,7 @@ def _factor(scene: Scene) -> Iterator[str]:
             if a > 1 and _equal(factor, value):
                 yield f"the candidate is {name} times the reference: a scale that only one of them applies"
                 return
-    yield f"the candidate is {factor:.6g} times the reference"
+    yield f"the candidate is {factor:.{6 if abs(factor - 1) > 1e-4 else 12}g} times the reference"
 
 
 def _constant_factor(ours: np.ndarray, theirs: np.ndarray) -> float | None:

@@ -9,7 +9,7 @@ value is put in the place of the target's, so that what follows can be told apar
 import dataclasses
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class Inference:
         self._recording, self._weights, self._program = recording, weights, program
         self._index = Index(evidence(recording))
         self._shapes = {n: weights[n].shape for n, w in source.items() if n not in ignore}
-        self._order = {n: i for i, n in enumerate(_order_of_use(recording))}
+        self._order = {n: i for i, n in enumerate(recording.order_of_use)}
         self._values: dict[int, Any] = dict(zip(program.inputs, inputs, strict=True))
         self._used: Counter[str] = Counter()
         self._taken: set[tuple[tuple[str, ...], Transform]] = set()
@@ -60,8 +60,10 @@ class Inference:
         self._kept = [n for n, w in source.items() if w.kept]
         self._groups = candidates.groups({n: s for n, s in self._shapes.items() if n in set(self._kept)})
         self.rows: list[Row] = []
+        self._names = frozenset(target)
         self._units = self._find_units(target, ignore)
         self._from_weights = _weight_only(program)
+        self._released = _last_needed(program, self._from_weights)
         self._chosen: dict[int, tuple[Candidate, bool, tuple[str, ...]]] = {}
         self._run()
         self._collect(list(target))
@@ -102,6 +104,8 @@ class Inference:
                 evaluate(operation, self._values, lifted=True)
             self._learn_layout(operation)
             self._substitute_if_due(operation)
+            for x in self._released[position]:
+                self._values.pop(x, None)
 
     def _resolve(self, x: int, position: int) -> None:
         """Find the weights behind a value that depends on nothing else, and compute it."""
@@ -128,6 +132,10 @@ class Inference:
         name, _, shape = self._units[unit]
         ranked = self._candidates(name, shape)
         found: list[tuple[Candidate, bool]] = []
+        if ranked and ranked[0].transform.adds and recurrent(name, *_of(ranked[0]), self._names) > 1.0:
+            # One term of the sum agrees with a value of its own; the sum is a value only with the gate's other product.
+            self._take(unit, ranked[0], False, ())
+            return
         for candidate in ranked[:MOST_TRIALS]:
             if found and candidate.likely < found[0][0].likely - 1.0:
                 break
@@ -135,6 +143,9 @@ class Inference:
             if matched:
                 found.append((candidate, same_order and len(matched) >= len(candidate.source)))
                 if len(found) == 1 and self._says_nothing(unit, self._made(candidate)):
+                    if self._meets_zeros(unit):
+                        found = []  # the first state of a recurrent layer: names decide
+                        break
                     return  # any tensor would do: a bias of keys, which softmax takes out again
                 if len(found) > 3 and len(candidate.source) == 1:
                     break
@@ -161,6 +172,19 @@ class Inference:
         self._values[unit] = np.zeros(shape)
         return True
 
+    def _meets_zeros(self, unit: int) -> bool:
+        """Whether the data that the weight is first combined with are zeros, so that only later uses depend on it."""
+        waiting = [unit]
+        while waiting:
+            for position in self._users[waiting.pop()]:
+                operation = self._program.operations[position]
+                if operation.outputs[0] in self._from_weights:
+                    waiting.append(operation.outputs[0])
+                    continue
+                data = (self._values.get(x) for x in operation.inputs if not isinstance(x, Constant))
+                return any(isinstance(x, np.ndarray) and x.dtype.kind == "f" and not x.any() for x in data)
+        return False
+
     def _take(self, unit: int, candidate: Candidate, verified: bool, alternatives: tuple[str, ...]) -> None:
         self._values[unit] = self._made(candidate)
         self._chosen[unit] = (candidate, verified, alternatives)
@@ -171,7 +195,7 @@ class Inference:
             self._used[n] += 1
 
     def _made(self, candidate: Candidate) -> np.ndarray:
-        return np.ascontiguousarray(candidate.transform(*(self._weights[n] for n in candidate.source)))
+        return candidate.transform(*(self._weights[n] for n in candidate.source))
 
     def _agreeing(self, unit: int, tensor: np.ndarray, parts: int) -> tuple[list[int], bool]:
         """Positions of the operations whose values, computed with this tensor, occur in the source, of so many
@@ -233,7 +257,7 @@ class Inference:
         distance = abs(after - expected) / max(1, len(self._order))
         plain = -0.05 * len(transform.steps) - 0.3 * (len(source) > 1) - 0.2 * _is_part(transform)
         taken = -2.0 * ((source, transform) in self._taken)
-        rules = self._convention(name, rank, transform) + recurrent(name, source, transform)
+        rules = self._convention(name, rank, transform) + recurrent(name, source, transform, self._names)
         return float(names + unused + taken + usual - 0.5 * distance + plain + rules)
 
     def _convention(self, name: str, rank: int, transform: Transform) -> float:
@@ -327,6 +351,10 @@ def _stacked(name: str, layers: list[tuple[Candidate, bool, tuple[str, ...]]]) -
     return Row(sources, Transform((("stack", (0,)),)), name, False)
 
 
+def _of(candidate: Candidate) -> tuple[tuple[str, ...], Transform]:
+    return candidate.source, candidate.transform
+
+
 def _is_part(transform: Transform) -> bool:
     return any(kind in ("chunk", "interleaved") for kind, _ in transform.steps)
 
@@ -361,14 +389,20 @@ def _weight_only(program: Program) -> dict[int, Operation]:
     return alone
 
 
-def _order_of_use(recording: Recording) -> list[str]:
-    behind = {n: name for n, name in recording.weights.items()}
-    order: dict[str, None] = {}
-    for step in recording.steps:
-        for s in step.sources:
-            if s in behind:
-                order.setdefault(behind[s])
-    return list(order)
+def _last_needed(program: Program, from_weights: Collection[int]) -> dict[int, list[int]]:
+    """By position of an operation, the values that nothing needs after it. What is made of weights alone is computed
+    only when data needs it, and its operands are needed until then."""
+    last: dict[int, int] = {}
+    for position, operation in reversed(list(enumerate(program.operations))):
+        waits = operation.outputs[0] in from_weights
+        due = max((last.get(x, position) for x in operation.outputs), default=position) if waits else position
+        for x in operation.inputs:
+            if not isinstance(x, Constant):
+                last[x] = max(last.get(x, due), due)
+    released = defaultdict(list)
+    for x, position in last.items():
+        released[position].append(x)
+    return released
 
 
 def _first_uses(recording: Recording, weight: str) -> Iterator[int]:

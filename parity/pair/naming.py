@@ -3,6 +3,7 @@
 import functools
 import re
 from collections import Counter
+from collections.abc import Collection
 
 from parity.pair.transforms import Transform
 
@@ -61,17 +62,24 @@ def alike(a: str, b: str) -> float:
 _GATES = {4: "ifgo", 3: "rzn"}
 
 
-def recurrent(name: str, source: tuple[str, ...], transform: Transform) -> float:
+def recurrent(name: str, source: tuple[str, ...], transform: Transform, names: Collection[str]) -> float:
     """What a name such as `hf.kernel` or `LSTMCell.ii.kernel` says of the tensors that PyTorch fuses as weight_ih and
-    weight_hh: which of them, and which part. Values can't say it one by one, because gates are sums of two products."""
+    weight_hh: which of them, and which part. Values can't say it one by one, because gates are sums of two products.
+    `names` are those of the model that has this name."""
+    module, _, leaf = name.rpartition(".")
+    if leaf == "bias" and {f"{module}.weight_ih", f"{module}.weight_hh"} <= set(names):
+        return 1.2 if transform.adds else -0.4  # Equinox has one for all gates
     gate = re.search(r"(?:^|[._])([ih])([ifgorzn])[._]", name)
     part = next((numbers for kind, numbers in transform.steps if kind == "chunk"), None)
     if gate is None or part is None or part[1] not in _GATES:
         return 0.0
     right = gate[2] in _GATES[part[1]] and _GATES[part[1]].index(gate[2]) == part[0]
     mine = any(f"_{gate[1]}h" in n for n in source)
-    both = 0.4 * (len(source) == 2)  # one bias in Flax is the sum of PyTorch's two
-    return (1.0 if right else -1.0) + 0.5 * mine + both
+    start = gate.start(1)
+    other = f"{name[:start]}{'h' if gate[1] == 'i' else 'i'}{name[start + 1 :]}"
+    # A gate's only bias is the sum of PyTorch's two.
+    summed = name.endswith("bias") and other not in names
+    return (1.0 if right else -1.0) + 0.5 * mine + (0.4 if (len(source) == 2) == summed else -0.4)
 
 
 def pattern(name: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from parity.engine.results import relative_to_largest
+from parity.engine.results import relative_norm, relative_to_largest
 from parity.models.model import Recording
 from parity.pair import layouts
 
@@ -40,6 +40,12 @@ def worst(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
     if lacking(ours, theirs):
         return math.inf
     return float(np.max([difference(ours[i], theirs[j]) for i, j in paired(ours, theirs)], initial=0.0))
+
+
+def norm(ours: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> float:
+    """The norm of the difference over the norm, of all outputs together: a largest difference is one value's luck."""
+    together = np.concatenate([np.ravel(x) for x in ours]), np.concatenate([np.ravel(x) for x in exact])
+    return relative_norm(*together)
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -39,7 +39,7 @@ def one_step(c: Comparison, loss: Any, optimizers: tuple[Any, Any] | None) -> It
     found, left = [], []
     for row in c.rows(source, target):
         # The sum of two biases moves twice as far as the one bias that it is on the other side.
-        if chaotic & {row.target, *row.source} or any(kind == "add" for kind, _ in row.transform.steps):
+        if chaotic & {row.target, *row.source} or row.transform.adds:
             left.append(row.target)
             continue
         made = row.transform(*(source[n] for n in row.source))

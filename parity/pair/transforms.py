@@ -34,6 +34,13 @@ def _interleaved(x: Array, number: int, count: int, width: int) -> Array:
     return x.reshape(-1, count, width, *x.shape[1:])[:, number].reshape(-1, *x.shape[1:])
 
 
+def _add_first(xs: Sequence[Array], number: int, count: int) -> Array:
+    """The first tensor, and in the first `number` of `count` parts of it the second one too."""
+    whole, more = xs
+    end = len(whole) * number // count
+    return np.concatenate([whole[:end] + more[:end], whole[end:]])
+
+
 def _pad(x: Array, rows: int) -> Array:
     return np.pad(x, [(0, rows), *[(0, 0)] * (x.ndim - 1)])
 
@@ -52,6 +59,8 @@ KINDS: dict[str, Kind] = {
     # Takes what follows to each tensor by itself, and stacks the results: the layers of a scan.
     "each": Kind(lambda xs: np.stack(xs), None, several=True),
     "add": Kind(lambda xs: sum(xs[1:], start=xs[0]), None, several=True),
+    # The biases of a GRU: those of two gates are sums, that of the third is the first tensor's.
+    "add_first": Kind(_add_first, None, several=True),
 }
 """Further kinds can be registered: KINDS["negate"] = Kind(lambda x: -x, lambda y, shape: -y)."""
 
@@ -82,9 +91,13 @@ class Transform:
 
     def gradient(self, *tensors: Array) -> Array:
         """What the transform makes of gradients: as of values, but both terms of a sum have the sum's gradient."""
-        if self.steps and self.steps[0][0] == "add":
+        if self.adds:
             return Transform(self.steps[1:])(tensors[0])
         return self(*tensors)
+
+    @property
+    def adds(self) -> bool:
+        return bool(self.steps) and self.steps[0][0] in ("add", "add_first")
 
     def can_undo(self) -> bool:
         return all(KINDS[name].undo for name, _ in self.steps)

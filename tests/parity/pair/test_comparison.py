@@ -1,5 +1,6 @@
 """parity.compare on pairs without a GPT-2: verdicts, mapping, place, hints, state, training, odd models."""
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -399,3 +400,183 @@ def test_nan_in_one_tensor_is_not_hidden_by_the_next(checks):
 def test_inputs_that_the_reference_does_not_take_are_a_sentence():
     with pytest.raises(EngineError, match="the PyTorch model can't be called with these inputs: RuntimeError"):
         parity.compare(Linear(), (linear, EMPTY), inputs=np.zeros((4, 7)))
+
+
+class Branches(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.out = (torch.nn.Linear(6, 6) for _ in range(5))
+
+    def forward(self, x):
+        left = self.b(torch.nn.functional.gelu(self.a(x)))
+        right = self.d(torch.tanh(self.c(x)))
+        return self.out(left + right)
+
+
+def branches(parameters, x):
+    def layer(name, x):
+        return x @ parameters[name]["kernel"] + parameters[name]["bias"]
+
+    left = layer("b", jax.nn.gelu(layer("a", x), approximate=True))
+    right = layer("d", jnp.tanh(1.1 * layer("c", x)))
+    return layer("out", left + right)
+
+
+def test_a_difference_in_another_branch_is_a_cause_by_itself():
+    """Behind the sum of both branches one substitution would hide both."""
+    empty = {n: {"kernel": jnp.zeros((6, 6)), "bias": jnp.zeros(6)} for n in ("a", "b", "c", "d", "out")}
+    report = parity.compare(Branches(), (branches, empty), inputs=X, checks=("weights", "forward"))
+    lines, first = inspect.getsourcelines(branches)
+    expected = [first + i for i, line in enumerate(lines) if "approximate=True" in line or "1.1" in line]
+    assert len(report.causes) == len(expected) == 2
+    assert all(f":{number})" in cause for number, cause in zip(expected, report.causes, strict=True))
+
+
+def test_gradients_are_named_in_the_order_of_the_backward_pass():
+    """Forward passes agree; what comes before c has half its gradient, and b is the nearest to the outputs of that."""
+
+    def port(parameters, x):
+        h = jnp.tanh(x @ parameters["a"]["kernel"] + parameters["a"]["bias"])
+        h = jnp.tanh(h @ parameters["b"]["kernel"] + parameters["b"]["bias"])
+        h = 0.5 * h + jax.lax.stop_gradient(0.5 * h)
+        return h @ parameters["c"]["kernel"] + parameters["c"]["bias"]
+
+    report = parity.compare(Square(), (port, parameters()), inputs=X)
+    assert failed(report) == {"gradients"}
+    where = next(r.where for r in report.results if not r.passed)
+    assert where.startswith("in the order of the backward pass b.") and "everything before agrees" in where
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cells, self.out = torch.nn.GRU(6, 4, batch_first=True), torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.cells(x)[0])
+
+
+@pytest.mark.long
+def test_the_biases_of_a_gru_are_mapped():
+    """The reset and update gates add two biases of PyTorch; the third gate keeps them apart, because one is gated."""
+    import equinox
+
+    class Linen(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(3)(linen.RNN(linen.GRUCell(4))(x))
+
+    class Equinox(equinox.Module):
+        cell: equinox.nn.GRUCell
+        out: equinox.nn.Linear
+
+        def __init__(self):
+            self.cell = equinox.nn.GRUCell(6, 4, key=jax.random.key(0))
+            self.out = equinox.nn.Linear(4, 3, key=jax.random.key(1))
+
+        def __call__(self, x):
+            def step(h, x):
+                h = jax.vmap(self.cell)(x, h)
+                return h, h
+
+            _, states = jax.lax.scan(step, jnp.zeros((len(x), 4)), x.swapaxes(0, 1))
+            return jax.vmap(jax.vmap(self.out))(states.swapaxes(0, 1))
+
+    x = np.stack([X, X[::-1]])
+    shapes = jax.eval_shape(lambda: Linen().init(jax.random.key(0), jnp.asarray(x, jnp.float32)))
+    report = parity.compare(Recurrent, (Linen(), jax.tree.map(lambda s: jnp.zeros(s.shape), shapes)), inputs=x)
+    assert report.passed, report.in_words()
+    found = {m.candidate.removeprefix("GRUCell_0."): (m.reference, m.transform) for m in report.mapping}
+    for number, gate in enumerate("rzn"):
+        assert found[f"h{gate}.kernel"] == ("cells.weight_hh_l0", f"chunk({number}, 3, 0) | transpose")
+        assert found[f"i{gate}.kernel"] == ("cells.weight_ih_l0", f"chunk({number}, 3, 0) | transpose")
+    for number, gate in enumerate("rz"):
+        assert found[f"i{gate}.bias"] == ("cells.bias_ih_l0 + cells.bias_hh_l0", f"add | chunk({number}, 3, 0)")
+    assert found["in.bias"] == ("cells.bias_ih_l0", "chunk(2, 3, 0)")
+    assert found["hn.bias"] == ("cells.bias_hh_l0", "chunk(2, 3, 0)")
+    report = parity.compare(Recurrent, Equinox, inputs=x)
+    assert report.passed, report.in_words()
+    found = {m.candidate: (m.reference, m.transform) for m in report.mapping}
+    assert found["cell.bias"] == ("cells.bias_ih_l0 + cells.bias_hh_l0", "add_first(2, 3)")
+    assert found["cell.bias_n"] == ("cells.bias_hh_l0", "chunk(2, 3, 0)")
+
+
+class Renamed(torch.nn.Module):
+    """`Square` with names that say nothing, declared in another order, one kernel the other way round."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.first = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        self.table, self.shift = torch.nn.Parameter(torch.zeros(6, 6)), torch.nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        h = torch.tanh(torch.tanh(self.first(x)) @ self.table + self.shift)
+        return self.last(h)
+
+
+def test_two_pytorch_models_with_other_names_are_mapped_by_values():
+    report = parity.compare(Square(), Renamed(), inputs=X)
+    found = {m.candidate: (m.reference, m.transform) for m in report.mapping}
+    assert found == {
+        "first.weight": ("a.weight", "identity"),
+        "first.bias": ("a.bias", "identity"),
+        "table": ("b.weight", "transpose"),
+        "shift": ("b.bias", "identity"),
+        "last.weight": ("c.weight", "identity"),
+        "last.bias": ("c.bias", "identity"),
+    }
+    assert all(m.verified for m in report.mapping) and report.passed, report.in_words()
+
+
+def test_a_small_difference_is_named_where_it_begins():
+    """A constant written with eight digits: what it changes at once is less than what outputs are held to."""
+
+    def port(parameters, x):
+        for name in ("a", "b", "c"):
+            x = x @ parameters[name]["kernel"] + parameters[name]["bias"]
+            x = jnp.tanh(x * (1 + 3e-10)) if name == "a" else jnp.tanh(x) if name == "b" else x
+        return x
+
+    report = parity.compare(Square(), (port, parameters()), inputs=X, checks=("weights", "forward"))
+    lines, first = inspect.getsourcelines(port)
+    (expected,) = (first + i for i, line in enumerate(lines) if "3e-10" in line)
+    assert report.first_divergence.lines[0].endswith(f":{expected}"), report.in_words()
+
+
+ANGLES = np.arange(5)[:, None] * 10.0 ** -np.arange(6)
+
+
+class Turned(Square):
+    """Multiplies by a table that it computes; the mask asks for the lowest number of the inputs' type."""
+
+    def forward(self, x):
+        lowest = torch.full((5, 1), torch.finfo(x.dtype).min)
+        table = torch.cos(torch.arange(5)[:, None] * 10.0 ** -torch.arange(6))
+        return torch.maximum(super().forward(x * table), lowest)
+
+
+@pytest.mark.parametrize(("angles", "verdict"), [(ANGLES, "same"), (ANGLES * (1 + 1e-4), "different")])
+def test_a_table_that_was_rounded_before_tracing_counts_as_a_cast(angles, verdict):
+    def port(parameters, x):
+        table = jnp.broadcast_to(jnp.asarray(np.cos(angles.astype(np.float32)))[None], (1, 5, 6))[0]
+        return square(parameters, x * table)
+
+    report = parity.compare(Turned(), (port, parameters()), inputs=X, generate=False)
+    assert report.verdict == verdict, report.in_words()
+    if verdict == "same":
+        assert any("candidate rounds to float32" in r.where for r in report.results)
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.0, "same"), (1.001, "different")])
+def test_a_frozen_table_that_the_candidate_computes_needs_no_counterpart(factor, verdict):
+    class Positions(Square):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.tensor(np.sin(ANGLES)), requires_grad=False)
+
+        def forward(self, x):
+            return super().forward(x + self.table)
+
+    port = (lambda p, x: square(p, x + factor * jnp.sin(jnp.asarray(ANGLES))), parameters())
+    report = parity.compare(Positions(), port, inputs=X, generate=False)
+    assert report.verdict == verdict, report.in_words()
