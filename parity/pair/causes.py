@@ -106,6 +106,8 @@ def _joined(
             continue
         following = after.divergence(reference, made_of)
         step = following.candidate_step if following else None
+        if step is not None and step.number == place.candidate_step.number:
+            continue  # the place is still seen: something else depends on it
         if step is None or step not in _behind(after.record, after.record.by_number[number]):
             return after
         better.append(after)
