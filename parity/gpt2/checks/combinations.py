@@ -14,7 +14,7 @@ import numpy as np
 
 from gpt2_core.config import IGNORE_INDEX, ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.data.batches import Batch
-from gpt2_core.sampling import Sampling, uniforms
+from gpt2_core.sampling import Sampling
 from parity.engine import divergence
 from parity.engine.adapter import lacking
 from parity.engine.covering import Row, all_pairs, covering_rows, pairs_of
@@ -95,8 +95,6 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
         yield from _rows(case, candidate, reference)
     for head in case.at((), ("tied", "untied")):
         yield bfloat16_tokens(case, candidate, head)
-    if case.level != "quick":
-        yield bfloat16_numbers(case, candidate)
 
 
 def _rows(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
@@ -268,26 +266,4 @@ def bfloat16_tokens(case: Case, candidate: Adapter, head: str) -> Result | Skipp
     differing = np.argwhere(np.array(tokens) != np.array(expected))
     where = f"first at prompt {differing[0][0]}, token {differing[0][1]}" if len(differing) else ""
     title = f"bfloat16, {head} head: narrowed weights against a forward pass, {len(prompts)} prompts x {count} tokens"
-    return Result("combinations", title, float(len(differing)), limits.TOKENS, where)
-
-
-def bfloat16_numbers(case: Case, candidate: Adapter) -> Result | Skipped:
-    """Where all logits are equal, a token is its uniform number times the vocabulary: in bfloat16 too, whose 8 bits
-    would never draw most of them."""
-    if skipped := lacking("combinations", "uniform numbers in bfloat16", (candidate, GENERATION)):
-        return skipped
-    config = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=257, tie_embeddings=False)
-    weights = random_weights(config)
-    headless = dataclasses.replace(weights, arrays=weights.arrays | {"lm_head.weight": np.zeros((257, 8), np.float32)})
-    numbers = np.stack([uniforms(case.seed, row, 12) for row in range(8)])
-    with jax.enable_x64(False):
-        tokens = candidate.make(headless, "bfloat16").generate([[1]] * len(numbers), numbers, Sampling())
-    differing = np.argwhere(tokens != np.floor(numbers * config.vocab_size))
-    where = ""
-    if len(differing):
-        row, number = differing[0]
-        where = (
-            f"first at uniform number {numbers[row, number]:.6f}: {tokens[row, number]} of {config.vocab_size} tokens"
-        )
-    title = f"bfloat16, equal logits: {numbers.size} uniform numbers draw tokens in proportion"
     return Result("combinations", title, float(len(differing)), limits.TOKENS, where)

@@ -24,6 +24,7 @@ from gpt2_core.data.corpora import PIECE, get_corpus
 from gpt2_core.data.prepare import Settings, prepare
 from gpt2_core.data.tokenizer import get_tokenizer, local_file
 from gpt2_core.data.tokens import Source, Split, TokenFolder, open_tokens
+from gpt2_core.errors import UserError
 from parity.engine.results import Result, Skipped
 from parity.gpt2 import limits, plain_loop
 from parity.gpt2.adapters.protocol import Adapter
@@ -43,7 +44,10 @@ _GPT2_IDS = {
 def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
     for part in (_documents, _one_text, _token_files, _windows, _mixture):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            result = part(case, Path(folder))
+            try:
+                result = part(case, Path(folder))
+            except UserError as error:
+                result = _result(f"{part.__name__.strip('_').replace('_', ' ')}: refused", [str(error)])
         yield result
     yield _gpt2_tokenizer()
 
@@ -143,12 +147,8 @@ def _windows(case: Case, folder: Path) -> Result:
         shards = tuple(np.split(case.tokens[: sum(lengths) + 5], np.cumsum(lengths)))
         due = collections.Counter(w.tobytes() for w in plain_loop.windows(shards, _BLOCK))
         batches = TrainingBatches(_split(shards), block_size=_BLOCK, batch_size=1, seed=case.seed)
-        try:
-            found = [batches[step] for step in range(due.total())]
-        except (ValueError, IndexError) as error:
-            wrong.append(f"shards of {lengths} tokens, windows of {_BLOCK} + 1: {error}")
-            continue
-        rows = [np.append(b.inputs[0], b.targets[0, -1]).astype(np.int64).tobytes() for b in found]
+        found = [batches[step] for step in range(due.total())]
+        rows = [np.append(b.inputs[0], b.targets[0, -1:]).astype(np.int64).tobytes() for b in found]
         if collections.Counter(rows) != due:
             wrong.append(f"shards of {lengths} tokens, windows of {_BLOCK} + 1: not every window once")
     return _result("windows of shards of any length", wrong)

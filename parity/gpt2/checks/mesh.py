@@ -28,7 +28,7 @@ CASES = {
     "remat": {"remat": True},
     "scan over layers": {"scan_layers": True},
 }
-_QUICK = ("data=2, fsdp=2, tensor=2",)
+_QUICK = ("data=2, fsdp=4", "data=2, fsdp=2, tensor=2")
 
 
 def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:

@@ -85,7 +85,7 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
             yield from _interrupted(f"{trainer.name}, interrupted and resumed", setting, due, run, run)
             if skipped := lacking("trainer", "initial weights", (adapter, INITIALIZATION)):
                 yield skipped
-            elif case.level != "quick":
+            elif adapter is reference or case.level != "quick":
                 yield _from_random_weights(adapter, setting)
             if adapter is reference or case.level == "full":
                 yield from _dropout(trainer, setting)
