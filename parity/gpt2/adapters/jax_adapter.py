@@ -379,8 +379,10 @@ class JaxAdapter:
     def normed_by_kernel(
         self, x: np.ndarray, branch: np.ndarray | None, w: np.ndarray, b: np.ndarray | None, epsilon: float, douts
     ) -> list[np.ndarray]:
-        """x + branch and its layer norm by the kernel for GPUs, in float32, and the gradients of what is given; `douts` are
-        those of the two. Pallas interprets it where there is no such GPU. A program has few rows, the last one fewer.
+        """x + branch and its layer norm by the kernel for GPUs, in float32, and the gradients of what is given.
+
+        `douts` are those of the two. Pallas interprets it where there is no such GPU. It runs as few programs, so that
+        each has several rows and the last one fewer.
         """
         given = [None if a is None else jnp.asarray(a, jnp.float32) for a in (x, branch, w, b)]
         kernels = gpt2_jax.norm_kernels

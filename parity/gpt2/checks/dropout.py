@@ -41,7 +41,7 @@ from parity.gpt2.naming import first_beyond, in_words
 # Neither is GPT-2's 0.1, and neither is 1 minus itself. The statistics of pairs are taken at the first, where products
 # of masks are nearly symmetric; they see a correlation of 0.1 in any two masks. The second is small: shares have little
 # variance then, and a rate that is rounded to 8 bits shows.
-RATES = (0.4, 0.01)
+RATES = (0.4, 0.006)
 STEPS_LOOKED_AT = 3
 # What is drawn doesn't depend on how it is computed. Each at one of the rates.
 MODES = {

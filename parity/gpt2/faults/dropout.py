@@ -142,7 +142,7 @@ def one_dropout_key_for_all_scanned_layers(site):
 @fault(
     "a dropout rate of 8 bits",
     check="dropout",
-    place="share kept at rate 0.01",
+    place="share kept at rate 0.006",
     seam=(gpt2_jax.attention, "dropout_mask"),
 )
 def a_dropout_rate_of_8_bits(draw):

@@ -221,11 +221,13 @@ def every_parameter_gathered_in_bfloat16(gather):
     place="rmsnorm and swiglu: sums over features",
     seam=(gpt2_jax.layers.RMSNorm, "__call__"),
 )
-def squares_of_bfloat16_added_in_float32(_):
+def squares_of_bfloat16_added_in_float32(call):
     """the conversion after the product instead of before: the sum is wide, and what it adds is rounded"""
 
     def wrong(self, x):
-        square = jnp.square(x.astype(jnp.dtype(self.dtype))).astype(jnp.promote_types(x.dtype, jnp.float32))
+        if x.dtype != jnp.bfloat16:
+            return call(self, x)
+        square = jnp.square(x).astype(jnp.float32)
         scale = jax.lax.rsqrt(square.mean(axis=-1, keepdims=True) + self.epsilon)
         return (x * scale * self.weight[...]).astype(self.dtype)
 
