@@ -41,7 +41,7 @@ _WIDE = _EXPONENTIALS | {"cumsum", "reduce", "reduce_sum", "rsqrt", "scatter-add
 _SUMS = dataflow.LAYOUT | {"add", "add_any"}
 # What a mesh does to a parameter before it is used.
 _MOVED = dataflow.LAYOUT | {"sharding_constraint"}
-_ARITHMETIC = frozenset({"add", "add_any", "div", "mul", "sub"})
+_ARITHMETIC = frozenset({"add", "add_any", "div", "integer_pow", "mul", "square", "sub"})
 
 
 @dataclasses.dataclass(frozen=True)
