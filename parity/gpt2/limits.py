@@ -17,6 +17,9 @@ GRADIENTS = 1e-10
 # One function by itself and its gradient: sums over some tens of terms.
 FUNCTION = 1e-12
 
+# The same in float32, of numbers around 30: measured 2e-6.
+FLOAT32_FUNCTION = 1e-5
+
 # --- training
 # The root of a small second moment, and the division by it, cost a few units in the last place at every step.
 STEP = 1e-10

@@ -2,19 +2,27 @@
 
 A reader and a writer with one mistake between them, such as layers in the order of their names, undo each other: their
 round trip is bitwise, and no other program can read the file. The shapes are those of Hugging Face's GPT2LMHeadModel
-(linear weights (in, out)), nanoGPT's model.py (nn.Linear, (out, in)), llm.c's train_gpt2.py (`write_tensors`) and
-transformers 4's modeling_flax_gpt2.py (FlaxConv1D, (out, in)), written by flax.serialization.
+(linear weights (in, out)), its FlaxGPT2LMHeadModel (FlaxConv1D (out, in), nn.Dense (in, out)), nanoGPT's model.py
+(nn.Linear, (out, in)) and llm.c's train_gpt2.py (`write_tensors`).
+
+`WRITERS` are the other way round: files as those programs leave them, which nothing here writes.
 """
 
+import contextlib
+import functools
 import io
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
-import msgpack
+import flax.serialization
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.torch import load_file, save_file
 
+from gpt2_convert import hugging_face
 from gpt2_core.weights import Weights
 
 Bytes = dict[str, bytes]
@@ -33,24 +41,34 @@ def expected(weights: Weights, form: str) -> Bytes:
     if form == "llmc":
         return {"the tensors": b"".join(_llmc(weights))}
     if form == "msgpack":
-        return {_flax_path(name): _laid(array, name, True) for name, array in arrays.items()}
-    prefix = "transformer." if form in ("hf", "nanogpt") else ""
+        return {name: array.tobytes() for name, array in _flax(weights).items()}
     transposed = form in ("torch", "nanogpt")
-    held = {prefix + name: _laid(array, name, transposed) for name, array in arrays.items()}
+    if form in ("safetensors", "torch"):
+        return {name: _laid(array, name, transposed).tobytes() for name, array in arrays.items()}
+    held = {_with_head(name): _laid(array, name, transposed).tobytes() for name, array in arrays.items()}
     return held | ({"lm_head.weight": arrays["wte.weight"].tobytes()} if form == "nanogpt" else {})
 
 
-def _laid(array: np.ndarray, name: str, transposed: bool) -> bytes:
-    is_linear = array.ndim == 2 and not name.startswith(("wte", "wpe"))
-    return np.ascontiguousarray(array.T if transposed and is_linear else array).tobytes()
+def _with_head(name: str) -> str:
+    """The name in a model that has a head beside a module `transformer`."""
+    return name if name == "lm_head.weight" else f"transformer.{name}"
 
 
-def _flax_path(name: str) -> str:
-    """Keys of the nested dict: h.0.ln_1.weight is transformer, h, 0, ln_1, scale. The head is tied."""
-    *modules, leaf = f"transformer.{name}".split(".")
-    if leaf == "weight":
-        leaf = "scale" if "ln_" in modules[-1] else "embedding" if modules[-1] in ("wte", "wpe") else "kernel"
-    return "/".join((*modules, leaf))
+def _laid(array: np.ndarray, name: str, transposed: bool) -> np.ndarray:
+    is_linear = array.ndim == 2 and not name.startswith(("wte", "wpe", "lm_head"))
+    return np.ascontiguousarray(array.T if transposed and is_linear else array)
+
+
+def _flax(weights: Weights) -> dict[str, np.ndarray]:
+    leaves = {}
+    for name, array in weights.arrays.items():
+        module, kind = _with_head(name).rsplit(".", 1)
+        if kind == "weight":
+            kind = "embedding" if module.endswith(("wte", "wpe")) else "scale" if array.ndim == 1 else "kernel"
+        # Conv1D's kernel is stored transposed, and so is a head, which is (vocabulary, width) here.
+        array = array.T if kind == "kernel" else array
+        leaves[f"{module.replace('.', '/')}/{kind}"] = np.ascontiguousarray(array)
+    return leaves
 
 
 def _llmc(weights: Weights) -> Iterator[bytes]:
@@ -61,7 +79,7 @@ def _llmc(weights: Weights) -> Iterator[bytes]:
     for module in _LLMC_BLOCK.split():
         for kind in ("weight", "bias"):
             for layer in range(config.n_layer):
-                yield _laid(arrays[f"h.{layer}.{module}.{kind}"], module, True)
+                yield _laid(arrays[f"h.{layer}.{module}.{kind}"], module, True).tobytes()
     yield arrays["ln_f.weight"].tobytes()
     yield arrays["ln_f.bias"].tobytes()
 
@@ -70,25 +88,94 @@ def _of_tensors(tensors: dict[str, torch.Tensor]) -> Bytes:
     return {name: t.contiguous().view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
 
 
-def _of_flax(content: bytes) -> Bytes:
-    """Extension type 1 is an array: its shape, its dtype's name, and its bytes."""
-    return dict(_leaves(msgpack.unpackb(content, ext_hook=lambda code, packed: msgpack.unpackb(packed)[2])))
-
-
-def _leaves(tree: dict, path: str = "") -> Iterator[tuple[str, bytes]]:
-    for key, inside in tree.items():
-        if isinstance(inside, dict):
-            yield from _leaves(inside, f"{path}{key}/")
-        else:
-            yield path + key, inside
-
-
 # How each file is opened without this project's readers. The `jax` checkpoint is this project's alone.
 READERS: dict[str, Callable[[Path], Bytes]] = {
     "safetensors": lambda path: _of_tensors(load_file(path)),
     "torch": lambda path: _of_tensors(load_file(path / "model.safetensors")),
     "hf": lambda path: _of_tensors(load_file(path / "model.safetensors")),
     "nanogpt": lambda path: _of_tensors(torch.load(io.BytesIO(path.read_bytes()), weights_only=True)["model"]),
-    "msgpack": lambda path: _of_flax((path / "flax_model.msgpack").read_bytes()),
     "llmc": lambda path: {"the tensors": path.read_bytes()[_LLMC_HEADER:]},
+    "msgpack": lambda path: {
+        name: np.asarray(array).tobytes()
+        for name, array in flatten_dict(
+            flax.serialization.msgpack_restore((path / "flax_model.msgpack").read_bytes()), sep="/"
+        ).items()
+    },
+}
+
+
+# --- files as other programs leave them
+
+
+def _torch_tensors(weights: Weights, form: str, *, views: bool = False) -> dict[str, torch.Tensor]:
+    """`views`: linear weights as views of their transpose, as a conversion that transposes without a copy leaves
+    them."""
+    tensors = {}
+    for name, array in weights.arrays.items():
+        tensor = torch.from_numpy(_laid(array, name, form == "nanogpt").copy())
+        is_linear = tensor.ndim == 2 and not name.startswith(("wte", "wpe", "lm_head"))
+        tensors[_with_head(name)] = tensor.T.contiguous().T if views and is_linear else tensor
+    return tensors
+
+
+def _nanogpt(weights: Weights, path: Path, *, prefix: str = "", views: bool = False) -> None:
+    tensors = _torch_tensors(weights, "nanogpt", views=views)
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
+    model = {prefix + name: tensor for name, tensor in tensors.items()}
+    arguments = {name: getattr(weights.config, name) for name in names}
+    torch.save({"model": model, "model_args": arguments, "iter_num": 7}, path)
+
+
+def _bin(weights: Weights, path: Path, *, views: bool = False, bare: bool = False, zipped: bool = True) -> None:
+    """`bare`: of the model without a head, as the Hub's gpt2 is, with the mask that older versions kept."""
+    tensors = _torch_tensors(weights, "hf", views=views)
+    if bare:
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        tensors["h.0.attn.bias"] = torch.ones((1, 1, 4, 4), dtype=torch.bool).tril()
+    torch.save(tensors, path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+
+
+def _sharded(weights: Weights, path: Path, *, suffix: str) -> None:
+    tensors = _torch_tensors(weights, "hf")
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
+    file_of = {name: f"{stem}-{1 + number % 2:05d}-of-00002.{suffix}" for number, name in enumerate(tensors)}
+    for file in sorted(set(file_of.values())):
+        part = {name: tensor for name, tensor in tensors.items() if file_of[name] == file}
+        save_file(part, path / file) if suffix == "safetensors" else torch.save(part, path / file)
+    (path / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
+
+
+def _msgpack(weights: Weights, path: Path, *, chunk: int | None = None) -> None:
+    """`chunk`: bytes of an array beyond which it is written in parts, flax's 1 GiB if left out."""
+    tree = unflatten_dict(_flax(weights), sep="/")
+    smaller = mock.patch.object(flax.serialization, "MAX_CHUNK_SIZE", chunk) if chunk else contextlib.nullcontext()
+    with smaller:
+        (path / "flax_model.msgpack").write_bytes(flax.serialization.to_bytes(tree))
+
+
+def _in_folder(write: Callable[..., None], **options) -> Callable[[Weights, Path], None]:
+    """A folder with config.json, as a conversion here would leave it, whose weights `write` writes."""
+
+    def written(weights: Weights, path: Path) -> None:
+        path.mkdir()
+        hugging_face.write_description(weights, path)
+        write(weights, path, **options)
+
+    return written
+
+
+# What is special about each file, and how it is written. Names sorted as text put the tenth part of an array, and layer
+# 10, before the second.
+WRITERS: dict[str, Callable[[Weights, Path], None]] = {
+    "nanoGPT, compiled, by several processes": functools.partial(_nanogpt, prefix="_orig_mod.module."),
+    "nanoGPT, by several processes, compiled": functools.partial(_nanogpt, prefix="module._orig_mod."),
+    "nanoGPT, tensors that are views": functools.partial(_nanogpt, views=True),
+    "pytorch_model.bin of 2019, of a model without a head": _in_folder(_bin, bare=True, zipped=False),
+    "pytorch_model.bin, tensors that are views": _in_folder(_bin, views=True),
+    "pytorch_model.bin of 2019, tensors that are views": _in_folder(_bin, views=True, zipped=False),
+    "pytorch_model.bin in two files": _in_folder(_sharded, suffix="bin"),
+    "model.safetensors in two files": _in_folder(_sharded, suffix="safetensors"),
+    "flax_model.msgpack": _in_folder(_msgpack),
+    "flax_model.msgpack, arrays in twelve parts": _in_folder(_msgpack, chunk=400),
 }

@@ -15,6 +15,7 @@ from parity.engine.results import Check, Result, Skipped
 # Every check, in the order they run; each is the module of parity.gpt2.checks that bears its name.
 CHECKS = (
     "weights",
+    "data",
     "initialization",
     "forward",
     "gradients",
@@ -40,6 +41,7 @@ COMPILED_AS_TRAINED = ("forward", "gradients", "loss_curve", "precision")
 # What each check computes with that another check compares by itself. If both fail, the other one explains this one.
 RESTS_ON: dict[str, tuple[str, ...]] = {
     "weights": (),
+    "data": (),
     "initialization": (),
     "forward": ("weights",),
     "gradients": ("forward",),
@@ -50,7 +52,7 @@ RESTS_ON: dict[str, tuple[str, ...]] = {
     "mesh": ("loss_curve",),
     "precision": ("gradients",),
     "generation": ("forward",),
-    "trainer": ("loss_curve", "generation"),
+    "trainer": ("data", "initialization", "loss_curve", "generation"),
     "variants": ("loss_curve",),
     "settings": ("optimizer", "dropout"),
     "sizes": ("weights", "gradients", "generation"),
@@ -60,9 +62,11 @@ RESTS_ON: dict[str, tuple[str, ...]] = {
 
 # What no check looks at, or none has the power to see; the page of --prove says it beside what was caught.
 CANNOT_SEE = (
-    "a mistake that both sides make alike in what they share: the configuration, the canonical names and the tokenizer",
-    "kernels for GPUs (cuDNN's attention, the Triton layer norm) on a CPU; with --device gpu `precision` compares them",
-    "a dropout rate that is wrong by less than 0.3 percentage points at one site",
+    "a mistake that both sides make alike in what they share, beyond what `data`, `schedule`, `settings` and `trainer` "
+    "state once more: corpora of the Hub, how a configuration is read and refused, the log's words",
+    "cuDNN's attention on a CPU, and what the Triton layer norm does on a GPU besides its formula; with --device gpu "
+    "`precision` compares them",
+    "a dropout rate of 0.4 that is wrong by less than 0.3 percentage points at one site",
     "by the numbers alone, a residual stream in bfloat16, and a softmax in bfloat16 on small random weights: only the "
     "traced program shows them",
     "training on several hosts",

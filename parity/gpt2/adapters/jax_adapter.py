@@ -15,6 +15,7 @@ import numpy as np
 import gpt2_jax.attention
 import gpt2_jax.generate
 import gpt2_jax.loss
+import gpt2_jax.norm_kernels
 import gpt2_jax.optimizer
 import gpt2_jax.train
 import gpt2_jax.train_step
@@ -30,7 +31,7 @@ from gpt2_jax.definition import Definition, define
 from gpt2_jax.mesh import check_mesh, parse_mesh
 from gpt2_jax.model import Execution, padded_vocab_size
 from gpt2_jax.norm_kernels import choose_norm_kernel
-from gpt2_jax.runtime import matmul_precision
+from gpt2_jax.runtime import matmul_precision, why_not_ampere
 from gpt2_jax.train_step import Program
 from gpt2_jax.weights import from_canonical
 from parity.engine import dataflow
@@ -338,6 +339,27 @@ class JaxAdapter:
         shape = (*q.shape[:3], q.shape[2])
         kept = joined([np.asarray(mask) for mask in masks], shape) if masks else np.ones(shape, bool)
         return list(map(np.asarray, values)), kept
+
+    def normed_by_kernel(
+        self, x: np.ndarray, branch: np.ndarray | None, w: np.ndarray, b: np.ndarray | None, epsilon: float, douts
+    ) -> list[np.ndarray]:
+        """x + branch and its layer norm by the kernel for GPUs, in float32, and the gradients of what is given.
+
+        `douts` are those of the two. Pallas interprets it where there is no such GPU. It runs as few programs, so that
+        each has several rows and the last one fewer.
+        """
+        given = [None if a is None else jnp.asarray(a, jnp.float32) for a in (x, branch, w, b)]
+        kernels = gpt2_jax.norm_kernels
+        interpreted = mock.patch.object(kernels, "INTERPRET", why_not_ampere() is not None)
+        with interpreted, mock.patch.object(kernels, "BACKWARD_PROGRAMS", 3):
+
+            @jax.jit
+            def run(given, douts):
+                outs, pull = jax.vjp(lambda *a: kernels.add_layer_norm(*a, epsilon, jnp.float32), *given)
+                return *outs, *pull(douts)
+
+            found = run(given, tuple(jnp.asarray(dout, jnp.float32) for dout in douts))
+        return [np.asarray(a, np.float64) for a in found if a is not None]
 
     def vocabulary_rows(self, vocab_size: int) -> int:
         """Rows of the embedding's table, with those that pad it."""

@@ -176,6 +176,11 @@ class TorchAdapter:
         steps, errors = zip(*itertools.starmap(of_step, enumerate(batches)), strict=True)
         return Masks(list(steps), max(errors))
 
+    def dropout_seeds(self, seed: int, steps: int, processes: int) -> dict[tuple[int, int], int]:
+        """What each process of a run seeds its generator with before each step, by step and process."""
+        places = itertools.product(range(steps), range(processes))
+        return {(s, rank): gpt2_torch.train.dropout_seed(seed, s, rank, processes) for s, rank in places}
+
     @torch.no_grad()
     def intermediates_with_masks(self, config: TrainConfig, batch: Batch, masks: Sequence[Sites]) -> Arrays:
         """The values of the first part of a step, given the masks of each part."""

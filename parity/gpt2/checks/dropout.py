@@ -29,6 +29,7 @@ from parity.gpt2.adapters.protocol import (
     GIVEN_MASKS,
     MESH,
     PLAIN_LOGITS,
+    SEEDS,
     TRAINING,
     Adapter,
     Sites,
@@ -38,8 +39,9 @@ from parity.gpt2.cases import Case, random_weights
 from parity.gpt2.naming import first_beyond, in_words
 
 # Neither is GPT-2's 0.1, and neither is 1 minus itself. The statistics of pairs are taken at the first, where products
-# of masks are nearly symmetric; they see a correlation of 0.1 in any two masks.
-RATES = (0.4, 0.15)
+# of masks are nearly symmetric; they see a correlation of 0.1 in any two masks. The second is small: shares have little
+# variance then, and a rate that is rounded to 8 bits shows.
+RATES = (0.4, 0.006)
 STEPS_LOOKED_AT = 3
 # What is drawn doesn't depend on how it is computed. Each at one of the rates.
 MODES = {
@@ -64,6 +66,10 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
         a, b = (_logits(adapter, batches[0].inputs[:1]) for adapter in (undropped.make(dropping), undropped))
         title = f"{undropped.name}: evaluation drops nothing"
         yield Result("dropout", title, float(np.abs(a - b).max()), limits.NONE)
+
+    for adapter in (ours, theirs):
+        if SEEDS.of(adapter):
+            yield _seeds(adapter, case.seed)
 
     for number, rate in enumerate(RATES):
         config = _config(plain, rate, steps, case.seed)
@@ -100,6 +106,18 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
         b = theirs.train_with_masks(config, batches, masks)
         for mode in case.at(list(MODES)[:1], list(MODES))[number :: len(RATES)]:
             yield _trained(ours, theirs, config, mode, batches, masks, b)
+
+
+def _seeds(adapter: Adapter, seed: int) -> Result:
+    """No two of a run's steps and processes, nor of the next seed's, draw the same masks."""
+    steps, processes = 50, 4
+    places: dict[int, list[str]] = {}
+    for s in (seed, seed + 1):
+        for (step, process), drawn in adapter.dropout_seeds(s, steps, processes).items():
+            places.setdefault(drawn, []).append(f"step {step} of process {process}, seed {s}")
+    repeated = [found for found in places.values() if len(found) > 1]
+    title = f"{adapter.name}: seeds that two of {steps} steps of {processes} processes share"
+    return Result("dropout", title, float(len(repeated)), limits.NONE, " and ".join(repeated[0]) if repeated else "")
 
 
 def _logits(adapter: Adapter, tokens_BT: np.ndarray) -> np.ndarray:

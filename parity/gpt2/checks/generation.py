@@ -4,8 +4,10 @@ context."""
 import math
 from collections.abc import Callable, Iterator
 
+import jax
 import numpy as np
 
+from gpt2_core.config import ModelConfig
 from gpt2_core.sampling import Sampling, fit_context, uniforms
 from parity.engine import divergence
 from parity.engine.adapter import lacking
@@ -13,7 +15,7 @@ from parity.engine.evidence import Texts
 from parity.engine.results import Result, Skipped, mismatch, relative_to_largest
 from parity.gpt2 import limits
 from parity.gpt2.adapters.protocol import DECODING, GENERATION, INTERMEDIATES, Adapter
-from parity.gpt2.cases import Case, tokenizer_of
+from parity.gpt2.cases import Case, random_weights, tokenizer_of
 from parity.gpt2.checks import forward
 from parity.gpt2.naming import first_beyond
 
@@ -29,6 +31,7 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
         yield skipped
     else:
         yield from _tokens(case, candidate, reference)
+        yield _bfloat16_numbers(case, candidate)
     if skipped := lacking("generation", "KV cache against recomputation", (candidate, DECODING)):
         yield skipped
         return
@@ -74,6 +77,24 @@ def _tokens(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Resu
         alone,
         lambda row, number: f"the prompt has {len(prompts[few[row]])} tokens, the batch's longest {len(prompts[-1])}",
     )
+
+
+def _bfloat16_numbers(case: Case, candidate: Adapter) -> Result:
+    """Where all logits are equal, a token is its uniform number times the vocabulary: in bfloat16 too, whose 8 bits
+    would never draw most of them."""
+    config = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=257, tie_embeddings=False)
+    weights = random_weights(config)
+    weights.arrays["lm_head.weight"][:] = 0.0
+    numbers = np.stack([uniforms(case.seed, row, 12) for row in range(8)])
+    with jax.enable_x64(False):
+        tokens = candidate.make(weights, "bfloat16").generate([[1]] * len(numbers), numbers, Sampling())
+    differing = np.argwhere(tokens != np.floor(numbers * config.vocab_size))
+    where = ""
+    if len(differing):
+        row, number = differing[0]
+        where = f"first at {numbers[row, number]:.6f}, which draws token {tokens[row, number]} of {config.vocab_size}"
+    title = f"{candidate.name} in bfloat16, equal logits: {numbers.size} uniform numbers"
+    return Result("generation", title, float(len(differing)), limits.TOKENS, where)
 
 
 def compare_tokens(title: str, a: np.ndarray, b: np.ndarray, explain: Callable[[int, int], str]) -> Result:

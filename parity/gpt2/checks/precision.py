@@ -39,6 +39,9 @@ _EXPONENTIALS = frozenset({"exp", "exp2", "log", "log1p"})
 # And sums, and what a norm divides by.
 _WIDE = _EXPONENTIALS | {"cumsum", "reduce", "reduce_sum", "rsqrt", "scatter-add", "sqrt"}
 _SUMS = dataflow.LAYOUT | {"add", "add_any"}
+# What a mesh does to a parameter before it is used.
+_MOVED = dataflow.LAYOUT | {"sharding_constraint"}
+_ARITHMETIC = frozenset({"add", "add_any", "div", "integer_pow", "mul", "square", "sub"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,13 +152,12 @@ def _bfloat16_program(case: Case, candidate: Adapter, execution: str) -> Iterato
     rounded = [o for o in program.operations if o.primitive == "convert_element_type" and o.operands[0].makers]
     scalars = [v for o in rounded for v in o.results if v.is_narrow and not v.shape]
     yield _none(f"{name}: numbers that scale whole arrays, in bfloat16", scalars)
-    # Parameters are the first inputs, in the order of their names.
-    parameters = zip(sorted(config.parameter_shapes), program.inputs, strict=False)
-    norms = [value for parameter, value in parameters if _kind(parameter) == "gradients of norms"]
-    found = [v for v in dataflow.after(program, norms, dataflow.LAYOUT) if v.is_narrow]
-    yield _none(f"{name}: weights of norms, in bfloat16", found)
+    yield _none(f"{name}: norms' weights and what is looked up, in bfloat16", _narrowed_parameters(program, config))
     products = [o for o in program.operations if o.primitive == "add" and all(map(_is_narrow_product, o.operands))]
     yield _none(f"{name}: sums of matrix products that are rounded to bfloat16 first", products)
+    rows = [o for o in program.operations if o.primitive == "reduce_sum" and _is_over_features(o)]
+    found = [v for o in rows for v in dataflow.before(o.operands[0], dataflow.LAYOUT) if _is_narrow_result(v)]
+    yield _none(f"{name}: sums over features of what was computed in bfloat16", found)
     found = _narrow(program.outputs[1:], dataflow.ELEMENTWISE)
     yield _none(f"{name}: gradients of parameters, from the sum that makes them on, in bfloat16", found)
 
@@ -177,12 +179,35 @@ def _exchanges(case: Case, candidate: Adapter) -> Iterator[Result | Skipped]:
         )
         with jax.enable_x64(False):
             program = candidate.step_program(config)
+        if asked == "float32":
+            found = _narrowed_parameters(program, case.weights.config)
+            yield _none(f"bfloat16 step on {mesh}: norms' weights and what is looked up, in bfloat16", found)
         sent = [v for o in program.operations if o.primitive in _EXCHANGES for v in o.operands if v.shape]
         other = [v for v in sent if np.dtype(v.dtype).name != asked]
         title = f"gradients exchanged in another dtype than {asked}, of {len(sent)} arrays"
         # Nothing exchanged at all would be as wrong.
         count = float(len(other) if sent else 1)
         yield Result("precision", title, count, limits.NONE, f"first {other[0]}" if other else "")
+
+
+def _narrowed_parameters(program: dataflow.Graph, config: ModelConfig) -> list[dataflow.Value]:
+    """Narrow values that the weights of norms become, or that an embedding is looked up in: neither is multiplied by a
+    matrix. Parameters are the program's first inputs, in the order of their names."""
+    parameters = zip(sorted(config.parameter_shapes), program.inputs, strict=False)
+    norms = [value for parameter, value in parameters if _kind(parameter) == "gradients of norms"]
+    used = dataflow.after(program, norms, _MOVED)
+    gathers = [o for o in program.operations if o.primitive == "gather" and o.results[0].is_float]
+    tables = [v for o in gathers for v in dataflow.before(o.operands[0], _MOVED)]
+    return [v for v in (*used, *tables) if v.is_narrow]
+
+
+def _is_over_features(operation: dataflow.Operation) -> bool:
+    """Whether it sums over the last axis, as a norm or the gradient of a softmax does."""
+    return len(operation.operands[0].shape) - 1 in operation.params["axes"]
+
+
+def _is_narrow_result(value: dataflow.Value) -> bool:
+    return value.is_narrow and any(o.primitive in _ARITHMETIC for o in value.makers)
 
 
 def _residual_additions(name: str, program: dataflow.Graph, blocks: int) -> Result:

@@ -5,12 +5,13 @@ Here no setting has its default, and each value is far enough from it that ignor
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
 import numpy as np
 
-from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.config import PRESETS, ModelConfig, OptimizerConfig, TrainConfig
 from parity.engine.adapter import lacking
 from parity.engine.results import Result, Skipped
 from parity.gpt2 import limits
@@ -62,7 +63,17 @@ CASES = {
 }
 
 
+# Parameters of the published models (Radford et al. 2019, table 2, without counting the tied head twice).
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+}
+
+
 def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
+    yield _derived()
     for name, (model, _) in CASES.items():
         asked = [(candidate, TRAINING), (reference, TRAINING)]
         asked += [(candidate, DROPOUT), (reference, GIVEN_MASKS)] if model.dropout > 0 else []
@@ -70,6 +81,23 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
             yield skipped
         else:
             yield from _case(case, candidate, reference, name)
+
+
+def _derived() -> Result:
+    """What follows from the settings, the same for both sides: sizes of the published models, widths of the MLP."""
+    wrong = [
+        f"{name} has {count:,} parameters, where {PUBLISHED[name]:,} are due"
+        for name, sizes in PRESETS.items()
+        if (count := ModelConfig(**sizes).parameter_count) != PUBLISHED[name]
+    ]
+    for n_embd in range(8, 1601, 8):
+        # The least multiple of 64 from 8/3 of the width on: three matrices with about the weights of two.
+        gated = next(width for width in itertools.count(64, 64) if 3 * width >= 8 * n_embd)
+        for mlp, due in (("swiglu", gated), ("gelu_tanh", 4 * n_embd), ("gelu_exact", 4 * n_embd)):
+            if (width := ModelConfig(n_embd=n_embd, n_head=1, mlp=mlp).mlp_size) != due:
+                wrong.append(f"{mlp} at n_embd {n_embd} is {width} wide, where {due} is due")
+    title = f"parameters of {len(PUBLISHED)} published models, default widths of the MLP"
+    return Result("settings", title, float(len(wrong)), limits.NONE, wrong[0] if wrong else "")
 
 
 def config_of(model: ModelConfig, optimizer: OptimizerConfig) -> TrainConfig:

@@ -23,7 +23,7 @@ import numpy as np
 
 import gpt2_core.runs.log
 import gpt2_torch.train
-from gpt2_convert import read_initial_weights, write_weights
+from gpt2_convert import read_initial_weights, read_weights, write_weights
 from gpt2_core.config import NEWEST, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.errors import Stopped
 from gpt2_core.runs.folder import RunFolder, read_metadata, read_metrics
@@ -33,7 +33,17 @@ from gpt2_torch.weights import build
 from parity.engine.adapter import lacking
 from parity.engine.results import Result, Skipped, relative_norm
 from parity.gpt2 import limits, plain_loop
-from parity.gpt2.adapters.protocol import GRADIENTS, MESH, PROCESSES, TRAINER, Adapter, Arrays, Trainer, TrainerState
+from parity.gpt2.adapters.protocol import (
+    GRADIENTS,
+    INITIALIZATION,
+    MESH,
+    PROCESSES,
+    TRAINER,
+    Adapter,
+    Arrays,
+    Trainer,
+    TrainerState,
+)
 from parity.gpt2.cases import Case, Level, random_weights
 from parity.gpt2.plain_loop import Outcome, Text
 
@@ -76,6 +86,10 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
             yield from _interrupted(f"{trainer.name}, interrupted and resumed", setting, due, run, run)
             if case.level != "quick":
                 yield from _told_to_stop(setting, due, trainer)
+            if skipped := lacking("trainer", "initial weights", (adapter, INITIALIZATION)):
+                yield skipped
+            elif adapter is reference or case.level != "quick":
+                yield _from_random_weights(adapter, setting)
             if adapter is reference or case.level == "full":
                 yield from _dropout(trainer, setting)
             if case.level == "full" or (adapter is reference and case.level == "default"):
@@ -170,6 +184,18 @@ def _uninterrupted(
     config = _named(setting, config, title)
     _run(trainer, config)
     yield from _compare(title, trainer, config, due)
+
+
+def _from_random_weights(adapter: Adapter, setting: Setting) -> Result:
+    """A run of no steps, whose checkpoint has what it would begin with: the weights of its seed."""
+    trainer = adapter.trainer()
+    title = f"{trainer.name}: initial weights of a run's seed"
+    config = _named(setting, dataclasses.replace(setting.config, init_from=None, steps=0), title.replace(":", ""))
+    _run(trainer, config)
+    found = read_weights(config.run_dir).arrays
+    due = adapter.initialize(config.model, config.seed)
+    wrong = [name for name in due if not np.allclose(found[name], due[name], rtol=1e-5, atol=0.0)]
+    return Result("trainer", title, float(len(wrong)), limits.NONE, wrong[0] if wrong else f"{len(due)} tensors")
 
 
 def _continued_elsewhere(trainer: Trainer, setting: Setting, due: Outcome) -> Iterator[Result]:

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -28,6 +28,7 @@ RoundTrips = dict[str, Callable[[Weights], Weights]]
 
 # Of sizes at which names sorted as text go wrong (h.10 before h.2) and the vocabulary is padded.
 _DEEP = ModelConfig(n_layer=11, n_head=2, n_embd=8, block_size=6, vocab_size=130)
+_UNTIED = "GPT-2 with every number of its own, exact GELU, an untied head"
 # Models that the case is not: architecture, dtype, and what a format must hold to take it; the others refuse it.
 MODELS: dict[str, tuple[ModelConfig, str, Holds]] = {
     "11 layers in float64": (_DEEP, "float64", Holds.FLOAT64),
@@ -54,7 +55,7 @@ MODELS: dict[str, tuple[ModelConfig, str, Holds]] = {
         "float64",
         ~Holds(0),
     ),
-    "GPT-2 with every number of its own, exact GELU, an untied head": (
+    _UNTIED: (
         ModelConfig(
             n_layer=1,
             n_head=3,
@@ -103,7 +104,9 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
     for name in case.at(list(MODELS)[:5], MODELS):
         yield _model(in_memory, name, *MODELS[name])
     yield _one_by_one()
-    yield _raw("11 layers in bfloat16")
+    yield _raw("11 layers in bfloat16", list(raw_files.READERS))
+    yield _raw(_UNTIED, ["safetensors", "torch", "hf", "msgpack"])
+    yield _foreign()
     yield _activations()
 
 
@@ -143,17 +146,33 @@ def _activations() -> Result:
     return Result("weights", title, float(len(wrong)), limits.BYTES, wrong[0] if wrong else "")
 
 
-def _raw(name: str) -> Result:
+def _raw(name: str, formats: Sequence[str]) -> Result:
     """The files as other programs see them."""
     config, dtype, _ = MODELS[name]
     weights, differing = _awkward(config, dtype), []
-    for form, read in raw_files.READERS.items():
+    for form in formats:
         with tempfile.TemporaryDirectory() as folder:
             _write(weights, folder, form)
-            found, due = read(_path(folder, form)), raw_files.expected(weights, form)
+            found, due = raw_files.READERS[form](_path(folder, form)), raw_files.expected(weights, form)
         differing += [f"{form}: {n}" for n in found | due if found.get(n) != due.get(n)]
-    title = f"{name}: the files of {', '.join(raw_files.READERS)}, read by other means"
+    title = f"{name}: the files of {', '.join(formats)}, read by other means"
     return Result("weights", title, float(len(differing)), limits.BYTES, differing[0] if differing else "")
+
+
+def _foreign() -> Result:
+    """Files that other programs wrote, which read and write in ways that nothing here does."""
+    weights, wrong = _awkward(_DEEP, "float32"), []
+    for name, write in raw_files.WRITERS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            write(weights, Path(folder) / "written")
+            try:
+                back = open_weights(Path(folder) / "written", mlp="gelu_tanh" if "nanoGPT" in name else None)
+                found = _compare(name, weights, back)
+                wrong += [] if found.passed else [f"{name}: {found.where}"]
+            except UserError as error:
+                wrong.append(f"{name}: {error}")
+    title = f"{len(raw_files.WRITERS)} files as other programs leave them"
+    return Result("weights", title, float(len(wrong)), limits.BYTES, wrong[0] if wrong else "")
 
 
 def _model(in_memory: RoundTrips, name: str, config: ModelConfig, dtype: str, needs: Holds) -> Result:

@@ -215,3 +215,15 @@ def rotary_base_of_the_default_in_the_decoder(rotate):
         return rotate(x, positions, dataclasses.replace(config, rope_theta=1e4) if positions.ndim == 2 else config)
 
     return wrong
+
+
+@fault(
+    "rotary tables of 1,024 positions",
+    check="sizes",
+    place="1030 positions, rope",
+    seam=(gpt2_jax.model, "rotate"),
+)
+def rotary_tables_of_1024_positions(rotate):
+    """GPT-2's length as a constant; an index beyond the table is clamped by JAX, where PyTorch would raise"""
+
+    return lambda x, positions, config: rotate(x, jnp.minimum(positions, 1023), config)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 import gpt2_jax.layers
 import gpt2_jax.model
+import gpt2_jax.norm_kernels
 from gpt2_jax.capture import tap
 from parity.gpt2.faults.fault import MODEL, fault
 
@@ -229,3 +230,15 @@ def layers_in_the_order_of_their_names(scan):
         return scan(self, *inputs)
 
     return wrong
+
+
+@fault(
+    "the norm kernel's padding takes part",
+    check="sizes",
+    place="norm kernel: 20 wide",
+    seam=(gpt2_jax.norm_kernels, "_normalize"),
+)
+def the_norm_kernel_padding_takes_part(normalize):
+    """lanes beyond the width are centred too: right for widths that are powers of two, wrong for 768"""
+
+    return lambda x, mask, D, epsilon: normalize(x, mask | True, D, epsilon)

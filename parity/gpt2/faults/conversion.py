@@ -8,8 +8,11 @@ import numpy as np
 import gpt2_convert.hugging_face
 import gpt2_convert.llmc
 import gpt2_convert.msgpack
+import gpt2_convert.nanogpt
+import gpt2_convert.torch_files
 import gpt2_torch.weights
 import parity.gpt2.adapters.jax_adapter
+from gpt2_core.weights.layouts import Placement
 from parity.gpt2.faults.fault import MODEL, fault
 
 
@@ -138,3 +141,47 @@ def layer_norm_epsilon_not_read_from_config_json(settings):
     """a setting that a format says and its reader leaves at the default"""
 
     return {n: v for n, v in settings.items() if n != "layer_norm_epsilon"}
+
+
+@fault(
+    "Flax's head as the embedding",
+    check="weights",
+    place="msgpack: lm_head/kernel",
+    seam=(gpt2_convert.msgpack._FlaxLayout, "placement"),
+)
+def flax_head_as_the_embedding(placement):
+    """(vocabulary, width), where an nn.Dense has (in, out): reader and writer agree, and transformers doesn't"""
+
+    def wrong(self, name, shape):
+        found = placement(self, name, shape)
+        return Placement(found.name, shape, np.asarray, np.asarray) if name == "lm_head.weight" else found
+
+    return wrong
+
+
+@fault(
+    "one wrapper's prefix removed",
+    check="weights",
+    place="files as other programs leave them nanoGPT, compiled, by several processes",
+    seam=(gpt2_convert.nanogpt, "_WRAPPERS"),
+)
+def one_wrapper_prefix_removed(wrappers):
+    """torch.compile's, and not DistributedDataParallel's beneath it"""
+
+    return wrappers[:1]
+
+
+@fault(
+    "a view read as if it were whole",
+    check="weights",
+    place="files as other programs leave them nanoGPT, tensors that are views",
+    seam=(gpt2_convert.torch_files, "_stored"),
+)
+def a_view_read_as_if_it_were_whole(stored):
+    """a transposed tensor's values in the order in which they lie in the file: the shape is right"""
+
+    def wrong(*arguments):
+        tensor = stored(*arguments)
+        return tensor.map(tensor.shape, lambda array: array.ravel(order="K").reshape(tensor.shape))
+
+    return wrong

@@ -137,3 +137,27 @@ def one_dropout_key_for_all_scanned_layers(site):
         return site(keys, 1 if isinstance(number, jax.core.Tracer) else number)
 
     return wrong
+
+
+@fault(
+    "a dropout rate of 8 bits",
+    check="dropout",
+    place="share kept at rate 0.006",
+    seam=(gpt2_jax.attention, "dropout_mask"),
+)
+def a_dropout_rate_of_8_bits(draw):
+    """a random byte an element is cheaper, and rounds 0.1 to 26/256"""
+
+    return lambda keys, shape, rate: draw(keys, shape, round(rate * 256) / 256)
+
+
+@fault(
+    "a process repeats another's masks",
+    check="dropout",
+    place="seeds that two of 50 steps",
+    seam=(gpt2_torch.train, "dropout_seed"),
+)
+def a_process_repeats_another_masks(_):
+    """seed + step + rank: process 1 draws at a step what process 0 draws at the next"""
+
+    return lambda seed, step, rank, processes: seed * 1_000_003 + step + rank

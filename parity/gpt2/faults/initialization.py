@@ -4,11 +4,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import torch
 from flax import nnx
 
 import gpt2_jax.layers
 import gpt2_jax.model
 import gpt2_torch.model
+import gpt2_torch.train
 from parity.gpt2.faults.fault import fault
 
 
@@ -78,5 +80,21 @@ def pytorch_own_biases(initialize):
         initialize(self)
         for name, bias in drawn.items():
             self.get_parameter(name).data.copy_(bias)
+
+    return wrong
+
+
+@fault(
+    "a run's weights not from its seed",
+    check="trainer",
+    place="PyTorch: initial weights of a run's seed",
+    seam=(gpt2_torch.train, "GPT2"),
+)
+def a_run_weights_not_from_its_seed(model):
+    """seeded after the model is made: the same run twice begins with other weights"""
+
+    def wrong(config):
+        torch.seed()
+        return model(config)
 
     return wrong

@@ -201,3 +201,34 @@ def a_product_at_jax_default_precision(_):
         return jnp.einsum(spec, x, y, precision="default", preferred_element_type=wide)
 
     return wrong
+
+
+@fault(
+    "every parameter gathered in bfloat16",
+    check="precision",
+    place="bfloat16 step on data=2,fsdp=2: norms' weights",
+    seam=(gpt2_jax.train_step, "gather"),
+)
+def every_parameter_gathered_in_bfloat16(gather):
+    """half the bytes for all of them, embeddings and norms too, which one device keeps in float32"""
+
+    return lambda params, axes, mesh, _, dtype: gather(params, axes, mesh, frozenset(params), dtype)
+
+
+@fault(
+    "squares of bfloat16, added in float32",
+    check="precision",
+    place="rmsnorm and swiglu: sums over features",
+    seam=(gpt2_jax.layers.RMSNorm, "__call__"),
+)
+def squares_of_bfloat16_added_in_float32(call):
+    """the conversion after the product instead of before: the sum is wide, and what it adds is rounded"""
+
+    def wrong(self, x):
+        if x.dtype != jnp.bfloat16:
+            return call(self, x)
+        square = jnp.square(x).astype(jnp.float32)
+        scale = jax.lax.rsqrt(square.mean(axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale * self.weight[...]).astype(self.dtype)
+
+    return wrong

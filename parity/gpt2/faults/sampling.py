@@ -126,3 +126,19 @@ def the_last_of_equal_logits(sample):
         return sample(logits, uniforms, sampling)
 
     return wrong
+
+
+@fault(
+    "uniform numbers in bfloat16",
+    check="generation",
+    place="equal logits: 96 uniform numbers",
+    seam=(gpt2_jax.generate.Generator, "__call__"),
+)
+def uniform_numbers_in_bfloat16(call):
+    """cast as everything else is: 8 bits, and most tokens of a large vocabulary are never drawn"""
+
+    def wrong(self, params, prompts, uniforms, *arguments, **options):
+        rounded = uniforms.astype(jnp.dtype(self.definition.execution.dtype)).astype(uniforms.dtype)
+        return call(self, params, prompts, rounded, *arguments, **options)
+
+    return wrong

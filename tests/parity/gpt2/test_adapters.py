@@ -55,9 +55,9 @@ def test_both_adapters_bear_the_names_that_reports_give_them():
     assert tuple(adapter.name for adapter in both(case().weights)) == NAMES
 
 
-# `weights` and `trainer` look at files and at the plain loop whatever the adapters are, which takes long.
+# `weights`, `data` and `trainer` look at files, texts and the plain loop whatever the adapters are.
 @pytest.mark.long
-@pytest.mark.parametrize("check", [name for name in CHECKS if name not in ("trainer", "weights")])
+@pytest.mark.parametrize("check", [name for name in CHECKS if name not in ("trainer", "weights", "data")])
 def test_an_adapter_with_nothing_but_logits_ends_no_check_in_an_error(check):
     results, skipped = run(check, LogitsOnly)
     assert skipped and all("third has no" in s.reason for s in skipped)
@@ -89,10 +89,10 @@ def test_a_wrong_third_program_is_seen_and_called_by_its_name():
 
 # What each of the two adapters lacks. A method that is renamed would otherwise turn a check of it into a skipped case.
 LACKS = {
-    "JAX": {"GIVEN_MASKS", "PROCESSES"},
+    "JAX": {"GIVEN_MASKS", "PROCESSES", "SEEDS"},
     "PyTorch": {
         *("PLAIN_LOGITS", "PADDING", "NARROW_INITIALIZATION", "BORN_ON_MESH", "MESH", "DROPPED_INTERMEDIATES"),
-        *("DECODING", "STOPPING", "ATTENTION", "LOSS", "FEW_SLOTS", "PROGRAM", "STEP_PROGRAM"),
+        *("DECODING", "STOPPING", "ATTENTION", "LOSS", "NORM_KERNEL", "FEW_SLOTS", "PROGRAM", "STEP_PROGRAM"),
     },
 }
 

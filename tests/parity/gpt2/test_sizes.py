@@ -73,6 +73,14 @@ def test_the_cache_grows_even_in_the_quick_form():
     assert result.passed and len({call.args[1] for call in grow.call_args_list}) >= 1
 
 
+def test_the_longest_prompt_that_a_cache_grows_for_is_not_the_first():
+    with mock.patch.object(sizes, "_generated", return_value=None) as generated:
+        results(sizes._generation, "quick")
+    (call,) = generated.call_args_list
+    lengths = call.args[4]
+    assert max(lengths) not in (lengths[0], lengths[-1]) and max(lengths) % gpt2_jax.generate.CHUNK
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_the_whole_check_gives_no_alarm(seed):
