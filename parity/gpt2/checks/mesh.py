@@ -28,6 +28,7 @@ CASES = {
     "scan over layers": {"scan_layers": True},
 }
 _QUICK = ("data=2, fsdp=2, tensor=2",)
+_DEFAULT = ("data=8", *_QUICK, "data=2, accumulation 4, remat, scan")
 
 
 def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
@@ -42,8 +43,8 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
     batches = [stream[step] for step in range(steps)]
     plainly = _config(case, steps, {})
     b = reference.train(plainly, batches)
-    # What the later cases change, `combinations` changes too.
-    for name in case.at(_QUICK, list(CASES)[:5], CASES):
+    # What the others change, `combinations` changes too.
+    for name in case.at(_QUICK, _DEFAULT, CASES):
         settings = CASES[name]
         needed = candidate.devices_of(settings.get("mesh", 1))
         try:
