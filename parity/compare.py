@@ -45,9 +45,10 @@ def _compare(arguments: list[str]) -> None:
 
     from gpt2_convert import read_weights
     from parity.gpt2.adapters.protocol import NAMES
-    from parity.gpt2.cases import SMALL, Case, random_weights, real_text
+    from parity.gpt2.cases import SMALL, SMALL_QUICK, Case, random_weights, real_text
 
-    weights = read_weights(options.weights, options.checkpoint) if options.weights else random_weights(SMALL)
+    small = SMALL_QUICK if options.quick else SMALL
+    weights = read_weights(options.weights, options.checkpoint) if options.weights else random_weights(small)
     level = "quick" if options.quick else "full" if options.full else "default"
     case = Case(weights, real_text(weights), level, options.steps)
     command = shlex.join(["python", "parity/compare.py", *arguments])
@@ -221,7 +222,7 @@ def _parser() -> Parser:
         "--steps", type=int, help="Length of the loss curve, in steps. Left out: 200; quick 40, full 1000."
     )
     parser.add_argument(
-        "--quick", action="store_true", help="One real case of every check: one to two minutes on two cores."
+        "--quick", action="store_true", help="One real case of every check: about a minute on two cores."
     )
     parser.add_argument(
         "--full", action="store_true", help="GPT-2 at 124M parameters and a loss curve of 1,000 steps besides."

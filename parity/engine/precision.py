@@ -7,7 +7,7 @@ each has an error, and the two errors must be of one size.
 import math
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 # How often at most a case whose true ratio is at its limit exceeds it by chance.
 FALSE_ALARMS = 1e-3
@@ -23,7 +23,7 @@ def at_least(logs: np.ndarray) -> float:
     """The ratio that the mean of these logarithms of ratios proves: the lower end of its t interval (Student 1908),
     which lies above the true one in FALSE_ALARMS of all cases."""
     spread = np.std(logs, ddof=1) / math.sqrt(len(logs))
-    return float(np.exp(np.mean(logs) - stats.t.ppf(1 - FALSE_ALARMS, len(logs) - 1) * spread))
+    return float(np.exp(np.mean(logs) - special.stdtrit(len(logs) - 1, 1 - FALSE_ALARMS) * spread))
 
 
 def ratio_in_words(logs: np.ndarray) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+from unittest import mock
 
 from parity.engine.errors import EngineError
 
@@ -25,6 +26,9 @@ MOST = 4
 # Parameters. Larger models keep every core busy by themselves, and two of them fill the memory; the threads of smaller
 # ones wait for each other longer than they compute.
 LARGEST = 10_000_000
+# Read by PyTorch's and numpy's libraries when they are loaded: what is computed is tiny, and threads that wait for work
+# keep a core busy that another process could use.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 _case: Case
 
@@ -58,8 +62,10 @@ def run(
         return
     context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork wouldn't have
     with ProcessPoolExecutor(processes, context, _begin, (case, prepare)) as pool:
-        # The later tasks are the longer ones.
-        running = {pool.submit(_do_here, name, task): name for name, task in reversed(tasks.items())}
+        # The first submission starts all processes.
+        with mock.patch.dict(os.environ, ONE_THREAD):
+            # The later tasks are the longer ones.
+            running = {pool.submit(_do_here, name, task): name for name, task in reversed(tasks.items())}
         try:
             for future in as_completed(running):
                 yield future.result()
@@ -90,9 +96,6 @@ def _begin(case: Case, prepare: Callable[[], None]) -> None:
     prepare()
     # Tracing makes objects by the million and few cycles: looking for cycles less often saves a tenth of the time.
     gc.set_threshold(100_000)
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _do_here(name: str, task: Task) -> Done:

@@ -13,9 +13,11 @@ from gpt2_core.errors import UserError
 from gpt2_core.weights import Weights
 from parity.engine.evidence import Evidence
 
-Level = Literal["quick", "default", "full"]
+Level = Literal["quick", "prove", "default", "full"]
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=64, vocab_size=257)
+# A first and a last layer: each layer more is compiled in a dozen programs.
+SMALL_QUICK = dataclasses.replace(SMALL, n_layer=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +34,11 @@ class Case:
     evidence: dict[str, Evidence] = dataclasses.field(default_factory=dict)
     """What the checks leave for the report to draw."""
 
-    def at(self, quick: Any, default: Any, full: Any | None = None) -> Any:
-        """The one of these that belongs to the level."""
-        return {"quick": quick, "default": default, "full": default if full is None else full}[self.level]
+    def at(self, quick: Any, default: Any, full: Any | None = None, prove: Any | None = None) -> Any:
+        """The one of these that belongs to the level. Left out: `full` does what `default` does, `prove` what `quick`
+        does."""
+        full, prove = default if full is None else full, quick if prove is None else prove
+        return {"quick": quick, "prove": prove, "default": default, "full": full}[self.level]
 
 
 def random_weights(config: ModelConfig, seed: int = 0, dtype: type = np.float32) -> Weights:

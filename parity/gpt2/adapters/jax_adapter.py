@@ -87,6 +87,7 @@ class JaxAdapter:
         self._given = programs
         self._trainings: dict[TrainConfig, Program] = {}
         self._initializers: dict[tuple[ModelConfig, str], Callable] = {}
+        self._masks: dict[tuple[ModelConfig, str], Callable] = {}
 
     def make(self, weights: Weights, dtype: str = "float64") -> "JaxAdapter":
         """Of one architecture and dtype what is compiled is shared."""
@@ -150,7 +151,9 @@ class JaxAdapter:
 
         of_part = abstract_values(loss, self.params, *(x[0] for x in parts))
         params = {"params": self.params, "zeros": {n: jnp.zeros(x.shape, x.dtype) for n, x in of_part.items()}}
-        run = jax.jit(functools.partial(gpt2_jax.train_step.loss_and_grads, Perturbed(self.definition)))
+        # Parameters have their gradients compiled as training compiles them; these only tell where those part.
+        compute = functools.partial(gpt2_jax.train_step.loss_and_grads, Perturbed(self.definition))
+        run = jax.jit(compute, compiler_options=PLAIN)
         grads = run(params, *parts)[1]["zeros"]
         return {name: np.asarray(grads[name]) for name in of_part}
 
@@ -188,7 +191,10 @@ class JaxAdapter:
 
     def dropout_masks(self, config: TrainConfig, batches: Sequence[Batch]) -> Masks:
         """The masks that the train step draws at each step, for each part of its batch."""
-        masks = drawn_masks(define(config.model, Execution(config.precision)))
+        key = config.model, config.precision
+        if key not in self._masks:
+            self._masks[key] = drawn_masks(define(config.model, Execution(config.precision)))
+        masks = self._masks[key]
 
         def of_step(step: int, batch: Batch) -> list[Sites]:
             return [by_site(map(np.asarray, masks(self.params, *part))) for part in dropout_parts(config, step, batch)]

@@ -20,7 +20,8 @@ from rich.console import Console
 
 from gpt2_core.config import IGNORE_INDEX, DataConfig, ModelConfig, TrainConfig
 from gpt2_core.data.batches import TrainingBatches, evaluation_batches
-from gpt2_core.data.corpora import PIECE, get_corpus
+from gpt2_core.data.corpora import get_corpus
+from gpt2_core.data.documents import PIECE
 from gpt2_core.data.prepare import Settings, prepare
 from gpt2_core.data.tokenizer import get_tokenizer, local_file
 from gpt2_core.data.tokens import Source, Split, TokenFolder, open_tokens

@@ -29,20 +29,29 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
     padded = _with_padded_vocabulary(case.weights)
     tokens_BT = case.tokens[:block_size].reshape(1, block_size)
     both_padded = candidate.make(padded), reference.make(padded)
-    yield compare(*both_padded, tokens_BT, f"vocabulary padded to {padded.config.vocab_size}")
+    yield compare(*both_padded, tokens_BT, f"vocabulary padded to {padded.config.vocab_size}", watched=False)
 
 
 def compare(
-    candidate: Adapter, reference: Adapter, tokens_BT: np.ndarray, title: str, evidence: dict | None = None
+    candidate: Adapter,
+    reference: Adapter,
+    tokens_BT: np.ndarray,
+    title: str,
+    evidence: dict | None = None,
+    *,
+    watched: bool = True,
 ) -> Result:
-    """One forward pass, value by value; of the logits alone where an adapter shows nothing else."""
+    """One forward pass, value by value; of the logits alone where an adapter shows nothing else.
+
+    What isn't `watched`, which costs two compilations, is compared by its logits, and value by value where they differ.
+    """
     names = candidate.name, reference.name
     # The same function as training compiles it.
     compiled = "logits as training compiles them"
     ours, theirs = candidate.logits(tokens_BT), reference.logits(tokens_BT)
     found = divergence.compare({compiled: ours}, {compiled: theirs}, names)
-    values = None
-    if INTERMEDIATES.of(candidate) and INTERMEDIATES.of(reference):
+    values, shown = None, INTERMEDIATES.of(candidate) and INTERMEDIATES.of(reference)
+    if shown and (watched or not divergence.worst_of(found) <= limits.FORWARD):
         values = candidate.intermediates(tokens_BT), reference.intermediates(tokens_BT)
         found = divergence.compare(*values, names) + found
     worst, where = divergence.worst_of(found), first_beyond(found, limits.FORWARD)

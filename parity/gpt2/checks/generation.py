@@ -37,7 +37,8 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
         return
     block_size = case.weights.config.block_size
     tokens_BT = case.tokens[: 2 * block_size].reshape(2, block_size)
-    for pieces in ([block_size], [block_size // 2, *[1] * (block_size - block_size // 2)]):
+    in_pieces = [block_size // 2, *[1] * (block_size - block_size // 2)]
+    for pieces in case.at([in_pieces], [[block_size], in_pieces]):
         yield compare_cache(candidate, tokens_BT, pieces)
 
 
@@ -53,10 +54,12 @@ def compare_cache(candidate: Adapter, tokens_BT: np.ndarray, pieces: list[int]) 
 
 def _tokens(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result]:
     prompts, tokenizer = prompts_of(case), tokenizer_of(case.weights)
-    count = case.at(24, 96, 128)
-    numbers = np.stack([uniforms(case.seed, i, count) for i in range(len(prompts))])
+    # Briefly: one that fills the block, one after it slid, and two chunks, with no single token after them to compile.
+    count = case.at(18, 96, 128)
+    numbers, generated = np.stack([uniforms(case.seed, i, count) for i in range(len(prompts))]), {}
     for name in case.at(list(SETTINGS)[:2], SETTINGS):
         a, b = (adapter.generate(prompts, numbers, SETTINGS[name]) for adapter in (candidate, reference))
+        generated[name] = a
         texts = (tokenizer.decode(tokens[-1].tolist()) for tokens in (a, b))
         case.evidence[f"generation {name}"] = Texts(tokenizer.decode(prompts[-1])[-60:], *texts)
 
@@ -66,15 +69,14 @@ def _tokens(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Resu
 
         yield compare_tokens(f"{name}: {len(prompts)} prompts x {count} tokens", a, b, explain)
 
-    # A batch of prompts of different lengths, against each by itself.
-    sampling = SETTINGS["temperature 0.8, top-k 50, top-p 0.9"]
-    few = range(0, len(prompts), max(1, len(prompts) // 3))
-    alone = np.concatenate([candidate.generate([prompts[i]], numbers[i : i + 1, :12], sampling) for i in few])
-    together = candidate.generate(prompts, numbers[:, :12], sampling)[list(few)]
+    # That batch of prompts of different lengths, against some of them by themselves.
+    name = "temperature 0.8, top-k 50, top-p 0.9"
+    few = list(range(0, len(prompts), len(prompts) // case.at(2, 3)))
+    alone = [candidate.generate([prompts[i]], numbers[i : i + 1, :12], SETTINGS[name]) for i in few]
     yield compare_tokens(
         f"{candidate.name}: a batch of prompts against one at a time",
-        together,
-        alone,
+        generated[name][few, :12],
+        np.concatenate(alone),
         lambda row, number: f"the prompt has {len(prompts[few[row]])} tokens, the batch's longest {len(prompts[-1])}",
     )
 

@@ -28,7 +28,9 @@ CASES = {
     "remat": {"remat": True},
     "scan over layers": {"scan_layers": True},
 }
-_QUICK = ("data=2, fsdp=4", "data=2, fsdp=2, tensor=2")
+_QUICK = ("data=2, fsdp=2, tensor=2",)
+_DEFAULT = ("data=8", "data=2, fsdp=4", *_QUICK, "data=2, accumulation 4, remat, scan")
+_PROVE = ("data=2, fsdp=4", *_QUICK)
 
 
 def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
@@ -43,8 +45,8 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
     batches = [stream[step] for step in range(steps)]
     plainly = _config(case, steps, {})
     b = reference.train(plainly, batches)
-    # What the later cases change, `combinations` changes too.
-    for name in case.at(_QUICK, list(CASES)[:5], CASES):
+    # What the others change, `combinations` changes too.
+    for name in case.at(_QUICK, _DEFAULT, CASES, prove=_PROVE):
         settings = CASES[name]
         needed = candidate.devices_of(settings.get("mesh", 1))
         try:

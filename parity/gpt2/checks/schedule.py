@@ -99,7 +99,7 @@ def _by_optax(warmup: int, steps: int, final: float) -> np.ndarray:
     if warmup:
         schedule = optax.join_schedules([optax.linear_schedule(_PEAK / warmup, _PEAK, warmup - 1), schedule], [warmup])
     with jax.enable_x64(True):
-        return np.asarray(schedule(np.arange(steps)))
+        return np.asarray(jax.jit(schedule)(np.arange(steps)))
 
 
 _EXPECTATIONS: dict[str, Callable[[int, int, float], np.ndarray]] = {

@@ -84,17 +84,17 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
             trainer = adapter.trainer()
             run = (trainer, setting.config)
             yield from _interrupted(f"{trainer.name}, interrupted and resumed", setting, due, run, run)
-            if case.level != "quick":
+            if case.at(False, True):
                 yield from _told_to_stop(setting, due, trainer)
             if skipped := lacking("trainer", "initial weights", (adapter, INITIALIZATION)):
                 yield skipped
-            elif adapter is reference or case.level != "quick":
+            elif adapter is reference or case.at(False, True):
                 yield _from_random_weights(adapter, setting)
             if adapter is reference or case.level == "full":
                 yield from _dropout(trainer, setting)
             if case.level == "full" or (adapter is reference and case.level == "default"):
                 yield from _continued_elsewhere(trainer, setting, due)
-        if case.level != "quick":
+        if case.at(False, True):
             for adapter in trained:
                 if skipped := lacking("trainer", "the first losses in bfloat16", (adapter, GRADIENTS)):
                     yield skipped
@@ -360,6 +360,8 @@ def _run(
             pressed = True
             by()
 
+    # What is older than the run needs no search for cycles after it, and is most of what there is.
+    gc.freeze()
     with (
         contextlib.redirect_stdout(io.StringIO()),
         # No number hangs on either, and each takes longer than all the steps.
@@ -373,8 +375,10 @@ def _run(
         except (KeyboardInterrupt, Stopped):
             if not pressed:
                 raise
-    # The folder is locked as long as anything refers to its plan; a command's process would be over.
-    gc.collect()
+        finally:
+            # The folder is locked as long as anything refers to its plan; a command's process would be over.
+            gc.collect()
+            gc.unfreeze()
     return pressed
 
 

@@ -49,12 +49,14 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
             level="quick",  # of each check: the breadth is in the options
         )
         adapters = candidate.make(weights), reference.make(weights)
-        if name == "all at once" or case.level == "full":
+        if case.level == "full":
             parts = {part: load(part) for part in ("forward", "gradients", "loss_curve")}
         else:
-            # `combinations` trains them.
             parts = {"forward": guarded("forward", _one_pass), "gradients": guarded("gradients", _one_gradient)}
-            if "position" in OPTIONS[name]:
+            if name == "all at once":
+                # `combinations` trains the others.
+                parts["loss_curve"] = load("loss_curve")
+            elif "position" in OPTIONS[name]:
                 # Decoding counts positions by itself, and few rows of `combinations` decode each kind of them.
                 parts["generation"] = guarded("generation", _one_cache)
         for part, run in parts.items():
@@ -77,7 +79,7 @@ def _asked(part: str, candidate: Adapter, reference: Adapter) -> list[tuple[Adap
 def _one_pass(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result]:
     T = case.weights.config.block_size
     tokens_BT = case.tokens[: 2 * T].reshape(2, T)
-    yield forward.compare(candidate, reference, tokens_BT, f"2 x {T} tokens")
+    yield forward.compare(candidate, reference, tokens_BT, f"2 x {T} tokens", watched=False)
 
 
 def _one_cache(case: Case, candidate: Adapter, _: Adapter) -> Iterator[Result]:

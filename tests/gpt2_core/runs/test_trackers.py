@@ -47,11 +47,16 @@ def test_wandb_works_without_a_network_and_a_resumed_run_goes_on_in_its_own(make
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    folder = logged_run(make_config, "wandb")
-    logged_run(make_config, "wandb", start=3)
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "600")  # a busy machine takes long to start its process
+    for start in (0, 3):
+        # Folders are named by the second in which a run begins, which may be the same.
+        monkeypatch.setenv("WANDB__SYNC_DIR_SUFFIX", f"from-{start}")
+        folder = logged_run(make_config, "wandb", start=start)
+        # A run that is finished may not have been written yet: its process is waited for, which ends with a command's.
+        wandb.teardown()
     assert wandb.run is None  # finished
     runs = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
-    assert len(runs) == 2 and len({run.name for run in runs}) == 1
+    assert [run.parent.name[-6:] for run in runs] == ["from-0", "from-3"] and len({run.name for run in runs}) == 1
     found = []
     for run in runs:
         for data in records_of(run.read_bytes()):

@@ -1,8 +1,11 @@
 """Tasks in several processes answer as they do in one."""
 
+import dataclasses
 import operator
+import os
 
 import pytest
+import torch
 
 from parity.engine import processes
 from parity.gpt2.cases import Case, random_weights
@@ -16,11 +19,30 @@ def _case() -> Case:
     return Case(weights, weights.arrays["wpe.weight"], level="quick", seed=5)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("count", [1, 2])
-def test_every_task_answers_once_about_the_case(count):
-    done = list(processes.run(TASKS, _case(), 1000, count, tuple))
+def _threads(_: Case) -> tuple[int, str]:
+    return torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
+
+
+def test_every_task_answers_once_about_the_case():
+    done = list(processes.run(TASKS, _case(), 1000, 1, tuple))
     assert {d.name: d.answer for d in done} == {"the level": "quick", "the seed": 5} and len(done) == 2
+
+
+@pytest.mark.long
+def test_each_of_several_processes_answers_the_same_and_computes_on_one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    done = list(processes.run(TASKS | {"threads": _threads}, _case(), 1000, 2, tuple))
+    answers = {"the level": "quick", "the seed": 5, "threads": (1, "1")}
+    assert {d.name: d.answer for d in done} == answers and len(done) == 3
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+
+
+def test_a_level_does_what_the_one_below_it_does_unless_it_says_otherwise():
+    def at(level: str, **others) -> str:
+        return dataclasses.replace(_case(), level=level).at("quick", "default", **others)
+
+    assert [at(level) for level in ("quick", "prove", "default", "full")] == ["quick", "quick", "default", "default"]
+    assert at("prove", prove=()) == () and at("full", full=()) == () and at("quick", prove=(), full=()) == "quick"
 
 
 def test_what_a_task_leaves_as_evidence_comes_back_and_no_other_task_sees_it():

@@ -16,6 +16,7 @@ from parity.gpt2.adapters.torch_adapter import TorchAdapter
 from parity.gpt2.cases import random_weights
 from parity.gpt2.checks import variants
 from parity.gpt2.checks.forward import check as forward
+from parity.gpt2.checks.forward import compare
 from parity.gpt2.faults import MODEL, case_of
 from parity.gpt2.suite import CHECKS
 
@@ -74,6 +75,18 @@ def test_the_first_value_beyond_rounding_is_named_with_what_came_before():
 
 def test_a_nan_fails():
     assert not Result("forward", "case", float("nan"), 1e-12).passed
+
+
+@pytest.mark.long
+def test_a_pass_that_is_not_watched_names_the_first_value_all_the_same():
+    case = case_of()
+    other = dict(case.weights.arrays) | {"h.0.mlp.c_fc.bias": case.weights.arrays["h.0.mlp.c_fc.bias"] + 1.0}
+    candidate, reference = both(case.weights)
+    wrong = candidate.make(dataclasses.replace(case.weights, arrays=other))
+    results = [compare(wrong, reference, case.tokens[None, :16], "", watched=watched) for watched in (True, False)]
+    assert results[0] == results[1] and not results[0].passed and "mlp c_fc" in results[0].where
+    unwatched = compare(candidate, reference, case.tokens[None, :16], "", watched=False)
+    assert unwatched.passed and unwatched.case.startswith("1 values")
 
 
 @pytest.mark.long

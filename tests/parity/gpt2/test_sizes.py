@@ -67,9 +67,9 @@ def test_the_loss_has_one_chunk_and_several_and_a_remainder():
 
 
 @pytest.mark.long
-def test_the_cache_grows_even_in_the_quick_form():
+def test_the_cache_grows_where_mistakes_are_planted():
     with mock.patch.object(gpt2_jax.generate, "_grow", wraps=gpt2_jax.generate._grow) as grow:
-        (result,) = results(sizes._generation, "quick")
+        (result,) = results(sizes._generation, "prove")
     assert result.passed and len({call.args[1] for call in grow.call_args_list}) >= 1
 
 
