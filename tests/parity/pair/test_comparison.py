@@ -615,3 +615,30 @@ def test_a_number_that_float32_cannot_hold_stands_for_no_other():
     )
     assert program.with_numbers({1e-300, -1e300}) is program
     assert program.with_numbers({2.0}) is program
+
+
+class Fused(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.fused = torch.nn.Linear(6, 6), torch.nn.Linear(6, 18, bias=False)
+
+    def forward(self, x):
+        return self.fused(torch.tanh(self.first(x))).softmax(-1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_maximum_that_lies_in_another_part_does_not_decide_on_a_weight(seed):
+    """The maximum in the softmax is the right one with any tensor in place of the parts that it doesn't lie in."""
+
+    def port(parameters, x):
+        x = jnp.tanh(x @ parameters["first"]["kernel"] + parameters["first"]["bias"])
+        return jax.nn.softmax(jnp.concatenate([x @ parameters[f"part{i}"] for i in range(3)], -1))
+
+    zeros = {"first": {"kernel": jnp.zeros((6, 6)), "bias": jnp.zeros(6)}} | dict.fromkeys(
+        ("part0", "part1", "part2"), jnp.zeros((6, 6))
+    )
+    torch.manual_seed(seed)
+    report = parity.compare(Fused(), (port, zeros), inputs=X[:2], seed=seed, checks=("forward",), generate=False)
+    found = {m.candidate: m.transform for m in report.mapping if m.candidate.startswith("part")}
+    assert found == {f"part{i}": f"chunk({i}, 3, 0) | transpose" for i in range(3)}
+    assert report.passed
