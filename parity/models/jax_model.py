@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from parity.engine.errors import EngineError
 from parity.engine.results import in_words as in_one_line
 from parity.models import program as programs
-from parity.models.model import Arrays, Inputs, NarrowCast, Recording, Step, Trained, Weight
+from parity.models.model import Arrays, Inputs, NarrowCast, Recording, Step, Trained, Weight, blank
 from parity.models.program import Constant, Program
 
 LAYOUT = frozenset({
@@ -49,11 +49,16 @@ class JaxModel:
         self.kind = definition.kind
         self._programs: dict[Any, tuple[Program, Callable | None]] = {}
         self._tables: dict[Any, list[NarrowCast]] = {}
+        self._written: frozenset[float] = frozenset()
         self._compiled = jax.jit(lambda arrays, inputs: self._outputs(arrays, inputs)[0])
 
     def weights(self) -> list[Weight]:
         d = self._definition
         return [Weight(name, array, trained) for name, array, trained in zip(d.names, d.arrays, d.trained, strict=True)]
+
+    def release(self) -> None:
+        arrays = [blank(a.shape, a.dtype) for a in self._definition.arrays]
+        self._definition = dataclasses.replace(self._definition, arrays=arrays)
 
     def run(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
         """Compiled by XLA, as the user's own program would be; in float32 where the model can't be traced in
@@ -65,25 +70,29 @@ class JaxModel:
             outputs = self._compiled([jnp.asarray(w) for w in self._ordered(weights)], _traced(inputs))
         return [np.asarray(x, np.float64) for x in outputs]
 
-    def gradients(self, weights: Arrays, inputs: Inputs, cotangents: Sequence[np.ndarray]) -> tuple[Arrays, Arrays]:
-        program = self.program(inputs)
+    def gradients(
+        self, weights: Arrays, inputs: Inputs, cotangents: Sequence[np.ndarray], of: Collection[str]
+    ) -> tuple[Arrays, Arrays]:
+        program, order = self.program(inputs), self._definition.names
         values = arrays_of(inputs)
         numbers = [i for i, x in enumerate(values) if programs.is_float(x)]
 
-        def loss(arrays, chosen, cotangents):
-            filled = list(values)
+        def loss(wanted, chosen, others, cotangents):
+            filled, arrays = list(values), wanted | others
             for number, x in zip(numbers, chosen, strict=True):
                 filled[number] = x
-            return sum(jnp.sum(o * c) for o, c in zip(program.traced(arrays, filled), cotangents, strict=True))
+            outputs = program.traced([arrays[n] for n in order], filled)
+            return sum(jnp.sum(o * c) for o, c in zip(outputs, cotangents, strict=True))
 
         with jax.enable_x64(True):
-            arrays, chosen = [jnp.asarray(w) for w in self._ordered(weights)], [jnp.asarray(values[n]) for n in numbers]
+            arrays, chosen = {n: jnp.asarray(weights[n]) for n in order}, [jnp.asarray(values[n]) for n in numbers]
+            wanted = {n: arrays.pop(n) for n in order if n in of}
             # The weights' memory is given to their gradients.
             compiled = jax.jit(jax.grad(loss, argnums=(0, 1)), donate_argnums=0)
-            by_array, by_input = compiled(arrays, chosen, list(cotangents))
+            by_array, by_input = compiled(wanted, chosen, arrays, list(cotangents))
         names = inputs.names()
         return (
-            {n: np.asarray(g) for n, g in zip(self._definition.names, by_array, strict=True)},
+            {n: np.asarray(g) for n, g in by_array.items()},
             {names[n]: np.asarray(g) for n, g in zip(numbers, by_input, strict=True)},
         )
 
@@ -143,6 +152,14 @@ class JaxModel:
         self._tables[key] = [*self._tables.get(key, ()), *(NarrowCast("float32", p) for p in places)]
         self._programs[key] = program.with_constants(tables), ladder
 
+    def write_out(self, inputs: Inputs, numbers: frozenset[float]) -> bool:
+        """From now on have these, as the other model writes them, for constants that were rounded to float32; whether
+        the program for these inputs has such constants."""
+        before = self.program(inputs)
+        self._written |= numbers
+        self._programs = {key: (p.with_numbers(self._written), ladder) for key, (p, ladder) in self._programs.items()}
+        return self.program(inputs) is not before
+
     def record(self, weights: Arrays, inputs: Inputs) -> Recording:
         program = self.program(inputs)
         values = program.run(self._ordered(weights), arrays_of(inputs), lifted=True)
@@ -174,7 +191,8 @@ class JaxModel:
         """And in which of `_LADDER` the model can be traced; None if only in float32."""
         key = _signature(inputs)
         if key not in self._programs:
-            self._programs[key] = self._trace(inputs)
+            program, ladder = self._trace(inputs)
+            self._programs[key] = program.with_numbers(self._written), ladder
         return self._programs[key]
 
     def _trace(self, inputs: Inputs) -> "tuple[Program, Callable | None]":
@@ -251,7 +269,8 @@ def recording(program: Program, values: dict[int, Any], names: Sequence[str], in
     # An output that is a constant of the program gets a number that no value has.
     constants = {-1 - i: programs.read(x, values) for i, x in enumerate(program.outputs) if isinstance(x, Constant)}
     outputs = [-1 - i if isinstance(x, Constant) else x for i, x in enumerate(program.outputs)]
-    return Recording(values | constants, steps, weights, dict(zip(program.inputs, inputs, strict=True)), outputs)
+    given = dict(zip(program.inputs, inputs, strict=True))
+    return Recording(values | constants, steps, weights, given, outputs, program.numbers())
 
 
 def _mean_square(outputs: Any) -> Any:
@@ -280,7 +299,7 @@ def of_nnx(module: Any, training: bool) -> Definition:
     from flax import nnx
 
     graph, state = nnx.split(module)
-    leaves = nnx.to_flat_state(state)
+    leaves = list(nnx.to_flat_state(state))
     chosen = [i for i, (_, leaf) in enumerate(leaves) if _is_weight(leaf)]
 
     def apply(arrays, inputs):
@@ -297,9 +316,11 @@ def of_nnx(module: Any, training: bool) -> Definition:
 
     is_trained = [isinstance(leaves[i][1], nnx.Param) for i in chosen]
     names = [".".join(map(str, leaves[i][0])) for i in chosen]
-    return Definition(
-        "flax.nnx.Module", names, [np.asarray(leaves[i][1].get_value()) for i in chosen], is_trained, apply
-    )
+    own = [np.asarray(leaves[i][1].get_value()) for i in chosen]
+    for i, x in zip(chosen, own, strict=True):
+        path, leaf = leaves[i]
+        leaves[i] = path, leaf.replace(blank(x.shape, x.dtype))  # so that its memory can be released
+    return Definition("flax.nnx.Module", names, own, is_trained, apply)
 
 
 def _is_weight(leaf: Any) -> bool:
@@ -352,14 +373,19 @@ def of_tree(tree: Any, call: Callable[..., Any], kind: str) -> Definition:
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     chosen = [i for i, (_, leaf) in enumerate(leaves) if programs.is_float(leaf) and not isinstance(leaf, np.generic)]
 
+    names = [".".join(_key(k) for k in leaves[i][0]) for i in chosen]
+    own = [np.asarray(leaves[i][1]) for i in chosen]
+    others = [leaf for _, leaf in leaves]
+    for i in chosen:
+        others[i] = None  # so that its memory can be released
+
     def apply(arrays, inputs):
-        filled = [leaf for _, leaf in leaves]
+        filled = list(others)
         for number, array in zip(chosen, arrays, strict=True):
             filled[number] = array
         return call(jax.tree.unflatten(structure, filled), *inputs.arguments, **inputs.keywords), {}
 
-    names = [".".join(_key(k) for k in leaves[i][0]) for i in chosen]
-    return Definition(kind, names, [np.asarray(leaves[i][1]) for i in chosen], [True] * len(chosen), apply)
+    return Definition(kind, names, own, [True] * len(chosen), apply)
 
 
 def _key(key: Any) -> str:

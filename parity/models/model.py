@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -117,6 +117,8 @@ class Recording:
     inputs: dict[int, str]
     outputs: list[int]
     """Numbers of the values that the model returns."""
+    constants: frozenset[float] = frozenset()
+    """Single numbers that the operations are given, as they are written."""
 
     @functools.cached_property
     def by_number(self) -> dict[int, Step]:
@@ -158,6 +160,11 @@ class Trained:
     """Parameters after the first step."""
 
 
+def blank(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that stands for any of its shape and takes no memory."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
 class Model(Protocol):
     """A model with its weights, computing in float64 on the CPU."""
 
@@ -169,11 +176,17 @@ class Model(Protocol):
     def weights(self) -> list[Weight]:
         """In the model's own order; tied ones once, under their first name."""
 
+    def release(self) -> None:
+        """Forget its own values: it is only run with others from now on. What the user holds stays as it is."""
+
     def run(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
         """The floating-point outputs of the model as it is written, in float64 where it doesn't ask for less."""
 
-    def gradients(self, weights: Arrays, inputs: Inputs, cotangents: Sequence[np.ndarray]) -> tuple[Arrays, Arrays]:
-        """Of sum(output * cotangent), casts to narrower types lifted: by weight, and by floating-point input."""
+    def gradients(
+        self, weights: Arrays, inputs: Inputs, cotangents: Sequence[np.ndarray], of: Collection[str]
+    ) -> tuple[Arrays, Arrays]:
+        """Of sum(output * cotangent), casts to narrower types lifted: by weight, of those in `of` that can have one,
+        and by floating-point input."""
 
     def run_lifted(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
         """The outputs, casts to narrower types lifted."""

@@ -6,8 +6,9 @@ that have no rule in `arithmetic` are evaluated by JAX itself.
 
 import dataclasses
 import math
+import operator
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Constant:
 
     value: Any
     exact: float | None = None
-    """The number as the program's author wrote it, before it was rounded to the array's type."""
+    """Of a single number: as the program's author wrote it, before it was rounded to the array's type."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -114,6 +115,30 @@ class Program:
         outputs = list(map(known, self.outputs))
         return dataclasses.replace(self, operations=_needed(operations, outputs), outputs=outputs)
 
+    def numbers(self) -> frozenset[float]:
+        """Its constants that are a single number."""
+        return frozenset(read(x, {}).item() for o in self.operations for x in o.inputs if _is_number(x))
+
+    def with_numbers(self, numbers: Collection[float]) -> "Program":
+        """With these in place of the constants that they are when they are rounded to float32; itself if there are
+        none. What a constant is taken for otherwise (see `lift`) is a guess."""
+        tiny, largest = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))  # beyond: 0, infinity
+        rounded = {float(np.float32(n)): n for n in numbers if tiny <= abs(n) <= largest}
+
+        def written(x: "int | Constant") -> "int | Constant":
+            if not _is_number(x) or x.exact is not None or x.value.item() not in rounded:
+                return x
+            return x if lift(x.value).item() in numbers else Constant(x.value, rounded[x.value.item()])
+
+        def changed(operation: Operation) -> Operation:
+            inputs = list(map(written, operation.inputs))
+            same = all(map(operator.is_, inputs, operation.inputs))
+            return operation if same else dataclasses.replace(operation, inputs=inputs)
+
+        operations = list(map(changed, self.operations))
+        same = all(map(operator.is_, operations, self.operations))
+        return self if same else dataclasses.replace(self, operations=operations)
+
     def traced(self, weights: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         """The outputs, lifted, by JAX's own operations: what `jax.grad` can differentiate."""
         values: dict[int, Any] = dict(zip(self.weights, weights, strict=True))
@@ -130,7 +155,7 @@ def read(value: "int | Constant", values: dict[int, Any], lifted: bool = True) -
     if isinstance(value, Constant):
         if not lifted:
             return value.value
-        return lift(value.value) if value.exact is None else np.asarray(value.exact, np.float64)
+        return lift(value.value) if value.exact is None else np.full(value.value.shape, value.exact)
     return values[value]
 
 
@@ -187,6 +212,11 @@ def _written(x: np.float32) -> float:
 
 def is_float(x: Any) -> bool:
     return hasattr(x, "dtype") and jax.numpy.issubdtype(x.dtype, np.floating)
+
+
+def _is_number(x: "int | Constant") -> bool:
+    """Whether it is a constant that is a single floating-point number, in float32 or float64."""
+    return isinstance(x, Constant) and is_float(x.value) and x.value.size == 1 and x.value.dtype.kind == "f"
 
 
 def _by_jax(operation: Operation, arguments: list[Any], lifted: bool) -> list[Any]:

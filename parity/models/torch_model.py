@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,23 +105,32 @@ class TorchModel:
             for name, t in self._tensors.items()
         ]
 
+    def release(self) -> None:
+        for t in self._tensors.values():
+            t.data = t.new_zeros(()).expand(t.shape)
+        self._held = None
+
     def run(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:
         with self._holding(weights), torch.no_grad():
             return [x.detach().numpy().copy() for x in self._call(_tensors(inputs))]
 
-    def gradients(self, weights: Arrays, inputs: Inputs, cotangents: Sequence[np.ndarray]) -> tuple[Arrays, Arrays]:
+    def gradients(
+        self, weights: Arrays, inputs: Inputs, cotangents: Sequence[np.ndarray], of: Collection[str]
+    ) -> tuple[Arrays, Arrays]:
         values = _tensors(inputs)
         floats = {n: x for n, x in zip(inputs.names(), values.values(), strict=True) if x.is_floating_point()}
         for x in floats.values():
             x.requires_grad_(True)
-        parameters = {n: t for n, t in self._tensors.items() if isinstance(t, torch.nn.Parameter)}
-        for t in parameters.values():
-            t.requires_grad_(True)  # frozen ones too
+        for n, t in self._tensors.items():
+            if isinstance(t, torch.nn.Parameter):
+                t.requires_grad_(n in of)  # frozen ones too
+        parameters = {n: t for n, t in self._tensors.items() if t.requires_grad}
         with self._holding(weights), _Lifted():
             outputs = self._call(values)
             loss = sum((o * torch.from_numpy(c)).sum() for o, c in zip(outputs, cotangents, strict=True))
             wanted = [*parameters.values(), *floats.values()]
-            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+            depends = loss.requires_grad
+            found = torch.autograd.grad(loss, wanted, allow_unused=True) if depends else [None] * len(wanted)
         arrays = [np.zeros(w.shape) if g is None else g.numpy() for w, g in zip(wanted, found, strict=True)]
         return (
             dict(zip(parameters, arrays, strict=False)),
@@ -283,6 +292,7 @@ class _Watch(TorchDispatchMode):
         self.values: dict[int, np.ndarray] = {}
         self.steps: list[Step] = []
         self.narrow: list[NarrowCast] = []
+        self._constants: set[float] = set()
         self._weights = {self._new(t): name for name, t in tensors.items()} if lift else {}
         self._from_weights = set(self._weights)
         self._inputs: dict[int, str] = {}
@@ -324,7 +334,7 @@ class _Watch(TorchDispatchMode):
 
     def recording(self, outputs: Sequence[torch.Tensor]) -> Recording:
         numbers = [self._numbers[id(x)] for x in outputs]
-        return Recording(self.values, self.steps, self._weights, self._inputs, numbers)
+        return Recording(self.values, self.steps, self._weights, self._inputs, numbers, frozenset(self._constants))
 
     def number_of(self, output: torch.Tensor | np.ndarray) -> int | None:
         """Of a tensor that was computed, or of the latest one with these values."""
@@ -341,7 +351,9 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        sources = [self._numbers[id(x)] for x in tree_flatten((args, kwargs))[0] if id(x) in self._numbers]
+        given, _ = tree_flatten((args, kwargs))
+        sources = [self._numbers[id(x)] for x in given if id(x) in self._numbers]
+        self._constants.update(x for x in given if isinstance(x, float))
         if self._lift:
             apart = _variance if func in (aten.var.correction, torch.ops.prims.var.default) else _APART.get(func)
             apart = _deviation if func is aten.std.correction else apart

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from parity.engine.errors import EngineError
 from parity.models.model import Arrays, Inputs, NarrowCast, Recording, Step, Weight
 from parity.models.opening import open_model
 
-FORMAT = "parity capture 2"
+FORMAT = "parity capture 3"
 
 
 def capture(model: Any, *, inputs: Any, out: str | Path, mode: str = "eval", overwrite: bool = False) -> Path:
@@ -41,6 +41,7 @@ def capture(model: Any, *, inputs: Any, out: str | Path, mode: str = "eval", ove
         "weight_numbers": recording.weights,
         "input_numbers": recording.inputs,
         "output_numbers": recording.outputs,
+        "constants": list(recording.constants),
         "casts": [dataclasses.astuple(c) for c in opened.narrow_casts(given)],
         "count": len(outputs),
     }
@@ -99,12 +100,15 @@ class Captured:
             {int(n): name for n, name in self._header["weight_numbers"].items()},
             {int(n): name for n, name in self._header["input_numbers"].items()},
             self._header["output_numbers"],
+            frozenset(self._header["constants"]),
         )
 
     def narrow_casts(self, inputs: Inputs) -> list[NarrowCast]:
         return [NarrowCast(*c) for c in self._header["casts"]]
 
-    def gradients(self, weights: Arrays, inputs: Inputs, cotangents: Sequence[np.ndarray]) -> tuple[Arrays, Arrays]:
+    def gradients(
+        self, weights: Arrays, inputs: Inputs, cotangents: Sequence[np.ndarray], of: Collection[str]
+    ) -> tuple[Arrays, Arrays]:
         raise EngineError(f"{self.path}: a captured model has no gradients; compare with checks weights and forward")
 
     def run_lifted(self, weights: Arrays, inputs: Inputs) -> list[np.ndarray]:

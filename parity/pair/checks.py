@@ -14,6 +14,7 @@ from parity.engine.divergence import Divergence as Difference
 from parity.engine.divergence import first_beyond, worst_of
 from parity.engine.errors import EngineError
 from parity.engine.results import Result, Skipped, relative_norm, relative_to_largest
+from parity.models.memory import give_back_memory
 from parity.models.model import Arrays, Inputs, Model, Recording
 from parity.pair import divergence, layouts, outputs, training
 from parity.pair import inputs as generated
@@ -31,6 +32,8 @@ ZERO = 1e-12
 """Of the largest gradient: below, a gradient is zero but for rounding."""
 NARROW = 1.5
 """Largest ratio of the candidate's error to the reference's, where casts to narrower types are left in."""
+PART = 2**29
+"""Bytes of the gradients that are held of one model at a time, unless a single one is larger."""
 FINEST = 1e-12
 """Of two values' fingerprints, in the search for where a small difference begins. Rounding measures 1e-14."""
 OWN = float(np.finfo(np.float32).eps)
@@ -231,10 +234,20 @@ def gradients(c: Comparison, found: Report, options: Options) -> Iterator[Result
         axes = layouts.permutation(b[j], a[i], 1e-3)
         cotangents[0][i] = (drawn.transpose(axes) if axes else drawn).reshape(a[i].shape)
         cotangents[1][j] = drawn
-    by_ours = c.candidate.gradients(c.weights["candidate"], ours, cotangents[0])
-    by_theirs = c.reference.gradients(c.weights["reference"], theirs, cotangents[1])
-    differences = _gradient_differences(c, by_ours[0], by_theirs[0])
-    inputs = [(n, x, y) for (n, x), y in zip(by_ours[1].items(), by_theirs[1].values(), strict=False)]
+    measured, parts, inputs = [], _in_parts(c), []
+    for rows in parts:
+        of = c.undirected({n for r in rows for n in r.source}, {r.target for r in rows})
+        by_ours = c.candidate.gradients(c.weights["candidate"], ours, cotangents[0], of[0])
+        if len(parts) > 1:
+            give_back_memory()
+        by_theirs = c.reference.gradients(c.weights["reference"], theirs, cotangents[1], of[1])
+        measured += _gradient_differences(c, rows, *c.directed(by_ours[0], by_theirs[0]))
+        inputs = [(n, x, y) for (n, x), y in zip(by_ours[1].items(), by_theirs[1].values(), strict=False)]
+        del by_ours, by_theirs
+        if len(parts) > 1:
+            give_back_memory()
+    zero = ZERO * max((size for _, size in measured), default=0.0)
+    differences = [Difference(d.name, 0.0) if size <= zero else d for d, size in measured]
     if not differences and not inputs:
         yield Skipped("gradients", "the models have no weights in common and no floating-point inputs")
     if differences:
@@ -258,14 +271,33 @@ def _in_backward_order(c: Comparison, differences: list[Difference]) -> str:
     return f"in the order of the backward pass {first_beyond(ordered, GRADIENTS)}"
 
 
-def _gradient_differences(c: Comparison, ours: Arrays, theirs: Arrays) -> list[Difference]:
-    """Of every trained weight of the target, under its name."""
-    source, target = c.directed(ours, theirs)
-    largest = max((_largest(g) for g in source.values()), default=0.0)
+def _in_parts(c: Comparison) -> list[list[Row]]:
+    """The mapping's rows, so many together that the gradients of their weights fit into PART. Those made of the same
+    tensors of the source stay together."""
+    several: dict[tuple[str, ...], list[Row]] = {}
+    for row in c.mapping.rows:
+        several.setdefault(row.source, []).append(row)
+    parts: list[list[Row]] = [[]]
+    held = 0
+    for names, rows in several.items():
+        size = sum(8 * math.prod(c.mapping.shapes[n]) for n in names)
+        if parts[-1] and held + size > PART:
+            parts.append([])
+            held = 0
+        parts[-1] += rows
+        held += size
+    return parts
+
+
+def _gradient_differences(
+    c: Comparison, rows: list[Row], source: Arrays, target: Arrays
+) -> list[tuple[Difference, float]]:
+    """Of every trained weight of the target among these rows, under its name, with its largest magnitude."""
     # One tensor of the source may serve several of the target (tied on one side only): their gradients add up.
     several: dict[tuple[str, ...], list[Row]] = {}
-    for row in c.rows(source, target):
-        several.setdefault(row.source, []).append(row)
+    for row in rows:
+        if row.target in target and all(n in source for n in row.source):
+            several.setdefault(row.source, []).append(row)
     found = []
     frozen = {w.name for w in (*c.source.weights(), *c.target.weights()) if w.frozen}
     for names, rows in several.items():
@@ -275,19 +307,16 @@ def _gradient_differences(c: Comparison, ours: Arrays, theirs: Arrays) -> list[D
         if len(rows) > 1 and all(r.transform.can_undo() for r in rows):
             whole = source[names[0]]
             total = sum(r.transform.undo(target[r.target], whole.shape) for r in rows)
-            found.append(Difference(" + ".join(r.target for r in rows), _relative(total, whole, largest)))
+            found.append(_measured(" + ".join(r.target for r in rows), total, whole))
             continue
-        for row in rows:
-            made = row.transform.gradient(*(source[n] for n in names))
-            found.append(Difference(row.target, _relative(target[row.target], made, largest)))
+        found += [
+            _measured(r.target, target[r.target], r.transform.gradient(*(source[n] for n in names))) for r in rows
+        ]
     return found
 
 
-def _relative(ours: np.ndarray, theirs: np.ndarray, largest: float) -> float:
-    """Relative norm of the difference; none of two gradients that are zero but for rounding."""
-    if max(_largest(theirs), _largest(ours)) <= ZERO * largest:
-        return 0.0
-    return relative_norm(ours, theirs)
+def _measured(name: str, ours: np.ndarray, theirs: np.ndarray) -> tuple[Difference, float]:
+    return Difference(name, relative_norm(ours, theirs)), max(_largest(theirs), _largest(ours))
 
 
 def _largest(x: np.ndarray) -> float:

@@ -5,6 +5,7 @@ from typing import Any
 
 from parity.engine.errors import EngineError
 from parity.engine.results import Skipped, guarded
+from parity.models.memory import give_back_memory
 from parity.pair import checks as available
 from parity.pair import outputs
 from parity.pair.comparison import opened
@@ -76,6 +77,7 @@ def compare(
     found = Report(comparison.names, comparison.mapping, comparison.from_reference)
     options = available.Options(loss, optimizer, steps, mode == "train", weights == "own", generate)
     for name in checks:
+        give_back_memory()  # of the mapping's recordings, and of the check before
         progress(name)
         for result in guarded(name, available.CHECKS[name], passes=EngineError)(comparison, found, options):
             (found.skipped if isinstance(result, Skipped) else found.results).append(result)

@@ -107,6 +107,10 @@ def opened(
     tables = _tables(mine, target, given[1])
     ignore = (*ignore, *tables)
     held = {n: w.value for n, w in mine.items()} if fixed else draw(mine.values(), np.random.default_rng(seed), tables)
+    if not fixed:
+        # The values that it is compared on are its own from now on: models are large.
+        mine = {n: dataclasses.replace(w, own=held[n]) for n, w in mine.items()}
+        source.release()
     progress("mapping the weights")
     if mapping is not None:
         table = from_table(mapping, mine, theirs, ignore)
@@ -114,6 +118,8 @@ def opened(
         table = complete(_rows((source, target), (mine, theirs), held, given, ignore), mine, theirs, ignore)
     made = {} if own else table.apply(held)
     filled = made | {name: w.value for name, w in theirs.items() if name not in made}
+    if not own:
+        target.release()
     by_role = {"reference": held, "candidate": filled} if from_reference else {"reference": filled, "candidate": held}
     return Comparison(reference, candidate, from_reference, cases, to_candidate, table, by_role)
 

@@ -131,7 +131,7 @@ class Inference:
     def _choose(self, unit: int) -> None:
         name, _, shape = self._units[unit]
         ranked = self._candidates(name, shape)
-        found: list[tuple[Candidate, bool]] = []
+        found: list[tuple[Candidate, bool, int]] = []
         if ranked and ranked[0].transform.adds and recurrent(name, *_of(ranked[0]), self._names) > 1.0:
             # One term of the sum agrees with a value of its own; the sum is a value only with the gate's other product.
             self._take(unit, ranked[0], False, ())
@@ -141,7 +141,7 @@ class Inference:
                 break
             matched, same_order = self._agreeing(unit, self._made(candidate), len(candidate.source))
             if matched:
-                found.append((candidate, same_order and len(matched) >= len(candidate.source)))
+                found.append((candidate, same_order and len(matched) >= len(candidate.source), min(matched)))
                 if len(found) == 1 and self._says_nothing(unit, self._made(candidate)):
                     if self._meets_zeros(unit):
                         found = []  # the first state of a recurrent layer: names decide
@@ -150,11 +150,12 @@ class Inference:
                 if len(found) > 3 and len(candidate.source) == 1:
                     break
         # Of what is put together from several tensors, every part must show; and elements must be in their order, which
-        # a kernel the other way round may change without changing which elements there are.
-        found.sort(key=lambda f: not f[1])
+        # a kernel the other way round may change without changing which elements there are. The earliest agreement
+        # counts: later ones, a maximum of several parts, may not depend on this tensor.
+        found.sort(key=lambda f: (not f[1], f[2]))
         if found:
             chosen = found[0][0]
-            others = [c for c, _ in found[1:] if c.source != chosen.source and c.likely > chosen.likely - 0.05]
+            others = [c for c, _, _ in found[1:] if c.source != chosen.source and c.likely > chosen.likely - 0.05]
             self._take(unit, chosen, True, tuple(" + ".join(c.source) for c in others))
         elif ranked:
             rivals = [c for c in ranked[1:] if c.source != ranked[0].source and c.likely > ranked[0].likely - 0.05]

@@ -1,4 +1,5 @@
-"""Tables that a JAX program holds as constants (positions, rotary angles), where the other model has them exactly.
+"""Tables and numbers that a JAX program holds as constants (positions, rotary angles, a factor), where the other model
+has them exactly.
 
 They were computed in float32 before the program was traced, so that lifting its casts can't make them exact. What
 differs by that rounding only is read from the other model; how far the program as it is written is from the exact one
@@ -22,11 +23,13 @@ ROUNDING = 1e-14
 
 
 def read_tables(model: JaxModel, inputs: Inputs, reference: Recording) -> bool:
-    """Have the model compute with the reference's tables where its own are rounded; whether there are any."""
+    """Have the model compute with the reference's tables and single numbers where its own are rounded; whether there
+    are any."""
+    numbers = model.write_out(inputs, reference.constants)
     tables = _rounded(model.program(inputs), reference)
     if tables:
         model.hold(inputs, tables)
-    return bool(tables)
+    return bool(tables) or numbers
 
 
 def _rounded(program: Program, reference: Recording) -> dict[int, np.ndarray]:

@@ -16,6 +16,8 @@ from flax import linen, nnx
 
 import parity
 from parity.engine.errors import EngineError
+from parity.models.jax_model import JaxModel, of_tree
+from parity.models.model import Inputs
 
 
 def failed(report) -> set[str]:
@@ -567,6 +569,30 @@ def test_a_table_that_was_rounded_before_tracing_counts_as_a_cast(angles, verdic
         assert any("candidate rounds to float32" in r.where for r in report.results)
 
 
+class Scaled(Square):
+    """Writes a factor with eight digits."""
+
+    def forward(self, x):
+        return super().forward(0.79788456 * x)
+
+
+@pytest.mark.parametrize(
+    ("factor", "dtype", "verdict"),
+    [
+        (0.79788456, "float32", "same"),
+        (float(np.sqrt(2 / np.pi)), "float32", "same"),  # rounds to the same number
+        (float(np.sqrt(2 / np.pi)), "float64", "different"),
+        (0.7978848, "float32", "different"),
+    ],
+)
+def test_a_number_that_is_held_in_float32_is_the_one_that_the_reference_writes(factor, dtype, verdict):
+    def port(parameters, x):
+        return square(parameters, (x.astype(dtype) * factor).astype(x.dtype))
+
+    report = parity.compare(Scaled(), (port, parameters()), inputs=X, checks=("forward",))
+    assert report.verdict == verdict, report.in_words()
+
+
 @pytest.mark.parametrize(("factor", "verdict"), [(1.0, "same"), (1.001, "different")])
 def test_a_frozen_table_that_the_candidate_computes_needs_no_counterpart(factor, verdict):
     class Positions(Square):
@@ -580,3 +606,39 @@ def test_a_frozen_table_that_the_candidate_computes_needs_no_counterpart(factor,
     port = (lambda p, x: square(p, x + factor * jnp.sin(jnp.asarray(ANGLES))), parameters())
     report = parity.compare(Positions(), port, inputs=X, generate=False)
     assert report.verdict == verdict, report.in_words()
+
+
+def test_a_number_that_float32_cannot_hold_stands_for_no_other():
+    """1e-300 is 0 in float32, and the candidate's 0 stays 0; so does infinity."""
+    program = JaxModel(of_tree({}, lambda _, x: jnp.maximum(x.astype("float32") + 0.0, -jnp.inf), "function")).program(
+        Inputs.of(X)
+    )
+    assert program.with_numbers({1e-300, -1e300}) is program
+    assert program.with_numbers({2.0}) is program
+
+
+class Fused(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.fused = torch.nn.Linear(6, 6), torch.nn.Linear(6, 18, bias=False)
+
+    def forward(self, x):
+        return self.fused(torch.tanh(self.first(x))).softmax(-1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_maximum_that_lies_in_another_part_does_not_decide_on_a_weight(seed):
+    """The maximum in the softmax is the right one with any tensor in place of the parts that it doesn't lie in."""
+
+    def port(parameters, x):
+        x = jnp.tanh(x @ parameters["first"]["kernel"] + parameters["first"]["bias"])
+        return jax.nn.softmax(jnp.concatenate([x @ parameters[f"part{i}"] for i in range(3)], -1))
+
+    zeros = {"first": {"kernel": jnp.zeros((6, 6)), "bias": jnp.zeros(6)}} | dict.fromkeys(
+        ("part0", "part1", "part2"), jnp.zeros((6, 6))
+    )
+    torch.manual_seed(seed)
+    report = parity.compare(Fused(), (port, zeros), inputs=X[:2], seed=seed, checks=("forward",), generate=False)
+    found = {m.candidate: m.transform for m in report.mapping if m.candidate.startswith("part")}
+    assert found == {f"part{i}": f"chunk({i}, 3, 0) | transpose" for i in range(3)}
+    assert report.passed

@@ -1,11 +1,19 @@
 """What a comparison holds in memory: models are large, so weights are shared."""
 
+import functools
+import gc
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
+from flax import nnx
 
+import parity
 from parity.models.model import Inputs
 from parity.models.opening import open_model
+from parity.pair import checks
 from parity.pair.comparison import opened
 
 X = np.random.default_rng(0).standard_normal((2, 6))
@@ -53,3 +61,74 @@ def test_training_leaves_the_given_weights_as_they_are():
     assert trained.losses[1] < trained.losses[0]
     assert all(np.array_equal(weights[name], x) for name, x in before.items())
     assert np.array_equal(model.run(weights, given)[0], untrained)
+
+
+class Module(nnx.Module):
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.ones((6, 6)))
+
+    def __call__(self, x):
+        return port({"kernel": self.kernel[...]}, x)
+
+
+@pytest.mark.parametrize("make", [Module, lambda: (port, {"kernel": jnp.ones((6, 6))})], ids=["nnx", "function"])
+def test_values_that_a_jax_model_was_made_with_are_released_when_others_are_drawn(make):
+    c = opened(Twice(), make, inputs=X)
+    (weight,) = c.candidate.weights()
+    assert weight.own.strides == (0, 0), "the values are still there"
+    gc.collect()
+    assert not [x for x in jax.live_arrays() if x.shape == (6, 6) and (np.asarray(x) == 1).all()]
+    assert np.isfinite(c.candidate.run(c.weights["candidate"], c.cases[0][1])[0]).all()
+
+
+def test_releasing_a_module_leaves_the_users_as_it_is():
+    module = Twice()
+    before = module.kernel.weight.detach().clone()
+    opened(module, (port, {"kernel": jnp.zeros((6, 6))}), inputs=X)
+    assert torch.equal(module.kernel.weight, before)
+
+
+class Layers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        self.rows = torch.nn.Linear(6, 18, bias=False)
+
+    def forward(self, x):
+        return self.rows(self.b(torch.tanh(self.a(x)))).softmax(-1)
+
+
+def layers(parameters, x, stopped=False):
+    x = jnp.tanh(x @ parameters["a"]["kernel"] + parameters["a"]["bias"])
+    x = x @ parameters["b"]["kernel"] + parameters["b"]["bias"]
+    parts = [x @ parameters[n] for n in ("rows1", "rows2", "rows3")]
+    parts[1] = jax.lax.stop_gradient(parts[1]) if stopped else parts[1]
+    return jax.nn.softmax(jnp.concatenate(parts, -1))
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_gradients_in_parts_are_those_in_one(monkeypatch, stopped):
+    linear = {"kernel": jnp.zeros((6, 6)), "bias": jnp.zeros(6)}
+    zeros = {"a": linear, "b": linear} | {f"rows{i}": jnp.zeros((6, 6)) for i in (1, 2, 3)}
+
+    table = [{"source": f"{n}.bias", "target": f"{n}.bias"} for n in "ab"]
+    table += [{"source": f"{n}.weight", "target": f"{n}.kernel", "transform": "transpose"} for n in "ab"]
+    chunks = [f"chunk({i}, 3, 0) | transpose" for i in range(3)]
+    table += [{"source": "rows.weight", "target": f"rows{i + 1}", "transform": t} for i, t in enumerate(chunks)]
+
+    def gradients():
+        torch.manual_seed(0)
+        candidate = (functools.partial(layers, stopped=stopped), zeros)
+        report = parity.compare(Layers(), candidate, inputs=X, checks=("gradients",), mapping=table)
+        return [(r.case, r.measured, r.where) for r in report.results]
+
+    whole = gradients()
+    monkeypatch.setattr(checks, "PART", 1)
+    calls = []
+    monkeypatch.setattr(checks, "give_back_memory", lambda: calls.append(None))
+    in_parts = gradients()
+    assert len(calls) == 2 * len(["a.kernel", "a.bias", "b.kernel", "b.bias", "rows"])
+    names = [[(case, where.partition(":")[0] * stopped) for case, _, where in found] for found in (in_parts, whole)]
+    assert names[0] == names[1]
+    assert np.allclose([m for _, m, _ in in_parts], [m for _, m, _ in whole], rtol=1e-6, atol=1e-13)
+    assert (whole[0][1] > checks.GRADIENTS) == stopped
