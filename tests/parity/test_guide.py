@@ -66,6 +66,15 @@ def test_the_code_of_the_guide_is_that_of_its_files(guide):
             assert any(definition.strip() in text for text in files), definition
 
 
+def test_what_the_readme_quotes_is_in_the_guide():
+    [block] = re.findall(
+        r"^```text\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    printed = "\n".join(code for language, code in BLOCKS if language == "text").replace("draft/", "")
+    for line in block.splitlines():
+        assert quoted(line).search(printed), line
+
+
 def test_the_guide_mends_every_mistake_in_order(guide):
     diffs = [code.splitlines() for language, code in BLOCKS if language == "diff"]
     mistakes = guide("steps").MISTAKES
