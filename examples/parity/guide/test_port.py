@@ -1,6 +1,8 @@
 """The test that the guide ends with: what is true of the port today is checked whenever the suite runs.
 
-python -m pytest examples/parity/guide/test_port.py
+    python -m pytest test_port.py
+
+in this folder.
 """
 
 import port
