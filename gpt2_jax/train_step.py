@@ -63,7 +63,7 @@ class Program:
     config: ResolvedConfig
     mesh: Mesh
     definition: Definition
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
 
     @functools.cached_property
     def state_shardings(self) -> TrainState:
@@ -139,12 +139,11 @@ class Program:
             loss, grads = sharded_loss_and_grads(self._gather(state.params), inputs_ABT, targets_ABT, keys_AB)
             grads = jax.lax.with_sharding_constraint(grads, self.state_shardings.params)
             grads, grad_norm = clip_by_global_norm(grads, config.optimizer.clip_norm)
-            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-            params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
             # Decided on the device, so that the host needn't wait: an update that isn't finite is left out.
             is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-            params, opt_state = jax.tree.map(
-                functools.partial(jnp.where, is_finite), (params, opt_state), (state.params, state.opt_state)
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, is_finite=is_finite)
+            params = jax.tree.map(
+                lambda p, u: jnp.where(is_finite, p - (learning_rate * u).astype(p.dtype), p), state.params, updates
             )
             return TrainState(params, opt_state, state.step + 1), Metrics(loss, grad_norm)
 
@@ -214,7 +213,7 @@ def make_program(config: ResolvedConfig, devices: Sequence[jax.Device] | None = 
         config,
         make_mesh(parse_mesh(config.mesh), devices),
         define(config.model, execution),
-        make_optimizer(config.optimizer, config.model),
+        optax.with_extra_args_support(make_optimizer(config.optimizer, config.model)),
     )
 
 

@@ -1,8 +1,12 @@
 """The arrows between the packages, and the reference's independence."""
 
+import ast
+import itertools
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -56,8 +60,6 @@ def test_a_model_file_imports_its_framework_and_the_configuration_alone(model, f
 
 
 def test_no_package_is_missing_from_the_distribution():
-    import tomllib
-
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {
         str(p.parent.relative_to(ROOT)).replace(os.sep, ".")
@@ -65,3 +67,41 @@ def test_no_package_is_missing_from_the_distribution():
         for p in (ROOT / top).rglob("__init__.py")
     }
     assert set(settings["packages"]) == found
+
+
+def _imported_by(folders: list[str]) -> set[str]:
+    """What the modules of these folders import, inside functions too, without the standard library."""
+    found = set()
+    for path in (path for folder in folders for path in (ROOT / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names
+
+
+def test_the_engines_readme_lists_what_a_distribution_of_it_needs():
+    text = (ROOT / "parity" / "engine" / "README.md").read_text(encoding="utf-8")
+    settings = tomllib.loads(re.search(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = settings["project"]["optional-dependencies"].values()
+    listed = [*settings["project"]["dependencies"], *itertools.chain.from_iterable(extras)]
+    assert set(listed) <= set(project["project"]["dependencies"])
+
+    modules = {"pyyaml": "yaml"}
+    names = {re.match(r"[\w-]+", requirement)[0].lower() for requirement in listed}
+    folders = [name.replace(".", "/") for name in settings["tool"]["setuptools"]["packages"] if name != "parity"]
+    assert _imported_by(folders) == {modules.get(name, name) for name in names} | {"parity"}
+
+    contracts = project["tool"]["importlinter"]["contracts"]
+    [contract] = [c for c in contracts if "parity.engine" in c.get("source_modules", ())]
+    assert {folder.replace("/", ".") for folder in folders} == set(contract["source_modules"])
+    assert settings["tool"]["setuptools"]["package-data"] == project["tool"]["setuptools"]["package-data"]
+
+
+def test_the_engines_readme_lists_its_modules():
+    folder = ROOT / "parity" / "engine"
+    table = re.findall(r"^\| (`.*?) \|", (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r"`(\w+)`", " ".join(table))
+    assert sorted(named) == sorted(path.stem for path in folder.glob("[!_]*.py"))

@@ -90,7 +90,7 @@ def test_the_run_folder_holds_what_it_should(run, recipe, tmp_path):
     }
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert (config["precision"], config["mesh"], config["attention"]) == ("float32", "data=1,fsdp=1,tensor=1", "xla")
-    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"5", "6"}
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"5", "6", "index.json"}
     assert "step      0  loss" in out and "\x1b" not in out  # plain lines when piped
     # Trained to its end it can be trained further; each step is there once.
     code, _, err = run("train_jax.py", "--config", recipe, "--steps", "8", "--resume")
