@@ -191,7 +191,7 @@ def test_the_torch_command_works_without_the_jax_options(run, recipe):
     ("script", "number"),
     [
         ("train_jax.py", signal.SIGTERM),
-        ("train_torch.py", signal.SIGINT),
+        pytest.param("train_torch.py", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("train_jax.py", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("train_torch.py", signal.SIGUSR1, marks=pytest.mark.slow),
     ],
