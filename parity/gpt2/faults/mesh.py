@@ -34,11 +34,11 @@ def gradient_sum_over_shards(loss_and_grads):
 def gradients_added_over_one_axis_of_a_mesh(exchange):
     """reduce-scattered over fsdp, and the all-reduce over data forgotten: either axis by itself is right"""
 
-    def wrong(grads, axes, dtype):
+    def wrong(grads, axes, dtype, **options):
         def one_axis(batch_axes):
             return lambda: tuple(name for name in batch_axes() if name == "fsdp") or batch_axes()
 
         with replacing(gpt2_jax.sharding, "_batch_axes", one_axis)():
-            return exchange(grads, axes, dtype)
+            return exchange(grads, axes, dtype, **options)
 
     return wrong
