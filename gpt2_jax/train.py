@@ -181,7 +181,7 @@ class _Loop:
             # Updates were left out, so the state is the one before them.
             batch = self.batches[error.step]
             module = first_not_finite(self.program, state.params, batch)
-            self.folder.write_diverged(error.step, module, **batch._asdict())
+            self.folder.write_diverged(error.step, self.batches.sequences(error.step), module, **batch._asdict())
             self.save_unless_saved(state, updates)
             raise
         finally:

@@ -279,7 +279,7 @@ class Trainer:
             )
             with self.autocast:
                 module = first_not_finite(self.model, parts)
-            self.folder.write_diverged(step, module, **batch._asdict())
+            self.folder.write_diverged(step, self.batches.sequences(step), module, **batch._asdict())
             if step + 1 not in self.folder.steps():
                 self.save(step + 1)
 

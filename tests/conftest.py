@@ -1,5 +1,6 @@
 """Shared by all tests: eight virtual CPU devices, a small text, a small configuration."""
 
+import errno
 import gc
 import os
 import tempfile
@@ -22,6 +23,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 from gpt2_core.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig  # noqa: E402
+from gpt2_core.runs.folder import RunFolder  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257)
@@ -56,3 +58,21 @@ def make_config(tmp_path, text_file):
         return TrainConfig(**settings | overrides)
 
     return make
+
+
+@pytest.fixture
+def train_with_full_disk(make_config, monkeypatch):
+    """Train a run of 6 steps with a checkpoint every 2, of which the first `failures` can't be put in their place."""
+
+    def run(train, checkpoints, failures: int) -> RunFolder:
+        publish, left = checkpoints.publish, iter([True] * failures)
+
+        def failing(*paths):
+            if next(left, False):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            publish(*paths)
+
+        monkeypatch.setattr(checkpoints, "publish", failing)
+        return train(make_config(steps=6, checkpoint_interval=2))
+
+    return run

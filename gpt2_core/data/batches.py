@@ -79,11 +79,19 @@ class TrainingBatches:
         ]
         stream = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, [s.weight for s in sources])
         self._windows = stream[process::processes]
+        self._process, self._processes = process, processes
         self._batch_size = batch_size // processes
         self._vocab_size = sources[0].vocab_size
 
+    def sequences(self, step: int) -> list[int]:
+        """Places of this process's sequences of a step in the stream that all processes share."""
+        return [self._process + self._processes * number for number in self._numbers(step)]
+
+    def _numbers(self, step: int) -> range:
+        return range(step * self._batch_size, (step + 1) * self._batch_size)
+
     def __getitem__(self, step: int) -> Batch:
-        numbers = list(range(step * self._batch_size, (step + 1) * self._batch_size))
+        numbers = list(self._numbers(step))
         # What Grain's own batch() would do with batched reads, for which this version has no option: reading windows
         # one by one takes three times as long.
         windows = np.stack(self._windows._getitems(numbers))

@@ -110,16 +110,17 @@ class RunFolder:
     def diverged(self) -> Path:
         return self.path / "diverged"
 
-    def write_diverged(self, step: int, module: str | None, *, inputs: np.ndarray, targets: np.ndarray) -> None:
+    def write_diverged(
+        self, step: int, sequences: list[int], module: str | None, *, inputs: np.ndarray, targets: np.ndarray
+    ) -> None:
         """Keep what is needed to study a step whose loss or gradient isn't finite.
 
-        That is its batch, and the first module whose output isn't finite; None: all outputs are, and the gradient
-        isn't.
+        That is its batch, the places of its sequences in the training data, and the first module whose output isn't
+        finite; None: all outputs are, and the gradient isn't.
         """
         self.diverged.mkdir(exist_ok=True)
         with writing(self.diverged / "batch.npz") as file:
             np.savez(file, inputs=inputs, targets=targets)
-        sequences = list(range(step * len(inputs), (step + 1) * len(inputs)))
         found = {"step": step, "sequences": sequences, "first_module_not_finite": module}
         write_atomically(self.diverged / "step.json", json.dumps(found, indent=2) + "\n")
 

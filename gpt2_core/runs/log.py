@@ -95,6 +95,8 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
         if self._enabled:
+            with self.going_on(self._folder.metrics):
+                self._append()
             self._file.close()
             self._draw_curves()
             if self._tracker is not None:

@@ -5,7 +5,7 @@ round trip is bitwise, and no other program can read the file. The shapes are th
 (linear weights (in, out)), its FlaxGPT2LMHeadModel (FlaxConv1D (out, in), nn.Dense (in, out)), nanoGPT's model.py
 (nn.Linear, (out, in)) and llm.c's train_gpt2.py (`write_tensors`).
 
-`WRITERS` are the other way round: files as those programs leave them, which nothing here writes.
+`WRITERS` make files as those programs write them, without this project's writers.
 """
 
 import contextlib

@@ -63,7 +63,7 @@ RESTS_ON: dict[str, tuple[str, ...]] = {
 # What no check looks at, or none has the power to see; the page of --prove says it beside what was caught.
 CANNOT_SEE = (
     "a mistake that both sides make alike in what they share, beyond what `data`, `schedule`, `settings` and `trainer` "
-    "state once more: corpora of the Hub, how a configuration is read and refused, the log's words",
+    "compute a second time: corpora of the Hub, how a configuration is read and refused, the log's words",
     "cuDNN's attention on a CPU, and what the Triton layer norm does on a GPU besides its formula; with --device gpu "
     "`precision` compares them",
     "a dropout rate of 0.4 that is wrong by less than 0.3 percentage points at one site",

@@ -1,6 +1,5 @@
 import collections
 import dataclasses
-import errno
 import functools
 import json
 import os
@@ -277,26 +276,13 @@ def test_tf32_is_refused_where_there_is_none(monkeypatch, name, capability):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("failures", [1, 99])
-def test_a_checkpoint_that_cannot_be_saved_does_not_end_training(make_config, monkeypatch, capsys, failures):
-    publish, left = checkpoints.publish, [failures]
-
-    def failing(*paths):
-        left[0] -= 1
-        if left[0] >= 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        publish(*paths)
-
-    monkeypatch.setattr(checkpoints, "publish", failing)
-    config = make_config(steps=6, checkpoint_interval=2)
-    if failures == 1:
-        assert train(config).steps() == [4, 6]
-    else:
-        with pytest.raises(
-            RunError, match=r"checkpoint 6 can't be saved .*: the state after step 6 is lost; make room"
-        ):
-            train(config)
-        assert RunFolder(Path(config.run_dir)).steps() == []
-    rows = read_metrics(RunFolder(Path(config.run_dir)).metrics)
-    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(6))
+def test_a_checkpoint_that_cannot_be_saved_does_not_end_training(train_with_full_disk, capsys):
+    folder = train_with_full_disk(train, checkpoints, failures=1)
+    assert folder.steps() == [4, 6] and len(losses(folder)) == 6
     assert "warning: checkpoint 2 can't be saved ([Errno 28] No space left on device)" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_a_run_whose_last_state_cannot_be_saved_fails(train_with_full_disk):
+    with pytest.raises(RunError, match=r"checkpoint 6 can't be saved .*: the state after step 6 is lost; make room"):
+        train_with_full_disk(train, checkpoints, failures=99)

@@ -1,8 +1,8 @@
 """Check `data`: from text to token ids and windows, against what the text says.
 
 Both trainers read the same tokens by the same code, so that a mistake in it is no difference between them, and neither
-implementation is asked. What is due is stated here once more: bytes of UTF-8 with end-of-text after each document, and
-files of token ids written as the programs that they come from write them.
+implementation is asked. What is due is computed here a second time: bytes of UTF-8 with end-of-text after each
+document, and files of token ids written as the programs that they come from write them.
 """
 
 import collections

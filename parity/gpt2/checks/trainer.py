@@ -157,7 +157,9 @@ def _interrupted(
     """Trained until an exception between two checkpoints, and from the newest of them to the end."""
     trainer, config = begun
     config = _named(setting, config, title)
-    _run(trainer, config, interrupt_at=_INTERRUPTED_AT)
+    interrupted = _run(trainer, config, interrupt_at=_INTERRUPTED_AT)
+    where = f"as step {_INTERRUPTED_AT} is logged"
+    yield Result("trainer", f"{title}: an exception ends the run", float(not interrupted), limits.NONE, where)
     trainer, resumed = ended
     resumed = dataclasses.replace(resumed, run_dir=config.run_dir, resume=NEWEST)
     _run(trainer, resumed)

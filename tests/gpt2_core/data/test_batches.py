@@ -51,6 +51,8 @@ def test_processes_together_see_the_batch_that_one_would(processes, tokens):
     for step in range(14):
         union = [start for part in parts for start in starts(part[step])]
         assert sorted(union) == sorted(starts(batches(tokens, batch_size=8)[step]))
+        places = sorted(place for part in parts for place in part.sequences(step))
+        assert places == batches(tokens, batch_size=8).sequences(step) == list(range(8 * step, 8 * step + 8))
 
 
 def test_windows_of_all_shards_come_once_an_epoch_and_cross_none():

@@ -27,6 +27,35 @@ def test_rows_keep_full_precision_and_plain_lines_are_printed(make_config, folde
     assert folder.curves.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_rows_that_the_disk_refuses_are_written_later_and_none_is_cut(make_config, folder, capsys):
+    with RunLog(folder, make_config(), start_step=0) as log:
+        log.evaluation(0, 2.0)
+        file = log._file
+        log._file = Full(file)
+        log.evaluation(1, 1.5)
+        assert [row["step"] for row in read_metrics(folder.metrics)] == [0]
+        log._file = file
+        log.evaluation(2, 1.0)
+        log._file = Full(file)
+        log.evaluation(3, 0.5)
+        log._file = file
+    assert [row["step"] for row in read_metrics(folder.metrics)] == [0, 1, 2, 3]
+    assert "metrics.jsonl can't be written (No space left on device); training goes on" in capsys.readouterr().out
+
+
+class Full:
+    """A file on a full disk, which takes half of what is written."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def write(self, content: bytes) -> int:
+        return self._file.write(content[: len(content) // 2])
+
+
 def test_throughput_counts_steps_since_the_last_row_and_no_evaluation(make_config, folder):
     config = make_config()
     with RunLog(folder, config, start_step=4, peak_flops=1e9) as log:
