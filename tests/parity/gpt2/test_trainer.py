@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import gpt2_core.data.batches
+import gpt2_core.runs.log
 import gpt2_torch.train
 from gpt2_core.runs.folder import RunFolder
 from parity.engine.results import Skipped
-from parity.gpt2 import plain_loop
+from parity.gpt2 import plain_loop, trainer_results, trainer_runs
 from parity.gpt2.adapters import both
 from parity.gpt2.adapters.protocol import TrainerState
 from parity.gpt2.adapters.torch_adapter import TorchAdapter
@@ -30,13 +31,13 @@ def case():
 
 @pytest.fixture
 def setting(case, tmp_path):
-    return trainer._setting(case, tmp_path, "cpu")
+    return trainer_runs.setting_of(case, tmp_path, "cpu")
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_setting_shows_what_it_is_for(case, tmp_path, seed):
     case = dataclasses.replace(case, seed=seed, tokens=np.roll(case.tokens, -1500 * seed))
-    setting = trainer._setting(case, tmp_path, "cpu")
+    setting = trainer_runs.setting_of(case, tmp_path, "cpu")
     config, due = setting.config, setting.due(setting.config)
     norms = [row["grad_norm"] for row in due.rows if row["split"] == "train"]
     assert min(norms) > config.optimizer.clip_norm  # every step is clipped
@@ -127,19 +128,19 @@ ROWS = [
 
 def test_the_first_differing_figure_is_named_with_what_came_before():
     rows = [ROWS[0], ROWS[1] | {"grad_norm": 1.0 + 1e-9}, ROWS[2] | {"loss": 3.0}]
-    measured, where = trainer._first_difference(rows, ROWS)
+    measured, where = trainer_results.first_difference(rows, ROWS)
     assert measured == 0.25
     assert where == "step 0, gradient norm: 1.000000001 where 1 is due; everything before agrees to 0e+00"
-    measured, where = trainer._first_difference([ROWS[0] | {"loss": math.nan}, *ROWS[1:]], ROWS)
+    measured, where = trainer_results.first_difference([ROWS[0] | {"loss": math.nan}, *ROWS[1:]], ROWS)
     assert math.isnan(measured) and where.startswith("validation after 0 updates, loss: nan")
-    assert trainer._first_difference([], ROWS)[0] == math.inf
+    assert trainer_results.first_difference([], ROWS)[0] == math.inf
 
 
 def test_rows_that_are_missing_repeated_or_out_of_order_are_named():
-    assert trainer._differing_steps(ROWS, ROWS)[0] == 0
-    assert trainer._differing_steps(ROWS[1:], ROWS)[2] == "step 0 where validation after 0 updates is due"
-    assert trainer._differing_steps([*ROWS, ROWS[2]], ROWS)[2] == "step 2 where nothing is due"
-    assert trainer._differing_steps(ROWS[:2], ROWS)[2] == "nothing where step 2 is due"
+    assert trainer_results.differing_steps(ROWS, ROWS)[0] == 0
+    assert trainer_results.differing_steps(ROWS[1:], ROWS)[2] == "step 0 where validation after 0 updates is due"
+    assert trainer_results.differing_steps([*ROWS, ROWS[2]], ROWS)[2] == "step 2 where nothing is due"
+    assert trainer_results.differing_steps(ROWS[:2], ROWS)[2] == "nothing where step 2 is due"
 
 
 def test_the_first_differing_tensor_of_a_checkpoint_is_named():
@@ -150,29 +151,54 @@ def test_the_first_differing_tensor_of_a_checkpoint_is_named():
         return TrainerState(updates, **trees)
 
     def where(*states):
-        return trainer._first_difference_of_states(*({5: s} for s in states))[1]
+        return trainer_results.first_difference_of_states(*({5: s} for s in states))[1]
 
     assert where(state(first_moments="b", params="a"), state()).startswith("checkpoint 5, first moment b")
     assert where(state(params="a"), state()).startswith("checkpoint 5, param a")
     assert where(state(updates=4), state()).startswith("checkpoint 5, 4 updates where 5 are due")
-    assert trainer._first_difference_of_states({5: state()}, {5: state()})[0] == 0
+    assert trainer_results.first_difference_of_states({5: state()}, {5: state()})[0] == 0
 
 
 def test_tokens_are_counted_to_the_rounding_of_the_log(setting):
     row = {"split": "train", "step": 0, "tokens_per_second": 21333.3, "step_seconds": 0.003}
-    assert trainer._wrong_tokens([row], setting.config)[0] < 1  # 64 tokens
-    assert trainer._wrong_tokens([row | {"step_seconds": 0.0031}], setting.config)[0] > 1
+    assert trainer_results.wrong_tokens([row], setting.config)[0] < 1  # 64 tokens
+    assert trainer_results.wrong_tokens([row | {"step_seconds": 0.0031}], setting.config)[0] > 1
 
 
 @pytest.mark.long
 def test_a_run_is_interrupted_resumed_and_silent(case, setting, capfd):
     pytorch = TorchAdapter(case.weights).trainer()
-    config = trainer._named(setting, setting.config, "a run")
-    assert trainer._run(pytorch, config, interrupt_at=6)
+    config = trainer_runs.named(setting, setting.config, "a run")
+    assert trainer_runs.run(pytorch, config, interrupt_at=6)
     assert RunFolder(Path(config.run_dir)).steps() == [5]
-    assert not trainer._run(pytorch, dataclasses.replace(config, resume="newest"))
+    assert not trainer_runs.run(pytorch, dataclasses.replace(config, resume="newest"))
     assert RunFolder(Path(config.run_dir)).steps() == [5, 12]
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrong", "failed"),
+    [
+        (gpt2_torch.train, "first_not_finite", lambda model, parts: "h.0.ln_1", ["what is kept to study"]),
+        (
+            gpt2_core.runs.log,
+            "is_update",
+            lambda loss, grad_norm: True,
+            ["ends after two updates that are left out", "what is kept to study"],
+        ),
+        (
+            gpt2_core.data.batches.TrainingBatches,
+            "_numbers",
+            lambda self, step: range(step * self._batch_size + 1, (step + 1) * self._batch_size + 1),
+            ["what is kept to study"],
+        ),
+    ],
+    ids=["another module is named", "every update counts as applied", "another batch is kept"],
+)
+def test_what_a_diverging_run_gets_wrong_is_seen(case, setting, module, name, wrong, failed):
+    with mock.patch.object(module, name, wrong):
+        results = list(trainer._diverging(setting, TorchAdapter(case.weights).trainer()))
+    assert [result.case.split(": ")[1] for result in results if not result.passed] == failed
 
 
 @pytest.mark.slow
