@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     settings = Settings(configuration(options), options.rounds, options.steps, text, options.target_loss)
     folder = Path(options.out).absolute()
     open_folder(folder, settings)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(markup=False, soft_wrap=True, highlight=False)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `finally` then ends the stage that runs
     say_what_is_missing(stages(settings, folder), console)
 

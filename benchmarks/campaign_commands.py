@@ -30,7 +30,7 @@ def environment(spec: dict[str, Any]) -> dict[str, Any]:
 
     rates = {}
     for framework in ("jax", "torch"):
-        with sides({framework: (f"benchmarks.rates:{framework}_session", spec)}, Console()) as started:
+        with sides({framework: (f"benchmarks.rates:{framework}_session", spec)}, Console(markup=False)) as started:
             rates[framework] = started[framework].facts
     return {"rates": rates, "gpu": nvidia_smi()}
 

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     positive(options, "batch", "rounds", "steps", "interval")
     config = configuration(options)
     spec = {"config": dataclasses.asdict(config), "rounds": options.rounds, "steps": options.steps}
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(markup=False, soft_wrap=True, highlight=False)
     found: dict[str, dict[str, Any]] = {}
     for name, function in SIDES.items():
         with sides({name: (function, spec)}, console) as started:

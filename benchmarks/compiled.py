@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
     positive(options, "batch", "accumulation", "top")
     target = gpu.load(options.target)
     earlier = _read_earlier(options.against) if options.against else None
-    console = Console(soft_wrap=True, highlight=False, width=max(_WIDTH, Console().width))
+    console = Console(markup=False, soft_wrap=True, highlight=False, width=max(_WIDTH, Console(markup=False).width))
     if options.read:
         _refuse_options_of_compiling(arguments)
         found = account(_read_text("--read", options.read), target)

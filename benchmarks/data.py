@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     table.add_row("prepare_data.py", f"{found['prepare']:,.0f}")
     table.add_row("tiktoken's encode_ordinary_batch", f"{found['encode_ordinary_batch']:,.0f}")
     table.add_row("ratio", f"{found['ratio']:.2f}")
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     table = Table("block size", "tokens on disk", "tokens/s", "microseconds a sequence", title="batches")
     rows = []

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     for name in chosen:
         if name not in SIDES:
             raise UserError(f"--sides {name}: no such side; use {'; '.join(SIDES)}")
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(markup=False, soft_wrap=True, highlight=False)
     found = []
     for batch in batches:
         spec = {"model": dataclasses.asdict(model), "batch": batch, "prompt": options.prompt}

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
             )
     factors = [_number(text) for text in options.factors.split(",")]
     base = configuration(options)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(markup=False, soft_wrap=True, highlight=False)
     rows = []
     for axis in axes:
         for factor in factors:

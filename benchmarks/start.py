@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", type=str, help="File to write the results to, with command, machine and versions.")
     options = parser.parse(arguments)
     positive(options, "rounds")
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(markup=False, soft_wrap=True, highlight=False)
     imports, starts = [], []
     with tempfile.TemporaryDirectory() as folder, console.status("cold") as status:
         # The first start fills the cache of compiled programs and the folder of tokens.

@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     options = _parser().parse(with_sizes(arguments, PRESETS["gpt2"]))
     positive(options, "batch", "rounds", "steps")
     config = configuration(options)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(markup=False, soft_wrap=True, highlight=False)
     functions = {name: (function, spec | {"config": dataclasses.asdict(config)})
                  for name, function, spec in _sides(options.frameworks, options.device)}  # fmt: skip
     rows, seconds = measure(functions, config, rounds=options.rounds, steps=options.steps, console=console)

@@ -124,7 +124,11 @@ def compare(spec: dict[str, Any]) -> dict[str, Any]:
         functions = {side["name"]: (side["function"], side) for side in (candidate, baseline)}
         try:
             rows, seconds = train.measure(
-                functions, config, rounds=spec["rounds"], steps=spec["steps"], console=Console(soft_wrap=True)
+                functions,
+                config,
+                rounds=spec["rounds"],
+                steps=spec["steps"],
+                console=Console(markup=False, soft_wrap=True),
             )
             break
         except RunError as error:

@@ -8,9 +8,10 @@ from gpt2_convert.format import Format, Holds
 from gpt2_convert.source import Source
 from gpt2_core.config.io import model_from_dict
 from gpt2_core.errors import UserError
+from gpt2_core.parsing import json_object
 from gpt2_core.weights import LazyArrays, Weights
 from gpt2_core.weights.layouts import CANONICAL
-from gpt2_core.weights.safetensors import json_object, write_tensors
+from gpt2_core.weights.safetensors import write_tensors
 
 _FORMAT = "gpt2-jax canonical 1"
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_core.errors import UserError
+from gpt2_core.parsing import json_object
 from gpt2_core.runs.folder import metadata_path, read_metadata
 from gpt2_core.weights import LazyTensor
-from gpt2_core.weights.safetensors import json_object, open_tensors
+from gpt2_core.weights.safetensors import open_tensors
 
 # What torch.save's files begin with: a zip archive's signature, or the pickled number that versions before 2020 wrote.
 TORCH_ZIP = b"PK\x03\x04"

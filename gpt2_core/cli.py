@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from gpt2_core.config import GROUPS, NEWEST, PRESETS, TrainConfig
+from gpt2_core.config.checks import in_short
 from gpt2_core.config.io import to_yaml
 from gpt2_core.data.tokenizer import vocab_size
 from gpt2_core.errors import STOPPED, RunError, Stopped, UserError
+from gpt2_core.parsing import read_text, yaml_value
 from gpt2_core.runs.trackers import require as require_tracker
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -53,6 +54,11 @@ def run(main: Callable[[list[str]], None]) -> None:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        # What a disk or permissions refuse where the command can't say it better.
+        named = f"{error.filename}: " if error.filename else ""
+        print(f"error: {named}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
 
 
 class Parser(ArgumentParser):
@@ -68,6 +74,9 @@ class Parser(ArgumentParser):
                 return self.parse_args(arguments)
         except UserError:
             raise
+        except OverflowError as error:
+            typed = max(arguments, key=len)
+            raise UserError(f"{typed[:40]}...: a number that is too large to compute with") from error
         except Exception as error:
             # jsonargparse raises several types here, and wraps some of them in argparse.ArgumentError.
             raise UserError(self._in_plain_words(str(error), arguments)) from error
@@ -90,6 +99,8 @@ class Parser(ArgumentParser):
         union = re.search(r'Parser key "([^"]+)":.*?Subtypes: \[(.*?)\].*Given value: (.*)', message, re.S)
         if union:
             return f"--{union[1]} {union[3].strip()}: expected {_type_in_words(union[2])}"
+        if other := re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.S):
+            return f"--{other[1]}: {' '.join(other[2].split())}"
         return " ".join(message.split())
 
     def _action(self, name: str) -> Action:
@@ -230,12 +241,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
         raise UserError(f"--config {path}: no such file" + (f"; the recipes here are {known}" if known else ""))
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
-    except OSError as error:
-        raise UserError(f"--config {path}: can't be read ({error.strerror})") from error
+    values = yaml_value(read_text(path, f"--config {path}"), f"--config {path}")
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -243,18 +249,18 @@ def read_recipe(path: Path) -> dict[str, Any]:
     known = [f.name for f in dataclasses.fields(TrainConfig)]
     for name, value in values.items():
         if name not in known:
-            raise UserError(f"{path}: no setting is called {name}{_closest(name, known)}")
+            raise UserError(f"{path}: no setting is called {in_short(name)}{_closest(name, known)}")
         if name in GROUPS:
             if not isinstance(value, dict):
-                raise UserError(f"{path}: {name} is a group of settings, not {value!r}")
+                raise UserError(f"{path}: {name} is a group of settings, not {in_short(value)}")
             inside = [f.name for f in dataclasses.fields(GROUPS[name])]
             for key in value:
                 if key not in inside:
-                    raise UserError(f"{path}: no setting is called {name}.{key}{_closest(key, inside)}")
+                    raise UserError(f"{path}: no setting is called {name}.{in_short(key)}{_closest(key, inside)}")
     return values
 
 
 def _closest(name: Any, known: Iterable[str]) -> str:
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
+    close = difflib.get_close_matches(in_short(name), known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"

@@ -44,6 +44,20 @@ def out_of_memory(
     )
 
 
+def check_state(config: ResolvedConfig, *, num_shards: int, available: int, device: str) -> None:
+    """Raise UserError if a model's parameters and AdamW's moments don't fit on one of the `num_shards` devices that
+    share them: making them would end the process, on a CPU without an error."""
+    count = config.model.parameter_count
+    needed = 3 * count * (8 if config.precision == "float64" else 4) // num_shards
+    if needed > available:
+        each = f" on each of {num_shards} devices" if num_shards > 1 else ""
+        raise UserError(
+            f"out of memory: the model's {count:,} parameters and the optimizer's state need {_gigabytes(needed)}{each}"
+            f", and there are {_gigabytes(available)} on {device}; use a smaller model, or with train_jax.py a --mesh "
+            "with more fsdp"
+        )
+
+
 def largest_fit(needed: Callable[[int], int], available: int, *, below: int, needed_below: int) -> int:
     """The largest n under `below` whose `needed(n)` is at most `available`, or 0; `needed` grows with n.
 

@@ -15,11 +15,11 @@ import tensorstore
 
 from gpt2_core.errors import SaveError, UserError
 from gpt2_core.files import publish
+from gpt2_core.parsing import json_object
 from gpt2_core.runs.folder import RunFolder, metadata_of_weights
 from gpt2_core.runs.manifest import write_manifest
 from gpt2_core.weights import LazyTensor, Weights
 from gpt2_core.weights.layouts import JAX
-from gpt2_core.weights.safetensors import json_object
 from gpt2_jax.train_step import TrainState
 
 

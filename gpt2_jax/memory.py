@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 
 from gpt2_core.errors import UserError
-from gpt2_core.memory import host_memory, of_batch, out_of_memory
+from gpt2_core.memory import check_state, host_memory, of_batch, out_of_memory
 from gpt2_jax.sharding import num_shards
 from gpt2_jax.train_step import Program
 
@@ -31,6 +31,13 @@ def check_memory(compiled: jax.stages.Compiled, program: Program) -> None:
     """Raise UserError if the step is sure to fail: on CPU the system would kill the process, without an error."""
     if bytes_needed(compiled) > bytes_available(program.mesh):
         raise _out_of_memory(program)
+
+
+def check_state_fits(program: Program) -> None:
+    """Raise UserError if parameters and moments don't fit on the mesh's devices."""
+    config, mesh = program.config, program.mesh
+    sharing, kind = mesh.shape["fsdp"] * mesh.shape["tensor"], mesh.devices.flat[0].device_kind
+    check_state(config, num_shards=sharing, available=bytes_available(mesh), device=kind)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """The mesh of devices that `--mesh` describes: its sizes by axis, and whether a model and its batch fit on it."""
 
+import re
+
 from gpt2_core.config import VOCABULARY_MULTIPLE, TrainConfig, divisors, one_of
 from gpt2_core.errors import UserError
 
@@ -11,17 +13,22 @@ def parse_mesh(mesh: int | str) -> dict[str, int]:
     sizes = dict.fromkeys(MESH_AXES, 1)
     help_text = "expected a number of devices (8) or axis=n,... with the axes data, fsdp, tensor (data=4,fsdp=2)"
     text = str(mesh).strip()
-    parts = [f"data={text}"] if text.isdigit() else text.split(",")
+    parts = [f"data={text}"] if _is_count(text) else text.split(",")
     given = set()
     for part in parts:
         axis, equals, size = part.strip().partition("=")
-        if axis not in sizes or not equals or not size.isdigit() or int(size) < 1:
-            raise UserError(f"--mesh {mesh}: {help_text}")
+        if axis not in sizes or not equals or not _is_count(size):
+            raise UserError(f"--mesh {mesh!s:.80}: {help_text}")
         if axis in given:
             raise UserError(f"--mesh {mesh}: the axis {axis} is named twice; name it once")
         given.add(axis)
         sizes[axis] = int(size)
     return sizes
+
+
+def _is_count(text: str) -> bool:
+    """Whether this is a number of devices: digits of ASCII, and no more than any cluster needs."""
+    return re.fullmatch("[0-9]{1,9}", text) is not None and int(text) > 0
 
 
 def format_mesh(sizes: dict[str, int]) -> str:

@@ -13,6 +13,9 @@ from gpt2_core.config import TrainConfig
 from gpt2_core.errors import UserError
 from gpt2_jax.mesh import parse_mesh
 
+# Each takes memory and threads; a mesh of more is one of real devices, or is refused for want of them.
+_MOST_VIRTUAL_DEVICES = 1024
+
 
 def configure(precision: str, mesh: int | str | None = None) -> None:
     """Prepare JAX for a process that computes in `precision` on `mesh`. Call it before anything touches a device.
@@ -24,7 +27,8 @@ def configure(precision: str, mesh: int | str | None = None) -> None:
     Raises UserError for a precision that this machine doesn't have.
     """
     _take_gpu_memory()
-    jax.config.update("jax_num_cpu_devices", 1 if mesh is None else math.prod(parse_mesh(mesh).values()))
+    devices = 1 if mesh is None else math.prod(parse_mesh(mesh).values())
+    jax.config.update("jax_num_cpu_devices", min(devices, _MOST_VIRTUAL_DEVICES))
     jax.config.update("jax_enable_x64", precision == "float64")
     jax.config.update("jax_default_matmul_precision", matmul_precision(resolve_precision(precision)))
     _keep_compiled_programs()

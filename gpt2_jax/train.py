@@ -25,7 +25,7 @@ from gpt2_jax.attention import choose_kernel
 from gpt2_jax.checkpoints import CheckpointWriter, restore
 from gpt2_jax.divergence import first_not_finite
 from gpt2_jax.generate import Generator
-from gpt2_jax.memory import check_memory, memory_errors
+from gpt2_jax.memory import check_memory, check_state_fits, memory_errors
 from gpt2_jax.mesh import check_mesh, format_mesh
 from gpt2_jax.norm_kernels import choose_norm_kernel
 from gpt2_jax.runtime import resolve_mesh, resolve_precision
@@ -60,10 +60,11 @@ def _train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None],
     config = resolve(asked)
     tokens = open_tokens(config)
     plan = plan_run(with_steps(config, tokens), framework="jax", data_digest=tokens.digest)
-    weights = None if plan.checkpoint else initial(plan.config)
+    config, folder, program = plan.config, plan.folder, make_program(plan.config)
+    check_state_fits(program)
+    weights = None if plan.checkpoint else initial(config)
     plan.begin()
 
-    config, folder, program = plan.config, plan.folder, make_program(plan.config)
     device, devices = jax.devices()[0].device_kind, program.mesh.size
     peak = peak_flops(device, config.precision)
     log = RunLog(folder, config, start_step=plan.step, peak_flops=peak and peak * devices)

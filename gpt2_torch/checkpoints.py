@@ -1,7 +1,6 @@
 """A checkpoint of the PyTorch trainer: model.safetensors (the state dict), optimizer.pt, metadata."""
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -52,5 +51,6 @@ def restore(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Opt
     try:
         model.load_state_dict(load_file(checkpoint / "model.safetensors"))
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True))
-    except (OSError, EOFError, SafetensorError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{checkpoint}: can't be restored ({error})") from error
+    except Exception as error:  # a damaged one can raise any type
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{checkpoint}: can't be restored ({reason:.300})") from error

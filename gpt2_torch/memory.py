@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpt2_core.config import ResolvedConfig
 from gpt2_core.errors import UserError
-from gpt2_core.memory import host_memory, out_of_memory
+from gpt2_core.memory import check_state, host_memory, out_of_memory
 from gpt2_torch.model import GPT2
 from gpt2_torch.optimizer import make_optimizer
 
@@ -28,6 +28,7 @@ def memory_errors(config: ResolvedConfig, device: torch.device, processes: int) 
 
 def check_memory(config: ResolvedConfig, device: torch.device, processes: int) -> None:
     """Raise UserError if the step is sure to fail: on CPU the system would kill the process, without an error."""
+    check_state(config, num_shards=1, available=_available(device), device=device.type)
     if device.type == "cpu":
         sequences = config.microbatch_size // processes
         if bytes_needed(config, "cpu", sequences, config.accumulation, processes) > host_memory():
@@ -35,12 +36,14 @@ def check_memory(config: ResolvedConfig, device: torch.device, processes: int) -
 
 
 def _out_of_memory(config: ResolvedConfig, device: torch.device, processes: int) -> UserError:
-    available = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
-
     def planner(sequences: int, accumulation: int) -> int:
         return bytes_needed(config, device.type, sequences, accumulation, processes)
 
-    return out_of_memory(config, planner, num_shards=processes, available=available, device=device.type)
+    return out_of_memory(config, planner, num_shards=processes, available=_available(device), device=device.type)
+
+
+def _available(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
 
 
 def bytes_needed(config: ResolvedConfig, device: str, sequences: int, accumulation: int, processes: int = 1) -> int:

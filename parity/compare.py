@@ -52,7 +52,7 @@ def _compare(arguments: list[str]) -> None:
     level = "quick" if options.quick else "full" if options.full else "default"
     case = Case(weights, real_text(weights), level, options.steps)
     command = shlex.join(["python", "parity/compare.py", *arguments])
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(markup=False, soft_wrap=True, highlight=False)
     console.print(f"{weights.source}: {weights.config.parameter_count:,} parameters")
 
     if options.prove:
@@ -77,14 +77,14 @@ def _compare(arguments: list[str]) -> None:
         found.add(answers[name])
         found.evidence.update(evidence[name])
     report.write(folder, found)
-    wide = Console() if console.is_terminal else Console(width=150)
+    wide = Console(markup=False) if console.is_terminal else Console(markup=False, width=150)
     wide.print(report.table(found.results))
     for skipped in found.skipped:
-        console.print(f"skipped {skipped.check}: {skipped.reason}", markup=False)
+        console.print(f"skipped {skipped.check}: {skipped.reason}")
     style = "green" if found.passed else "bold red"
     if found.explanation:
-        console.print(found.explanation, style=style, markup=False)
-    console.print(f"{found.verdict}; report in {folder / 'index.html'}", style=style, markup=False)
+        console.print(found.explanation, style=style)
+    console.print(f"{found.verdict}; report in {folder / 'index.html'}", style=style)
     if not found.passed:
         sys.exit(1)
 
@@ -176,9 +176,9 @@ def _at_full_size(device: str) -> Iterator:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.completed} of {task.total}"),
+        TextColumn("{task.completed} of {task.total}", markup=False),
         BarColumn(bar_width=24),
-        TextColumn("{task.fields[name]}"),
+        TextColumn("{task.fields[name]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
     options = _parser().parse(arguments)
     # A terminated conversion removes its temporary files, as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(markup=False, soft_wrap=True, highlight=False)
     target = Path(options.target)
     weights = open_weights(options.source, options.checkpoint, options.source_format, options.mlp)
     if target.resolve() in (Path(weights.source).resolve(), *Path(weights.source).resolve().parents):
@@ -89,7 +89,7 @@ def _verify(weights: Weights, target: Path, to: str, console: Console) -> None:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -1,6 +1,5 @@
 """Turn a corpus into token shards on disk: python scripts/prepare_data.py --help"""
 
-import json
 from pathlib import Path
 
 from gpt2_core.cli import Parser, run
@@ -9,6 +8,7 @@ from gpt2_core.data import corpora, tokenizer
 from gpt2_core.data.prepare import SHARD_TOKENS, Settings, prepare
 from gpt2_core.data.text_files import kind_of
 from gpt2_core.errors import UserError
+from gpt2_core.parsing import read_json
 
 
 def main(arguments: list[str]) -> None:
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
 
 def describe(path: Path) -> str:
     """What a finished token folder holds, in a line."""
-    index = json.loads((path / "index.json").read_text())
+    index = read_json(path / "index.json")
     tokens, documents = index["tokens"], index["documents"]
     empty = f", {index['empty_documents']:,} empty ones left out" if index["empty_documents"] else ""
     return (

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,28 @@ def test_the_engines_readme_lists_its_modules():
     table = re.findall(r"^\| (`.*?) \|", (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     named = re.findall(r"`(\w+)`", " ".join(table))
     assert sorted(named) == sorted(path.stem for path in folder.glob("[!_]*.py"))
+
+
+def _calls(folders: list[str]) -> Iterator[tuple[str, ast.Call, str]]:
+    """Every call in these folders: its file, itself, and the function as it is written."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call):
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", node, ast.unparse(node.func)
+
+
+def test_files_that_users_give_are_parsed_in_one_place():
+    product = ["gpt2_core", "gpt2_convert", "gpt2_jax", "gpt2_torch", "scripts"]
+    parsers = {"json.loads", "json.load", "yaml.safe_load", "yaml.load"}
+    elsewhere = ("gpt2_core/parsing.py", "gpt2_core/weights/safetensors.py")  # the second: duplicates are refused too
+    found = [f"{where}: {name}" for where, _, name in _calls(product) if name in parsers]
+    assert [one for one in found if not one.startswith(elsewhere)] == []
+
+
+def test_no_name_of_a_file_is_read_as_markup():
+    # A file called x[/y].txt would end a print in an error, and out[v2] would be printed as out.
+    for where, call, name in _calls(["gpt2_core", "gpt2_convert", "gpt2_jax", "gpt2_torch", "scripts", "benchmarks"]):
+        fixed = all(isinstance(argument, ast.Constant) for argument in call.args)
+        if name == "Console" or (name == "TextColumn" and (not fixed or "{" in call.args[0].value)):
+            assert any(k.arg == "markup" and k.value.value is False for k in call.keywords), where

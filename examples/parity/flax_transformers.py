@@ -226,7 +226,7 @@ def main() -> int:
         parser.error(f"--pairs {','.join(unknown)}: unknown; the pairs are {', '.join(PAIRS)}")
     transformers.logging.set_verbosity_error()
     table = Table("pair", "mapped right", "verdict", "difference", "first divergence", "seconds")
-    console, remarks, silent, totals = Console(width=140), [], 0, [0, 0]
+    console, remarks, silent, totals = Console(markup=False, width=140), [], 0, [0, 0]
     for name in chosen:
         pair = PAIRS[name]
         model, candidate = pair.candidate()
@@ -246,7 +246,7 @@ def main() -> int:
         remarks += [f"{name}: {text}" for text in (*report.hints, *report.causes, *report.doubts)]
     console.print(table)
     for remark in remarks:
-        console.print(remark, soft_wrap=True, highlight=False, markup=False)
+        console.print(remark, soft_wrap=True, highlight=False)
     console.print(f"{totals[0]} of {totals[1]} tensors mapped right; {silent} wrong under the verdict 'same'")
     return 0
 

@@ -320,13 +320,13 @@ def by_hand(pairs: Sequence[Pair], given) -> bool:
         differs = bool(pair.differs_at)
         as_near &= difference < (1e-2 if differs else 1e-5)
         table.add_row(pair.name, count, str(theirs), f"{difference:.0e}", "yes" if differs else "no")
-    Console().print(table)
+    Console(markup=False).print(table)
     return as_near
 
 
 def compared(pairs: Sequence[Pair], given, sources: Callable[[Pair], Path] | None) -> bool:
     """A table of `parity`'s reports, and what is to be said of each; whether all are as they are known to be."""
-    console = Console()
+    console = Console(markup=False)
     table = Table()
     for column in ("pair", "mapped right", "verdict", "difference", "first divergence", "as known", "seconds"):
         table.add_column(column, no_wrap=True)
@@ -368,7 +368,7 @@ def compared(pairs: Sequence[Pair], given, sources: Callable[[Pair], Path] | Non
         remarks += [f"{pair.name}: {text}" for text in (*report.hints, *report.doubts)]
     console.print(table)
     for remark in remarks:
-        console.print(remark, soft_wrap=True, highlight=False, markup=False)
+        console.print(remark, soft_wrap=True, highlight=False)
     return all_known
 
 

@@ -71,7 +71,7 @@ def main() -> None:
     arguments = pairs.parse(parser, bonsai.PAIRS)
     checkout = bonsai.Checkout(arguments.checkout, mended=True)
     table = Table("pair", "planted", "line named", f"in at most {FEW} lines")
-    totals, console = np.zeros(3, int), Console()
+    totals, console = np.zeros(3, int), Console(markup=False)
     for number, pair in enumerate(arguments.pairs):
         share = arguments.count // len(arguments.pairs) + (number < arguments.count % len(arguments.pairs))
         found = planted(pair, checkout, share, arguments.seed)
@@ -81,9 +81,7 @@ def main() -> None:
         table.add_row(pair.name, str(len(found)), str(sum(named)), str(sum(few)))
         for right, (mutant, lines) in zip(named, found, strict=True):
             if arguments.misses and (not right or len(lines) > FEW):
-                console.print(
-                    f"{pair.name}: {mutant.story} at {mutant.operation}: {lines}", markup=False, soft_wrap=True
-                )
+                console.print(f"{pair.name}: {mutant.story} at {mutant.operation}: {lines}", soft_wrap=True)
     table.add_row("all", *map(str, totals))
     console.print(table)
 

@@ -7,9 +7,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from gpt2_core.config.checks import in_short
 from gpt2_core.config.model import ModelConfig
 from gpt2_core.config.train import GROUPS, TrainConfig
 from gpt2_core.errors import UserError
+from gpt2_core.parsing import read_text, yaml_value
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -19,10 +21,14 @@ def to_yaml(config: TrainConfig) -> str:
 
 def from_yaml(path: Path) -> TrainConfig:
     """Read a configuration that `to_yaml` wrote; raises UserError if it isn't one."""
+    values = yaml_value(read_text(path), str(path))
+    _check_types(values, TrainConfig, str(path))
+    for name in GROUPS.keys() & values.keys():
+        _check_types(values[name], GROUPS[name], f"{path}: {name}")
     try:
-        return from_dict(yaml.safe_load(path.read_text()))
-    except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a run's configuration ({error})") from error
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
@@ -31,21 +37,31 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 
 def model_from_dict(values: dict[str, Any], source: str) -> ModelConfig:
     """An architecture read from a file; raises UserError, beginning with `source`, for a setting of the wrong type."""
-    kinds = get_type_hints(ModelConfig)
-    for name, value in values.items():
-        if name not in kinds:
-            raise UserError(f"{source}: its configuration has a setting {name}, which no model here knows")
-        if not _is_a(kinds[name], value):
-            raise UserError(f"{source}: its configuration has {name} {value!r:.80}, which is not a value it can take")
+    _check_types(values, ModelConfig, f"{source}: its configuration")
     try:
         return ModelConfig(**values)
     except UserError as error:
         raise UserError(f"{source}: its configuration is invalid: {error}") from error
 
 
+def _check_types(values: Any, kind: type, source: str) -> None:
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected settings by name, found {type(values).__name__}")
+    kinds = get_type_hints(kind)
+    for name, value in values.items():
+        if name not in kinds:
+            raise UserError(f"{source} has a setting {name!s:.80}, which nothing here knows")
+        if name not in GROUPS and not _is_a(kinds[name], value):
+            shown = in_short(repr(value) if isinstance(value, str) else value)
+            raise UserError(f"{source} has {name} {shown}, which is not a value it can take")
+
+
 def _is_a(kind: Any, value: Any) -> bool:
     if get_origin(kind) is Literal:
-        return value in get_args(kind)
+        return any(value is choice or (value == choice and type(value) is type(choice)) for choice in get_args(kind))
+    if get_origin(kind) is dict:
+        names, values = get_args(kind)
+        return isinstance(value, dict) and all(_is_a(names, k) and _is_a(values, v) for k, v in value.items())
     if get_args(kind):
         return any(_is_a(k, value) for k in get_args(kind))
     if kind is float:

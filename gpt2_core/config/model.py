@@ -4,13 +4,17 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from gpt2_core.config.checks import refuse_unless, require_positive
+from gpt2_core.config.checks import refuse_unless, require_above_zero, require_positive
 
 # A target of this id counts neither in the loss nor in its mean (PyTorch's ignore_index, with nanoGPT's value).
 IGNORE_INDEX = -1
 
 # The JAX model pads its vocabulary to a multiple of this: matrix units want it, and a mesh's tensor axis divides it.
 VOCABULARY_MULTIPLE = 128
+
+# Ten times as many as the deepest transformer published (Wang et al. 2022, "DeepNet"). Every layer has entries in the
+# tables of names and shapes.
+MOST_LAYERS = 10_000
 
 # Sizes of the four published models (Radford et al. 2019, table 2).
 PRESETS = {
@@ -63,16 +67,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_positive("model.", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+        refuse_unless(self.n_layer <= MOST_LAYERS, f"--model.n_layer {self.n_layer}: must be at most {MOST_LAYERS}")
         refuse_unless(
             self.n_embd % self.n_head == 0,
             f"--model.n_embd {self.n_embd}: not divisible by n_head {self.n_head}; "
             f"use a multiple of {self.n_head}, or a number of heads that divides {self.n_embd}",
         )
         refuse_unless(0.0 <= self.dropout < 1.0, f"--model.dropout {self.dropout}: must be at least 0 and below 1")
-        refuse_unless(
-            0.0 < self.layer_norm_epsilon < math.inf,
-            f"--model.layer_norm_epsilon {self.layer_norm_epsilon}: must be above 0 and finite",
-        )
+        require_above_zero("model.", self, "layer_norm_epsilon")
         if self.mlp_width is not None:
             require_positive("model.", self, "mlp_width")
         if self.position == "rope":
@@ -81,7 +83,7 @@ class ModelConfig:
                 f"--model.position rope: rotates pairs of features, and n_embd {self.n_embd} / n_head {self.n_head} = "
                 f"{self.head_size} is odd; use another n_head or n_embd",
             )
-            refuse_unless(self.rope_theta > 0, f"--model.rope_theta {self.rope_theta}: must be above 0")
+            require_above_zero("model.", self, "rope_theta")
 
     @property
     def head_size(self) -> int:

@@ -10,6 +10,7 @@ from gpt2_core.config.checks import (
     divisors,
     one_of,
     refuse_unless,
+    require_above_zero,
     require_nonnegative,
     require_positive,
 )
@@ -88,7 +89,7 @@ class OptimizerConfig:
         require_nonnegative("optimizer.", self, "learning_rate", "final_fraction", "weight_decay", "clip_norm")
         require_nonnegative("optimizer.", self, "warmup_steps")
         # With 0, a parameter that has never had a gradient would be updated by 0 / 0.
-        refuse_unless(0.0 < self.epsilon < math.inf, f"--optimizer.epsilon {self.epsilon}: must be above 0 and finite")
+        require_above_zero("optimizer.", self, "epsilon")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             refuse_unless(0.0 <= value < 1.0, f"--optimizer.{name} {value}: must be at least 0 and below 1")
@@ -179,9 +180,7 @@ class TrainConfig:
         require_positive("", self, "checkpoint_interval", "keep_checkpoints", "sample_tokens")
         require_nonnegative("", self, "steps", "sample_interval", "max_skipped_steps")
         check_seed(self.seed)
-        for name in ("epochs", "target_loss", "batch_tokens", "device_batch_size"):
-            value = getattr(self, name)
-            refuse_unless(value is None or value > 0, f"--{name} {value}: must be above 0")
+        require_above_zero("", self, "epochs", "target_loss", "batch_tokens", "device_batch_size")
         if self.batch_tokens is not None:
             block = self.model.block_size
             refuse_unless(

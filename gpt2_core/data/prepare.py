@@ -29,6 +29,7 @@ from gpt2_core.data.documents import Corpus, Document, UnreachableError
 from gpt2_core.data.tokenizer import Tokenizer
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
+from gpt2_core.parsing import read_json
 
 VERSION = 2
 SPLITS = ("train", "val")
@@ -102,14 +103,14 @@ def prepare(
         "seed": settings.seed,
         "shard_tokens": settings.shard_tokens,
     }
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or Console(markup=False, highlight=False, soft_wrap=True)
     with _alone_in(path, console), _writing(path):
         for name in ("progress", "index"):
             for leftover in path.glob(f".{name}.json.*.tmp"):  # of a killed process
                 leftover.unlink()
         if (path / "index.json").is_file():
             (path / "progress.json").unlink(missing_ok=True)
-            _refuse_another(path, _read_json(path / "index.json"), identity)
+            _refuse_another(path, read_json(path / "index.json"), identity)
             return
         state = _started(path, identity)
         writers = {split: _ShardWriter(path, split, dtype, settings.shard_tokens, state[split]) for split in SPLITS}
@@ -178,6 +179,8 @@ def _write(
 
 def _finish(path: Path, corpus: Corpus, state: dict[str, Any], writers: dict[str, "_ShardWriter"]) -> None:
     documents = state["documents"]
+    if corpus.fingerprint() != state["identity"]["fingerprint"]:
+        raise UserError(f"{corpus.source}: has changed while it was read; give the same command again")
     if not sum(documents.values()):
         raise UserError(f"--data.corpus {corpus.name}: there is no text in {corpus.source}")
     fraction = state["identity"]["validation_fraction"]
@@ -362,7 +365,7 @@ def _alone_in(path: Path, console: Console) -> Iterator[None]:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                console.print(f"{path}: another process is writing these tokens; waiting for it", markup=False)
+                console.print(f"{path}: another process is writing these tokens; waiting for it")
                 fcntl.flock(folder, fcntl.LOCK_EX)
             # The other may have given up and removed the folder.
             if path.is_dir() and path.stat().st_ino == os.fstat(folder).st_ino:
@@ -376,7 +379,7 @@ def _started(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The state to continue from, read from progress.json; the initial state in an empty folder."""
     file = path / "progress.json"
     if file.is_file():
-        state = _read_json(file)
+        state = _state_in(file)
         _refuse_another(path, state["identity"], identity)
         return state
     if any(path.iterdir()):
@@ -396,11 +399,25 @@ def _refuse_another(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) ->
             raise UserError(f"{path}: these tokens were written {what}{more}; name another folder, or delete this one")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _state_in(path: Path) -> dict[str, Any]:
+    """The state that a progress.json holds; raises UserError if it isn't one."""
+    state = read_json(path)
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read ({error}); delete {path.parent} to have it written again") from error
+        counts = [*state["place"], state["empty"], *(state["documents"][split] for split in SPLITS)]
+        counts += [state[split]["open_tokens"] for split in SPLITS]
+        shards = [shard for split in SPLITS for shard in state[split]["whole"]]
+        counts += [shard["tokens"] for shard in shards]
+        named = all(isinstance(shard[name], str) for shard in shards for name in ("file", "sha256"))
+        whole = named and isinstance(state["identity"], dict) and len(state["place"]) == 2
+    except (KeyError, TypeError) as error:
+        raise _not_progress(path) from error
+    if not whole or not all(type(count) is int and count >= 0 for count in counts):
+        raise _not_progress(path)
+    return state
+
+
+def _not_progress(path: Path) -> UserError:
+    return UserError(f"{path}: doesn't hold how far the tokens have been written; delete {path.parent} to start again")
 
 
 class _Display:
@@ -411,7 +428,7 @@ class _Display:
         self._progress = Progress(
             TextColumn("tokenising"),
             BarColumn(bar_width=16),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             console=console,
             disable=not console.is_terminal,
             transient=True,
@@ -440,7 +457,7 @@ class _Display:
         self._progress.update(self._task, total=1.0 if share is not None else None, completed=share or 0, status=words)
         if self._progress.disable and now - self._said > _LINE_SECONDS:
             self._said = now
-            self._console.print(f"tokenising: {words}", markup=False)
+            self._console.print(f"tokenising: {words}")
 
 
 def _duration(seconds: float) -> str:

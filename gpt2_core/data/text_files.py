@@ -3,7 +3,6 @@
 import codecs
 import contextlib
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -12,9 +11,11 @@ from typing import BinaryIO
 
 from gpt2_core.config import DataConfig
 from gpt2_core.data.compression import COMPRESSED, decompressed
-from gpt2_core.data.documents import Corpus, Document, in_pieces, pieces_of, text_of
+from gpt2_core.data.documents import Corpus, Document, UnreachableError, in_pieces, pieces_of, text_of
 from gpt2_core.data.extras import import_extra
+from gpt2_core.data.patterns import matching
 from gpt2_core.errors import UserError
+from gpt2_core.parsing import json_object
 
 _BLOCK = 1 << 18  # bytes
 _LONGEST_LINE = 1 << 28
@@ -84,7 +85,7 @@ class Files(Corpus):
     def _pieces(self, path: Path, begin: int, end: int | None) -> Iterator[str]:
         """The text from byte `begin` to byte `end`."""
         with _reading(path), self._open(path) as file:
-            _skip(file, begin)
+            _skip(file, begin, path)
             yield from in_pieces(_decoded(file, path, begin, end, self._errors))
 
     def _text_size(self, path: Path) -> int:
@@ -96,7 +97,7 @@ class Files(Corpus):
     def _character_start(self, path: Path, offset: int) -> int:
         """The first byte at or after `offset` at which a UTF-8 character begins."""
         with self._open(path) as file:
-            _skip(file, offset)
+            _skip(file, offset, path)
             following = file.read(4)
         return offset + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), 0)
 
@@ -110,15 +111,7 @@ class Files(Corpus):
                 yield Document(None, pieces_of(text))
 
     def _field_of(self, line: bytes, where: str) -> str:
-        try:
-            row = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from error
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error}); expected one JSON object a line") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
-        return text_of(row, self._field, where)
+        return text_of(json_object(line, where), self._field, where)
 
     def _rows(self, path: Path) -> Iterator[Document]:
         parquet = import_extra("pyarrow.parquet", "Parquet files")
@@ -164,14 +157,16 @@ def users_files(config: DataConfig) -> Files:
             f"no file in it ends in {endings} (or these with .gz or .zst); for other files use another --data.corpus"
         )
     elif any(character in path for character in "*?[") and not Path(path).exists():
-        base = Path(path).anchor or "."
-        files = [file for file in Path(base).glob(str(Path(path).relative_to(base))) if file.is_file()]
+        files = matching(path)
         missing = "no file matches"
     else:
         files = [Path(path)] if Path(path).is_file() else []
         missing = 'no such file; give a file, a folder or a pattern such as "*.txt"'
     if not files:
         raise UserError(f"--data.path {path}: {missing}")
+    for file in files:
+        if not file.exists():
+            raise UserError(f"--data.path {path}: {file} is a link to a file that isn't there")
     files = sorted(file.resolve() for file in files)
     if len(files) == 1 and kind == "text" and files[0].stat().st_size == 0:
         raise UserError(f"--data.path {path}: the file is empty; give a file with text")
@@ -187,17 +182,19 @@ def _files_below(folder: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn errors of reading a file into a UserError."""
+    """Turn errors of reading a file into a UserError: UnreachableError where it may be readable again later."""
     try:
         yield
     except OSError as error:
-        # gzip reports a damaged file as an OSError without an errno.
-        raise UserError(f"{path}: can't be read ({error.strerror or error})") from error
+        if error.errno is None:  # as gzip reports a damaged file
+            raise UserError(f"{path}: can't be read ({error})") from error
+        raise UnreachableError(f"{path}: can't be read ({error.strerror}); give the same command again") from error
     except (EOFError, zlib.error) as error:
         raise UserError(f"{path}: the compressed file is truncated or damaged ({error})") from error
 
 
 def _decoded(file: BinaryIO, path: Path, begin: int, end: int | None, errors: str) -> Iterator[str]:
+    """The text from the file's place, byte `begin`, to byte `end`, or to its end."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     offset = begin
     while True:
@@ -211,10 +208,19 @@ def _decoded(file: BinaryIO, path: Path, begin: int, end: int | None, errors: st
                 f"0x{error.object[error.start]:02x}); convert it first, with iconv for instance"
             ) from error
         if not content:
+            if end is not None and offset < end:
+                raise _truncated(path)
             return
         offset += len(content)
 
 
-def _skip(file: BinaryIO, count: int) -> None:
+def _skip(file: BinaryIO, count: int, path: Path) -> None:
     while count:
-        count -= len(file.read(min(count, _BLOCK)))
+        content = file.read(min(count, _BLOCK))
+        if not content:
+            raise _truncated(path)
+        count -= len(content)
+
+
+def _truncated(path: Path) -> UserError:
+    return UserError(f"{path}: has become shorter while it was read; give the same command again")

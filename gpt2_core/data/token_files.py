@@ -18,7 +18,9 @@ import numpy as np
 from rich.console import Console
 
 from gpt2_core.data import tokenizer
+from gpt2_core.data.patterns import matching
 from gpt2_core.errors import UserError
+from gpt2_core.parsing import read_text
 
 _HEADER_BYTES = 256 * 4
 # magic: (version, dtype of the ids)
@@ -49,10 +51,9 @@ def map_tokens(path: Path, dtype: np.dtype, offset: int, count: int) -> np.ndarr
         mapped.madvise(mmap.MADV_RANDOM)
         return np.frombuffer(mapped, dtype, count, offset)
     except OSError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
+        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
             f"warning: {path} can't be memory-mapped here ({error.strerror}); reading its "
-            f"{count * dtype.itemsize / 1e6:,.0f} MB into memory",
-            markup=False,
+            f"{count * dtype.itemsize / 1e6:,.0f} MB into memory"
         )
         return np.fromfile(path, dtype, count, offset=offset)
 
@@ -61,12 +62,11 @@ def find(where: str, tokenizer_name: str) -> dict[str, list[TokenFile]]:
     """The token files that a path, a folder or a pattern names, by split; raises UserError for none or damaged ones."""
     path = Path(where)
     if path.is_dir():
-        found = [p for p in path.iterdir() if p.suffix in (".bin", ".ds")]
+        found = [p for p in path.iterdir() if p.suffix in (".bin", ".ds") and p.is_file()]
     elif path.is_file():
         found = [path]
     else:
-        base = Path(path.anchor or ".")
-        found = list(base.glob(str(path.relative_to(path.anchor)))) if any(c in where for c in "*?[") else []
+        found = matching(where)
     if not found:
         raise UserError(
             f"--data.tokens {where}: no token files there; expected a folder that prepare_data.py wrote, or .bin files "
@@ -122,7 +122,7 @@ def _datatrove(path: Path, size: int, tokenizer_name: str) -> TokenFile:
     metadata, index = Path(f"{path}.metadata"), Path(f"{path}.index")
     bytes_a_token = 2 if tokenizer.vocab_size(tokenizer_name) <= 1 << 16 else 4  # datatrove's own rule
     if metadata.is_file():
-        name, _, given = metadata.read_text().split("\n")[0].partition("|")
+        name, _, given = read_text(metadata).split("\n")[0].partition("|")
         known = name.rpartition("/")[2]
         if known != tokenizer_name and name != "Unknown Tokenizer":
             raise UserError(

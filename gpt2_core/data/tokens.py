@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from gpt2_core.data.prepare import SPLITS, VERSION, Settings, is_unfinished, pre
 from gpt2_core.data.tokenizer import get_tokenizer, vocab_size
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
+from gpt2_core.parsing import read_json
 
 _SAMPLE = 1 << 20  # tokens checked for ids beyond the vocabulary, in each shard of unknown origin
 
@@ -123,14 +125,17 @@ def _named(name: str, config: TrainConfig) -> TokenFolder:
 def _open(path: Path, config: TrainConfig) -> TokenFolder:
     file = path / "index.json"
     try:
-        index = json.loads(file.read_text())
+        index = read_json(file)
         if index["version"] != VERSION:
             raise UserError(f"{path}: written by another version; delete it to have it written again")
-        dtype = np.dtype(index["dtype"]).newbyteorder("<")
-        shards = {split: [(s["file"], s["tokens"], s["sha256"]) for s in index["shards"][split]] for split in SPLITS}
-        tokenizer, source = index["tokenizer"], index["source"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a complete token folder ({error}); delete it to have it written again") from error
+        dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[index["dtype"]]
+        shards = {
+            split: [(str(s["file"]), operator.index(s["tokens"]), s["sha256"]) for s in index["shards"][split]]
+            for split in SPLITS
+        }
+        tokenizer, source = index["tokenizer"], str(index["source"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file}: not of a token folder ({error}); delete {path} to have it written again") from error
     if tokenizer != config.data.tokenizer:
         raise UserError(
             f"--data.tokenizer {config.data.tokenizer}: {path} was written with {tokenizer}; "
@@ -206,8 +211,8 @@ def _verify(path: Path, expected: dict[str, str], all_files: bool) -> None:
     stamps = {name: [(stat := (path / name).stat()).st_size, stat.st_mtime_ns] for name in expected}
     note = path / "verified.json"
     try:
-        before = json.loads(note.read_text())
-    except (OSError, ValueError):
+        before = read_json(note)
+    except UserError:  # not there, or damaged: it only says what needn't be compared
         before = {}
     for name in expected:
         if before.get(name) == stamps[name] and not all_files:

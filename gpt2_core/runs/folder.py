@@ -16,9 +16,9 @@ from gpt2_core.config import NEWEST, ResolvedConfig, TrainConfig
 from gpt2_core.config.io import differences, from_yaml, to_yaml
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically, writing
+from gpt2_core.parsing import json_object, read_text
 from gpt2_core.runs.manifest import damage
 from gpt2_core.weights import Weights
-from gpt2_core.weights.safetensors import json_object
 
 # Number of logged training losses whose mean ranks checkpoints and is compared with the target: one batch is noisy.
 RECENT = 10
@@ -402,11 +402,20 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without an incomplete last line of a killed run."""
+    """The rows of a metrics.jsonl, without an incomplete last line of a killed run; raises UserError for a damaged
+    one."""
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = read_text(path).split("\n")[:-1]
+    return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line]
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    row = json_object(line, where)
+    step, loss = row.get("step"), row.get("loss")
+    if row.get("split") not in ("train", "val") or type(step) is not int or not isinstance(loss, int | float):
+        raise UserError(f"{where}: expected split (train or val), step and loss; remove the line if it is damaged")
+    return row
 
 
 def recent_training_loss(rows: list[dict[str, Any]], step: int) -> float:

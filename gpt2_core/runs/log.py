@@ -63,7 +63,7 @@ class RunLog:
         enabled: bool = True,
     ) -> None:
         self._folder, self._config, self._peak_flops, self._enabled = folder, config, peak_flops, enabled
-        self._console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        self._console = Console(markup=False, quiet=not enabled, highlight=False, soft_wrap=True)
         self._last_step, self._last_time = start_step - 1, time.perf_counter()
         self._last_drawn = self._last_time
         self._val_loss: float | None = None
@@ -75,7 +75,7 @@ class RunLog:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=8),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeRemainingColumn(),
             console=self._console,
             disable=not (enabled and self._console.is_terminal),
@@ -103,7 +103,7 @@ class RunLog:
                 self._tracker.close()
 
     def say(self, message: str) -> None:
-        self._console.print(message, markup=False)
+        self._console.print(message)
 
     def introduce(self, message: str, warnings: Sequence[str] = ()) -> None:
         """Print how the run computes, what a person should know of how it continues, and the table of its model."""

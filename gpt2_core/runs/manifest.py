@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
-from gpt2_core.weights.safetensors import json_object
+from gpt2_core.parsing import json_object
 
 _NAME = "manifest.json"
 
@@ -37,7 +37,7 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} has {file.stat().st_size:,} bytes instead of {expected['bytes']:,}"
             if _sha256(file) != expected["sha256"]:
                 return f"{name} isn't what was written: its SHA-256 differs from the one in {_NAME}"
-    except (OSError, UserError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, UserError, AttributeError, KeyError, TypeError, ValueError) as error:
         return f"{_NAME} can't be read ({error})"
     return None
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from gpt2_core.config import TrainConfig
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
+from gpt2_core.parsing import read_json
 
 _PROJECT = "gpt2-jax"
 _MODULES = {"wandb": "wandb", "tensorboard": "tensorboard.summary", "mlflow": "mlflow"}
@@ -111,12 +112,12 @@ class _Mlflow:
 
 def _saved_id(folder: Path, name: str) -> str | None:
     file = folder / "tracker.json"
-    return json.loads(file.read_text()).get(name) if file.is_file() else None
+    return read_json(file).get(name) if file.is_file() else None
 
 
 def _save_id(folder: Path, name: str, identity: str) -> None:
     file = folder / "tracker.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = read_json(file) if file.is_file() else {}
     write_atomically(file, json.dumps(known | {name: identity}) + "\n")
 
 

@@ -84,17 +84,6 @@ def lazy_tensor_at(path: Path, offset: int, dtype: np.dtype, shape: Iterable[int
     return LazyTensor(shape, dtype, read)
 
 
-def json_object(text: str | bytes, source: str) -> dict[str, Any]:
-    """The JSON object in `text`; raises UserError, beginning with `source`, if it isn't one."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} isn't JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{source} isn't a JSON object")
-    return value
-
-
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from parity.engine.errors import EngineError
 from parity.engine.evidence import Coverage, Curves, Depth, Errors, Evidence, Texts
@@ -117,7 +117,7 @@ def write(path: Path, report: Report) -> None:
     """Write the report's files into the folder."""
     facts = environment(report.weights)
     _write(path / "report.json", json.dumps(_as_json(report, facts), indent=2, allow_nan=False) + "\n")
-    picture = Console(record=True, width=150, file=io.StringIO())
+    picture = Console(markup=False, record=True, width=150, file=io.StringIO())
     picture.print(table(report.results))
     svg = picture.export_svg(title=" ".join(report.command.split()[:2]), code_format=_svg_without_web_fonts())
     _write(path / "table.svg", svg)
@@ -197,9 +197,9 @@ def table(results: list[Result]) -> Table:
     for name in ("check", "case", "measured", "limit", "", "where"):
         table.add_column(name, justify="right" if name in ("measured", "limit") else "left")
     for r in results:
-        verdict = "[green]pass[/]" if r.passed else "[bold red]FAIL[/]"
-        # What an exception says may look like rich's markup.
-        table.add_row(r.check, escape(r.case), figure(r.measured), figure(r.limit), verdict, escape(r.where))
+        verdict = Text("pass", "green") if r.passed else Text("FAIL", "bold red")
+        # Text, because what an exception says may look like rich's markup.
+        table.add_row(r.check, Text(r.case), figure(r.measured), figure(r.limit), verdict, Text(r.where))
     return table
 
 

@@ -1,5 +1,8 @@
+import contextlib
 import dataclasses
+import io
 import itertools
+import random
 import subprocess
 import sys
 
@@ -8,6 +11,7 @@ import pytest
 from gpt2_core.cli import Parser, parse_train_config, train_parser
 from gpt2_core.config import PRESETS, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.errors import UserError
+from gpt2_jax.mesh import check_option
 
 
 def parse(*arguments: str) -> TrainConfig:
@@ -170,6 +174,12 @@ def test_a_users_error_is_one_sentence_and_exit_code_2():
         assert (done.returncode, done.stderr, done.stdout) == (exit_code, "error: a sentence\n", "")
 
 
+def test_what_the_disk_refuses_is_one_sentence_too(tmp_path):
+    code = f"from gpt2_core.cli import run\nrun(lambda _: open({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}: Is a directory\n")
+
+
 def test_a_recipes_mesh_binds_jax_alone(tmp_path):
     (tmp_path / "r.yaml").write_text("mesh: 8\nbatch_size: 8\n")
     line = ["--config", str(tmp_path / "r.yaml"), "--batch_size", "4"]
@@ -185,3 +195,33 @@ def test_what_a_trainer_cannot_do_is_refused_before_the_configuration_is_printed
     with pytest.raises(UserError, match="no 7 steps"):
         parse_train_config(line, command="train_jax.py", framework="JAX", elsewhere={}, check=check)
     assert capsys.readouterr().out == ""
+
+
+ODD_WORDS = ["", " ", "-1", "0", "nan", "inf", "1e308", "9" * 400, "9" * 5000, "-" + "9" * 400, "٣", "1_0", "0x10"]
+ODD_WORDS += ["null", "[", "{a", "[/x]", "../x", "a,b=", "=", "data=" + "9" * 400, "x" * 10_000, "[" * 3000]
+ODD_WORDS += ["!!python/object:os.system {}"]
+
+
+def trial(option: str, value: str) -> None:
+    """Parse a command line that sets one option to an odd value, as the trainer does before it opens anything."""
+    with contextlib.suppress(UserError, SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        parse_train_config([f"--{option}={value}"], command="x", framework="JAX", elsewhere={}, check=check_option)
+
+
+def every_option() -> list[str]:
+    found = [action.dest for action in train_parser("x", "JAX")._actions if action.option_strings]
+    return sorted(name for name in found if name not in ("help", "print_config"))
+
+
+@pytest.mark.parametrize("option", every_option())
+def test_an_odd_value_of_an_option_is_taken_or_refused_in_a_sentence(option):
+    generator = random.Random(option)
+    for value in generator.sample(ODD_WORDS, 2):
+        trial(option, value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", every_option())
+def test_every_odd_value_of_an_option_is_taken_or_refused_in_a_sentence(option):
+    for value in ODD_WORDS:
+        trial(option, value)

@@ -1,5 +1,6 @@
 import dataclasses
 import shutil
+from pathlib import Path
 
 import jax
 import pytest
@@ -8,7 +9,7 @@ from gpt2_core.config import OptimizerConfig
 from gpt2_core.config.io import from_yaml
 from gpt2_core.errors import RunError, UserError
 from gpt2_core.runs.folder import read_metrics
-from gpt2_jax import checkpoints
+from gpt2_jax import checkpoints, memory
 from gpt2_jax import train as train_module
 from gpt2_jax.train import resolve, train
 from gpt2_jax.train_step import Metrics
@@ -117,6 +118,20 @@ def test_samples_do_not_depend_on_the_mesh(make_config):
         folders = [train(make_config(f"on-{mesh}", mesh=mesh, **settings)) for mesh in (1, 2)]
     texts = {(folder.samples / "1.txt").read_bytes() for folder in folders}
     assert len(texts) == 1
+
+
+@pytest.mark.parametrize(("mesh", "fits"), [("data=8", False), ("fsdp=8", True), ("data=2,fsdp=2,tensor=2", False)])
+def test_a_model_that_cannot_be_held_leaves_no_folder(make_config, monkeypatch, mesh, fits):
+    model = dataclasses.replace(make_config().model, n_embd=64)
+    # Of parameters and moments, on each of eight devices: a little more than an eighth, and so less than a quarter.
+    monkeypatch.setattr(memory, "bytes_available", lambda mesh: 3 * 4 * model.parameter_count // 7)
+    config = make_config(model=model, mesh=mesh, steps=0)
+    if fits:
+        train(config)
+    else:
+        with pytest.raises(UserError, match="out of memory: the model's .* parameters and the optimizer's state need"):
+            train(config)
+    assert Path(config.run_dir).exists() == fits
 
 
 def test_a_mesh_larger_than_the_machine_is_refused(make_config):

@@ -248,6 +248,13 @@ def test_when_one_of_two_processes_is_told_to_stop_both_stop_at_the_same_step_an
     assert last["step"] == int(saved) - 1
 
 
+def test_a_model_that_cannot_be_held_leaves_no_folder(make_config):
+    config = make_config(model=dataclasses.replace(make_config().model, n_embd=10**12))
+    with pytest.raises(UserError, match="out of memory: the model's .* parameters and the optimizer's state need"):
+        train(config)
+    assert not Path(config.run_dir).exists()
+
+
 def test_a_device_that_is_not_here_is_refused():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")

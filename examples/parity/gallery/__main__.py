@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import parity
 from parity.engine.errors import EngineError
@@ -91,7 +92,7 @@ def judge(pair):
 
 
 def mark(passed):
-    return "[green]yes[/]" if passed else "[red]no[/]"
+    return Text("yes", "green") if passed else Text("no", "red")
 
 
 def main():
@@ -111,11 +112,11 @@ def main():
         except EngineError as error:
             outcome = Outcome("nowhere", False, str(error), False, "not compared")
         seconds = f"{time.perf_counter() - start:.1f}"
-        hint = outcome.hint if outcome.hinted else f"[red]{outcome.hint}[/]"
-        mended = outcome.mended if outcome.mended == "same" else f"[red]{outcome.mended}[/]"
+        hint = Text(outcome.hint, "" if outcome.hinted else "red")
+        mended = Text(outcome.mended, "" if outcome.mended == "same" else "red")
         table.add_row(name, outcome.found, mark(outcome.planted), hint, mended, seconds)
         passed &= outcome.passed
-    console = Console()
+    console = Console(markup=False)
     console.width = max(console.width, 120)  # so that lines stay readable in a log
     console.print(table)
     return 0 if passed else 1

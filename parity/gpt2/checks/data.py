@@ -70,7 +70,7 @@ def _documents(case: Case, folder: Path) -> Result:
         data = DataConfig(corpus="jsonl", path=str(path), tokenizer="bytes", validation_fraction=fraction)
         tokens = folder / f"tokens-{seed}"
         settings = Settings(fraction, seed, shard_tokens=50_000)
-        prepare(tokens, get_corpus(data), get_tokenizer("bytes"), settings, console=Console(quiet=True))
+        prepare(tokens, get_corpus(data), get_tokenizer("bytes"), settings, console=Console(markup=False, quiet=True))
         opened = _opened(tokens)
         train, val = (_split_documents(split) for split in (opened.train, opened.val))
         numbers = [[due.index(d) if d in due else -1 for d in split] for split in (train, val)]

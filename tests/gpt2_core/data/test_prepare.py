@@ -190,9 +190,62 @@ def test_a_source_that_breaks_off_is_gone_on_with(lines, tmp_path, monkeypatch):
 def test_a_broken_corpus_leaves_nothing_behind(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "good"}\n{"text": bad}\n')
-    with pytest.raises(UserError, match=r"bad\.jsonl, line 2: not JSON"):
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 2 isn't JSON"):
         write(tmp_path / "out", corpus_of(path))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def two_files(tmp_path, monkeypatch) -> Path:
+    """A folder of two files, of which every batch is a few lines."""
+    monkeypatch.setattr(module, "_BATCH", 200)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("a", "b"):
+        rows = (json.dumps({"text": f"{name} {number} " + "word " * 20}) + "\n" for number in range(60))
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+    return folder
+
+
+def test_a_file_that_is_missing_for_a_while_costs_nothing_that_is_written(two_files, tmp_path):
+    write(tmp_path / "whole", corpus_of(two_files))
+    (two_files / "b.jsonl").rename(tmp_path / "away")
+    corpus = corpus_of(two_files)
+    corpus.files = (two_files / "a.jsonl", two_files / "b.jsonl")  # as listed before it went
+    corpus._sizes = [1, 1]
+    corpus.fingerprint = lambda: fingerprint
+    (tmp_path / "away").rename(two_files / "b.jsonl")
+    fingerprint = corpus_of(two_files).fingerprint()
+    (two_files / "b.jsonl").rename(tmp_path / "away")
+    with pytest.raises(UnreachableError, match=r"b\.jsonl: can't be read \(No such file or directory\); give the same"):
+        write(tmp_path / "out", corpus)
+    assert json.loads((tmp_path / "out" / "progress.json").read_text())["place"][0] > 50
+    (tmp_path / "away").rename(two_files / "b.jsonl")
+    write(tmp_path / "out", corpus_of(two_files))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_files_that_change_while_they_are_read_are_refused(two_files, tmp_path, monkeypatch):
+    tokenise = module._tokenise
+
+    def touched(*arguments):
+        os.utime(two_files / "a.jsonl")
+        return tokenise(*arguments)
+
+    monkeypatch.setattr(module, "_tokenise", touched)
+    with pytest.raises(UserError, match="texts .*: has changed while it was read; give the same command again"):
+        write(tmp_path / "out", corpus_of(two_files))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_becomes_shorter_while_it_is_read_ends_in_a_sentence(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("A few words. " * 100)
+    training, validation = corpus_of(path, "text").documents()
+    path.write_text("A few")
+    for document in (training, validation):
+        with pytest.raises(UserError, match=r"text\.txt: has become shorter while it was read"):
+            list(document.pieces)
 
 
 def test_nothing_else_is_overwritten_and_another_corpus_is_refused(lines, tmp_path):

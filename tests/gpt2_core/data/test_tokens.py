@@ -102,7 +102,7 @@ def test_damaged_token_folders_are_refused_by_name(make_config):
     index = json.loads((path / "index.json").read_text())
     del index["dtype"]
     (path / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="not a complete token folder"):
+    with pytest.raises(UserError, match=r"index\.json: not of a token folder \('dtype'\); delete"):
         open_tokens(make_config())
 
 
