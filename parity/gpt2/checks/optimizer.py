@@ -1,18 +1,20 @@
 """Check `optimizer`: parameters and both moments after AdamW steps, and the decay that each tensor really gets."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from gpt2_core.config import OptimizerConfig, TrainConfig
+from gpt2_core.data.batches import Batch
 from parity.engine import divergence
 from parity.engine.adapter import lacking
 from parity.engine.divergence import Divergence
-from parity.engine.results import Result, Skipped
+from parity.engine.results import Result, Skipped, relative_norm
 from parity.gpt2 import limits
 from parity.gpt2.adapters.protocol import DECAY, TRAINING, Adapter
-from parity.gpt2.cases import Case
+from parity.gpt2.cases import Case, random_weights
 from parity.gpt2.checks.gradients import uneven_batch
 from parity.gpt2.naming import first_beyond
 from parity.gpt2.steps import in_step, side_by_side
@@ -26,6 +28,8 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
         yield skipped
     else:
         yield from _steps(case, candidate, reference)
+        if case.at(False, True, prove=True):
+            yield from _left_out(case, candidate, reference)
     for adapter in adapters:
         if skipped := lacking("optimizer", "decay of each tensor", (adapter, DECAY)):
             yield skipped
@@ -50,6 +54,33 @@ def _steps(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Resul
         a, b = (adapter.steps(config, [batch] * steps) for adapter in (candidate, reference))
         title = f"AdamW, {steps} {'step' if steps == 1 else 'steps'}, clipping {clipping}"
         yield _compare(side_by_side(a, b, names), title)
+
+
+def _left_out(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result]:
+    """A batch with a token whose embedding is infinite, between two others: its update is left out whole, the count of
+    the bias correction included, so the state is that of the two others alone."""
+    model = dataclasses.replace(case.weights.config, n_layer=1, tie_embeddings=False)
+    weights, batch = random_weights(model, case.seed), uneven_batch(case)
+    token = next(i for i in range(model.vocab_size) if i not in batch.inputs)
+    weights.arrays["wte.weight"][token] = np.inf
+    infinite = batch._replace(inputs=batch.inputs.copy())
+    infinite.inputs[0, 0] = token
+
+    def after(adapter: Adapter, batches: list[Batch]) -> dict[str, np.ndarray]:
+        config = dataclasses.replace(_config(case, len(batches), 0.0), model=model)
+        for step in adapter.make(weights).steps(config, batches):
+            last = step
+        params, first, second = last.state()
+        params = params | {"wte.weight": np.delete(params["wte.weight"], token, axis=0)}
+        kinds = {"first moment": first, "second moment": second, "parameter": params}
+        return {f"{kind} of {name}": array for kind, found in kinds.items() for name, array in found.items()}
+
+    due = after(reference, [batch, batch])
+    for adapter in (reference, candidate):
+        names = (adapter.name, f"{reference.name} without it")
+        found = divergence.compare(after(adapter, [batch, infinite, batch]), due, names, relative_norm)
+        title = f"{adapter.name}: an update that isn't finite, between two others, is left out"
+        yield Result("optimizer", title, divergence.worst_of(found), limits.STEP, first_beyond(found, limits.STEP))
 
 
 def _config(case: Case, steps: int, clip_norm: float) -> TrainConfig:

@@ -214,3 +214,24 @@ def clipping_to_a_norm_of_zero(clip):
         return jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / (norm + 1e-6)), grads), norm
 
     return wrong
+
+
+@fault(
+    "the count of updates goes on where one is left out",
+    check="optimizer",
+    place="JAX: an update that isn't finite",
+    seam=(gpt2_jax.optimizer, "_scale_by_adam"),
+)
+def count_goes_on(make):
+    """the moments are kept and the step is counted: the bias correction of all later updates is another"""
+
+    def wrong(config):
+        right = make(config)
+
+        def update(grads, state, params=None, **options):
+            updates, new = right.update(grads, state, params, **options)
+            return updates, new._replace(count=state.count + 1)
+
+        return optax.GradientTransformationExtraArgs(right.init, update)
+
+    return wrong
