@@ -31,6 +31,8 @@ class Gpu:
     """Of device memory."""
     link_bandwidth: float
     """Of the interconnect, in one direction."""
+    memory: int
+    """Bytes of device memory."""
 
     @property
     def tf32_flops(self) -> float:
@@ -72,4 +74,5 @@ def load(name: str) -> Gpu:
         float32_flops=vector_flops,
         bandwidth=number("memory_bandwidth"),
         link_bandwidth=_LINK_BANDWIDTH[name],
+        memory=int(number("device_memory_size")),
     )
