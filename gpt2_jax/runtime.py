@@ -11,6 +11,7 @@ import jax
 
 from gpt2_core.config import TrainConfig
 from gpt2_core.errors import UserError
+from gpt2_jax.compilation_cache import keep_compiled_programs
 from gpt2_jax.mesh import parse_mesh
 
 # Each takes memory and threads; a mesh of more is one of real devices, or is refused for want of them.
@@ -37,7 +38,7 @@ def configure(precision: str, mesh: int | str | None = None) -> None:
 def compilation_cache() -> Path:
     """The folder of the compilation cache, unless JAX_COMPILATION_CACHE_DIR is set."""
     caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return caches / "gpt2-jax" / f"compiled-{platform.machine()}-{_processor()}"
+    return caches / "gpt2-jax" / f"programs-{platform.machine()}-{_processor()}"
 
 
 def _take_gpu_memory() -> None:
@@ -49,12 +50,8 @@ def _take_gpu_memory() -> None:
 def _keep_compiled_programs() -> None:
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    folder = compilation_cache()
     with contextlib.suppress(OSError):  # if home isn't writable, every process compiles again
-        folder.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        # A run's many small programs take as long to compile as its step does.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        keep_compiled_programs(compilation_cache())
 
 
 def _processor() -> str:

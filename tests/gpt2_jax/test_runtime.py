@@ -41,6 +41,27 @@ def test_a_program_from_the_cache_computes_the_very_bits_of_one_just_compiled(tm
     assert compiled == loaded
 
 
+def damaged(content: bytes, how: str) -> bytes:
+    place = len(content) // 2
+    return {
+        "a flipped bit": content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :],
+        "cut short": content[:place],
+        "empty": b"",
+    }[how]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["a flipped bit", "cut short", "empty"])
+def test_a_damaged_program_is_compiled_again_and_replaced(tmp_path, how):
+    compiled, _ = run(XDG_CACHE_HOME=str(tmp_path))
+    files = sorted(tmp_path.rglob("*-cache"))
+    assert files and not list(tmp_path.rglob("*.tmp"))
+    for file in files:
+        file.write_bytes(damaged(file.read_bytes(), how))
+    assert run(XDG_CACHE_HOME=str(tmp_path)) == (compiled, False)
+    assert run(XDG_CACHE_HOME=str(tmp_path)) == (compiled, True)
+
+
 @pytest.mark.long
 def test_the_users_own_cache_wins_and_a_home_that_cant_be_written_is_none(tmp_path):
     (tmp_path / "file").touch()
