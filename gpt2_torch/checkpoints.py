@@ -1,7 +1,9 @@
 """A checkpoint of the PyTorch trainer: model.safetensors (the state dict), optimizer.pt, metadata."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from gpt2_core.errors import SaveError, UserError
 from gpt2_core.files import publish
 from gpt2_core.runs.folder import metadata_path
 from gpt2_core.runs.manifest import write_manifest
+from gpt2_torch.fsdp import split_like
 
 
 def save(
     checkpoint: Path,
     state: dict[str, Tensor],
     metadata: dict[str, Any],
-    optimizer: torch.optim.Optimizer,
+    optimizer_state: dict[str, Any],
 ) -> None:
     """Write the folder `checkpoint`, whole or not at all; replaces one of the same step. Raises SaveError."""
     temporary = checkpoint.with_name(f".{checkpoint.name}.tmp")
@@ -29,7 +32,7 @@ def save(
         checkpoint.parent.mkdir(exist_ok=True)  # and not its parent: a run's folder that was removed stays so
         metadata_path(temporary).parent.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / "model.safetensors")
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        torch.save(optimizer_state, temporary / "optimizer.pt")
         metadata_path(temporary).write_text(json.dumps(metadata))
         write_manifest(temporary)
         shutil.rmtree(checkpoint, ignore_errors=True)
@@ -39,18 +42,29 @@ def save(
         raise SaveError(f"checkpoint {checkpoint.name} can't be saved ({str(error).splitlines()[0]:.300})") from error
 
 
-def is_finite(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+def is_finite(state: dict[str, Tensor], optimizer_state: dict[str, Any]) -> bool:
     """Whether every number of a training's state is finite."""
-    moments = (tensor for state in optimizer.state.values() for tensor in state.values())
-    return all(bool(torch.isfinite(tensor).all()) for tensor in (*model.parameters(), *moments))
+    moments = (tensor for values in optimizer_state["state"].values() for tensor in values.values())
+    return all(bool(torch.isfinite(tensor).all()) for tensor in (*state.values(), *moments))
 
 
-def restore(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load a checkpoint into `model` and `optimizer`."""
-    device = next(model.parameters()).device
-    try:
+def restore_model(checkpoint: Path, model: torch.nn.Module) -> None:
+    """Load a checkpoint's parameters into a model that isn't split."""
+    with _read_errors(checkpoint):
         model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True))
+
+
+def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Load a checkpoint's moments into the optimizer of a model, which may be split."""
+    with _read_errors(checkpoint):
+        state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(split_like(state, optimizer))
+
+
+@contextlib.contextmanager
+def _read_errors(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # a damaged one can raise any type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{checkpoint}: can't be restored ({reason:.300})") from error

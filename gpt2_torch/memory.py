@@ -28,7 +28,7 @@ def memory_errors(config: ResolvedConfig, device: torch.device, processes: int) 
 
 def check_memory(config: ResolvedConfig, device: torch.device, processes: int) -> None:
     """Raise UserError if the step is sure to fail: on CPU the system would kill the process, without an error."""
-    check_state(config, num_shards=1, available=_available(device), device=device.type)
+    check_state(config, num_shards=processes if config.fsdp else 1, available=_available(device), device=device.type)
     if device.type == "cpu":
         sequences = config.microbatch_size // processes
         if bytes_needed(config, "cpu", sequences, config.accumulation, processes) > host_memory():
@@ -74,8 +74,13 @@ def bytes_needed(config: ResolvedConfig, device: str, sequences: int, accumulati
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
             parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+            block = sum(p.numel() * p.element_size() for p in model.h[0].parameters())
     finally:
         torch.set_default_dtype(default)
     peak = max(found["Total"] for found in tracker.get_tracker_snapshot("peak").values())
+    if config.fsdp:
+        # Parameters, moments and gradients are split; two blocks are gathered at a time, the head's with them.
+        head = model.wte.weight.numel() * model.wte.weight.element_size()
+        return peak - 4 * parameters * (processes - 1) // processes + 2 * (block + head)
     # DistributedDataParallel has a second copy of the gradients, in its buckets.
     return peak + (parameters if processes > 1 else 0)

@@ -21,6 +21,8 @@ def resolve(config: TrainConfig, device: torch.device, processes: int) -> Resolv
             f"--batch_size {config.batch_size}: not divisible by accumulation {config.accumulation} x "
             f"{processes} processes"
         )
+    if config.fsdp and processes == 1:
+        raise UserError("--fsdp true: splits a model over processes, and there is one; start several with torchrun")
     compiled = device.type == "cuda" if config.compile is None else config.compile
     return resolved(config, precision=precision, compile=compiled)
 

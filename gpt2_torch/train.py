@@ -1,4 +1,4 @@
-"""The reference trainer, on one device or, under torchrun, on one device a process (DistributedDataParallel).
+"""The reference trainer, on one device or, under torchrun, on one device a process: DistributedDataParallel, or FSDP2.
 
 Read it from top to bottom: one step, an evaluation, the set-up of a run, and the loop.
 """
@@ -6,8 +6,8 @@ Read it from top to bottom: one step, an evaluation, the set-up of a run, and th
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from gpt2_core.runs.stop import StopRequest, stopped_by_signals
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
 from gpt2_core.weights import Weights
-from gpt2_torch import checkpoints
+from gpt2_torch import checkpoints, fsdp
 from gpt2_torch.divergence import first_not_finite
 from gpt2_torch.generate import generate
 from gpt2_torch.memory import check_memory, memory_errors
@@ -34,6 +34,8 @@ from gpt2_torch.model import GPT2
 from gpt2_torch.optimizer import make_optimizer
 from gpt2_torch.runtime import device_name, pick_device, process_group, resolve, set_matmul_precision
 from gpt2_torch.weights import to_state_dict
+
+T = TypeVar("T")
 
 # --- one step
 
@@ -57,9 +59,11 @@ def accumulate_gradients(
     total = torch.zeros((), device=inputs_BT.device, dtype=torch.float64 if _is_float64(model) else torch.float32)
     parts = list(zip(inputs_BT.chunk(accumulation), targets_BT.chunk(accumulation), strict=True))
     for number, (inputs, targets) in enumerate(parts, start=1):
-        # DDP all-reduces gradients after the last part only, and divides their sum by the number of processes.
+        # DDP and FSDP exchange gradients after the last part only, and divide their sum by the number of processes.
         waits = processes > 1 and number < len(parts)
-        with model.no_sync() if waits else contextlib.nullcontext():
+        if fsdp.is_split(model):
+            model.set_requires_gradient_sync(not waits)
+        with model.no_sync() if waits and not fsdp.is_split(model) else contextlib.nullcontext():
             with autocast or contextlib.nullcontext():
                 loss = model(inputs, targets) / count
             (loss * processes).backward()
@@ -91,10 +95,12 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     loss = accumulate_gradients(model, inputs_BT, targets_BT, accumulation=accumulation, autocast=autocast)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm if clip_norm > 0 else float("inf"))
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm if clip_norm > 0 else float("inf"))
+    grad_norm = fsdp.whole(norm)
     is_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
     if optimizer.defaults["fused"]:
-        optimizer.found_inf = 1.0 - is_finite.float()  # decided on the device, so that the host needn't wait
+        # Decided on the device, so that the host needn't wait.
+        optimizer.found_inf = fsdp.on_every_process(1.0 - is_finite.float(), norm)
         optimizer.step()
     elif is_finite:
         optimizer.step()
@@ -201,18 +207,24 @@ class Trainer:
         """Steps whose loss and gradient norm haven't been read."""
 
         torch.manual_seed(config.seed)
-        self.model = GPT2(config.model).to(device, torch.float64 if config.precision == "float64" else torch.float32)
-        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.model = GPT2(config.model).to(dtype=torch.float64 if config.precision == "float64" else torch.float32)
         if self.plan.checkpoint is not None:
-            checkpoints.restore(self.plan.checkpoint, self.model, self.optimizer)
+            checkpoints.restore_model(self.plan.checkpoint, self.model)
         elif start.weights is not None:
             self.model.load_state_dict(to_state_dict(start.weights))
+        if config.fsdp:
+            fsdp.split(self.model)  # and moves each part to its device
+        else:
+            self.model.to(device)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        if self.plan.checkpoint is not None:
+            checkpoints.restore_optimizer(self.plan.checkpoint, self.optimizer)
 
         # Evaluation runs the compiled module and training its DDP wrapper. Both share the weights of `model`, which
         # stays the plain module that checkpoints and samples use.
         self.compiled: nn.Module = torch.compile(self.model) if config.compile else self.model
         self.trained = self.compiled
-        if processes > 1:
+        if processes > 1 and not config.fsdp:
             gpus = [device.index] if device.type == "cuda" else None
             self.trained = DistributedDataParallel(self.compiled, device_ids=gpus)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
@@ -262,7 +274,7 @@ class Trainer:
             self.do(due, updates)
             if due.stop:
                 break
-        if self.unsaved or (self.stop and self.rank == 0 and updates not in self.folder.steps()):
+        if self.takes_part and self.first_says(self.unsaved or (self.stop and updates not in self.folder.steps())):
             self.save(updates)
         if self.unsaved:
             raise RunError(f"{self.unsaved}: the state after step {updates} is lost; {SAVE_AGAIN}")
@@ -271,7 +283,7 @@ class Trainer:
 
     def keep_for_study(self, step: int) -> None:
         """Save what came before the updates that were left out, and the batch of the last of them."""
-        if self.rank == 0:
+        if self.takes_part:
             batch = self.batches[step]
             inputs_BT, targets_BT = _to_device(batch, self.device)
             parts = zip(
@@ -279,9 +291,31 @@ class Trainer:
             )
             with self.autocast:
                 module = first_not_finite(self.model, parts)
-            self.folder.write_diverged(step, self.batches.sequences(step), module, **batch._asdict())
-            if step + 1 not in self.folder.steps():
+            if self.rank == 0:
+                self.folder.write_diverged(step, self.batches.sequences(step), module, **batch._asdict())
+            if self.first_says(step + 1 not in self.folder.steps()):
                 self.save(step + 1)
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process does what the first one does for all: a split model computes in all of them."""
+        return self.rank == 0 or self.config.fsdp
+
+    def first_says(self, value: object) -> bool:
+        """Whether the first process finds `value` true, told to all that take part."""
+        if not self.config.fsdp:
+            return bool(value)
+        said = [bool(value)]
+        dist.broadcast_object_list(said)
+        return said[0]
+
+    def checked(self, items: Iterable[T]) -> Iterator[T]:
+        """The items; raises Stopped between two of them if the run is told to stop, in all processes that take part."""
+        for item in items:
+            if self.config.fsdp:
+                self.told_to_stop()
+            self.stop.check()
+            yield item
 
     def told_to_stop(self) -> bool:
         """Whether the run was told to stop, by a signal to any of its processes: the same answer in all of them.
@@ -321,8 +355,8 @@ class Trainer:
             self.log.train(step, loss=loss.item(), learning_rate=rate, grad_norm=grad_norm.item())
 
     def do(self, due: Due, updates: int) -> None:
-        """What is due after so many updates; the first process does it for all."""
-        if self.rank > 0:
+        """What is due after so many updates; the first process does it for all, if the model isn't split."""
+        if not self.takes_part:
             return
         with self.log.untimed():
             with contextlib.suppress(Stopped):  # given up; due_at_start makes up for it
@@ -342,7 +376,7 @@ class Trainer:
             batch_size=self.config.microbatch_size // self.processes,
             sequences=self.config.eval_sequences,
         )
-        batches = self.stop.checked(validation)
+        batches = self.checked(validation)
         self.log.evaluation(updates, evaluate(self.compiled, batches, self.device, self.autocast))
 
     def write_sample(self, updates: int) -> None:
@@ -350,18 +384,24 @@ class Trainer:
         numbers = uniforms(self.config.seed, updates, self.config.sample_tokens)[None]
         with self.autocast:
             tokens = generate(self.model, [[tokenizer.end_of_text]], numbers, Sampling())
-            ids = [row[0] for row in self.stop.checked(tokens)]
+            ids = [row[0] for row in self.checked(tokens)]
         self.model.train()
-        with self.log.going_on(self.folder.sample(updates)):
-            self.folder.write_sample(updates, tokenizer.decode(ids))
+        if self.rank == 0:
+            with self.log.going_on(self.folder.sample(updates)):
+                self.folder.write_sample(updates, tokenizer.decode(ids))
 
     def save(self, updates: int) -> None:
-        if not checkpoints.is_finite(self.model, self.optimizer):
+        state, optimizer_state = self.model.state_dict(), self.optimizer.state_dict()
+        if self.config.fsdp:
+            state, optimizer_state = (fsdp.gathered(tree, keep=self.rank == 0) for tree in (state, optimizer_state))
+        if self.rank > 0:
+            return
+        if not checkpoints.is_finite(state, optimizer_state):
             self.log.refuse_state(updates)
         metadata = metadata_of(self.config, updates, "torch", self.tokens.digest)
         self.unsaved = None
         try:
-            checkpoints.save(self.folder.checkpoints / str(updates), self.model.state_dict(), metadata, self.optimizer)
+            checkpoints.save(self.folder.checkpoints / str(updates), state, metadata, optimizer_state)
             self.folder.remove_obsolete(self.config.keep_checkpoints)
         except (SaveError, OSError) as error:
             self.unsaved = error

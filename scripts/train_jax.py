@@ -16,6 +16,7 @@ def main(arguments: list[str]) -> None:
         elsewhere={
             "device": "it chooses train_torch.py's device; here: --mesh, and JAX_PLATFORMS=cpu for the CPU",
             "compile": "train_jax.py always compiles; it belongs to train_torch.py",
+            "fsdp": "it splits train_torch.py's model over processes; here: --mesh fsdp=8",
         },
         check=check_option,
     )

@@ -143,6 +143,9 @@ class TrainConfig:
     """PyTorch: device to train on; auto takes cuda, then mps, then cpu."""
     compile: bool | None = None
     """PyTorch: compile the model with torch.compile; left out: on cuda only."""
+    fsdp: bool = False
+    """PyTorch: split parameters, gradients and optimizer state over torchrun's processes (fully_shard), instead of a
+    copy in each."""
     run_dir: str | None = None
     """Folder of the run (configuration, metrics, curves, samples, checkpoints). Left out: runs/RECIPE-FRAMEWORK."""
     resume: str | None = None

@@ -47,6 +47,15 @@ def test_parts_cost_a_buffer_of_gradients_and_processes_another(make_config):
     assert bytes_needed(config, "cpu", 1, 1, processes=2) == one + parameters
 
 
+def test_a_split_model_leaves_most_of_its_state_to_the_other_processes(make_config):
+    config = make_config(model=dataclasses.replace(make_config().model, n_layer=12, n_embd=128))
+    whole = bytes_needed(config, "cpu", 1, 1, processes=8)
+    split = bytes_needed(dataclasses.replace(config, fsdp=True), "cpu", 1, 1, processes=8)
+    # Parameters, gradients and both moments, and DDP's second copy of the gradients, without what is gathered.
+    state = 4 * 4 * config.model.parameter_count
+    assert whole - split == pytest.approx(state * 7 / 8 + state / 4, rel=0.1)
+
+
 @pytest.mark.long
 def test_running_out_of_memory_ends_with_a_sentence(make_config, monkeypatch):
     config = make_config(batch_size=64)

@@ -143,7 +143,7 @@ def test_an_update_that_is_not_finite_is_left_out_and_the_next_is_made(fused):
     loss, _ = step(*bad)
     assert not torch.isfinite(loss) and state() == before
     assert all(torch.isfinite(figure) for figure in step(*good)) and state() != before
-    assert not checkpoints.is_finite(model, optimizer)
+    assert not checkpoints.is_finite(model.state_dict(), optimizer.state_dict())
     assert first_not_finite(model, [good, bad]) == "wte" and first_not_finite(model, [good]) is None
 
 
@@ -195,6 +195,43 @@ def test_a_text_that_is_missing_is_named_before_a_step_is_planned(make_config, m
     monkeypatch.setattr(train_module, "check_memory", lambda *_: pytest.fail("half a minute for a large model"))
     with pytest.raises(UserError, match=r"--data\.path nowhere\.txt: no such file"):
         train(make_config(data=DataConfig("text", "nowhere.txt", "bytes")))
+
+
+def by_two(recipe: Path, *options: str) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+        *("scripts/train_torch.py", "--config", str(recipe), *options),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_model_split_over_two_processes_trains_as_one_and_is_resumed_by_one(make_config, tmp_path):
+    options = {"precision": "float64", "steps": 4, "accumulation": 2, "checkpoint_interval": 2, "sample_interval": 2}
+    options |= {"optimizer": OptimizerConfig(3e-3, warmup_steps=2, clip_norm=0.5), "sample_tokens": 5}
+    one = train(make_config("one", **options))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(make_config("split", fsdp=True, **options)))
+    by_two(recipe)
+    split = RunFolder(tmp_path / "split")
+    for kind in ("train", "val"):
+        assert losses(split, kind) == pytest.approx(losses(one, kind), rel=1e-12)
+    norms = [[row["grad_norm"] for row in read_metrics(f.metrics) if row["split"] == "train"] for f in (one, split)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-12) and min(norms[0]) > 0.5  # every step is clipped
+    assert [split.sample(step).read_text() for step in (2, 4)] == [one.sample(step).read_text() for step in (2, 4)]
+
+    # The same files: one process goes on from a split model's checkpoint, and the other way round.
+    resumed = train(make_config("resumed", resume=str(split.checkpoints / "2"), **options))
+    assert losses(resumed, "train") == pytest.approx(losses(one, "train")[2:], rel=1e-12)
+    recipe.write_text(to_yaml(make_config("back", fsdp=True, resume=str(one.checkpoints / "2"), **options)))
+    by_two(recipe)
+    assert losses(RunFolder(tmp_path / "back"), "train") == pytest.approx(losses(one, "train")[2:], rel=1e-12)
+
+
+def test_a_model_is_not_split_over_one_process(make_config):
+    with pytest.raises(UserError, match="--fsdp true: splits a model over processes, and there is one"):
+        train(make_config(fsdp=True))
 
 
 @pytest.mark.long
