@@ -9,7 +9,6 @@ import math
 import operator
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jax.extend import core
 
 from parity.engine.errors import EngineError
 from parity.models.arithmetic import RULES
+from parity.models.places import is_library, short_place
 
 MOST_OPERATIONS = 200_000
 """Of an unrolled program: beyond, a scan is too long to be followed value by value."""
@@ -385,18 +385,3 @@ def _shorter(function: str) -> str:
     if any(p.startswith("_") or "wrap" in p or "reraise" in p or p in ("op", "fun") for p in parts):
         return ""
     return ".".join(parts[-2:])
-
-
-def is_library(file: str, libraries: Sequence[str]) -> bool:
-    _, packages, inside = file.rpartition("-packages/")
-    return bool(packages) and inside.partition("/")[0] in libraries
-
-
-def short_place(file: str, line: int) -> str:
-    """The path from the current folder, or within an installed package, or the file with its folder; and the line."""
-    _, packages, inside = file.rpartition("-packages/")
-    if packages:
-        return f"{inside}:{line}"
-    path = Path(file)
-    here = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(*path.parts[-2:])
-    return f"{here}:{line}"

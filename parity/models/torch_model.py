@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from parity.engine.errors import EngineError
 from parity.engine.results import in_words as in_one_line
 from parity.models.model import Arrays, Inputs, NarrowCast, Recording, Step, Trained, Weight
-from parity.models.program import is_library, short_place
+from parity.models.places import is_library, short_place
 
 aten = torch.ops.aten
 

@@ -19,7 +19,6 @@ from parity.models.model import Arrays, Inputs, Model, Recording
 from parity.pair import divergence, layouts, outputs, training
 from parity.pair import inputs as generated
 from parity.pair.capturing import Captured
-from parity.pair.causes import causes
 from parity.pair.comparison import Comparison, checked
 from parity.pair.fingerprints import CLOSE
 from parity.pair.hints import hints
@@ -185,6 +184,8 @@ def _remember(
     if found.first_divergence is None:
         found.first_divergence = place
         if hasattr(c.candidate, "program"):
+            from parity.pair.causes import causes
+
             made_of = c.made_of("candidate")
             found.causes = causes(c.candidate, c.weights["candidate"], ours, reference, place, made_of).in_words()
     found.hints += [h for h in hints(candidate, reference, place) if h not in found.hints]
