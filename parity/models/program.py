@@ -100,6 +100,14 @@ class Program:
                     values.pop(x, None)
         return [read(x, values) for x in self.outputs]
 
+    def of_constants(self) -> dict[int, Any]:
+        """The values that depend on neither weights nor inputs, computed in float64."""
+        values: dict[int, Any] = {}
+        for operation in self.operations:
+            if all(isinstance(x, Constant) or x in values for x in operation.inputs):
+                evaluate(operation, values, lifted=True)
+        return values
+
     def with_operation(self, position: int, operation: Operation) -> "Program":
         """With another operation in this place."""
         operations = [*self.operations[:position], operation, *self.operations[position + 1 :]]
