@@ -117,7 +117,9 @@ def _whole_number(text: str) -> int:
 
 
 def _compare_parser() -> _Parser:
-    parser = _Parser(prog="python -m parity compare", description="Whether two models, of either framework, are one.")
+    parser = _Parser(
+        prog="python -m parity compare", description="Whether two models, of PyTorch or JAX, compute the same."
+    )
     models = (
         "module:name of a model, or of a function without arguments that makes one (importable from here), or a file "
         "that `parity capture` wrote."

@@ -38,7 +38,7 @@ def test_a_wrong_port_is_named_at_its_line_with_a_hint(options, line, hint, tmp_
     written = json.loads((tmp_path / "report" / "report.json").read_text())
     assert written["first_divergence"]["lines"] == report.first_divergence.lines and written["hints"] == report.hints
     page = (tmp_path / "report" / "index.html").read_text()
-    assert "Where they part" in page and "Mapping of the weights" in page
+    assert "First divergence" in page and "Mapping of the weights" in page
     with pytest.raises(EngineError, match="exists and is not a report"):
         parity.compare(tiny.make_torch(), tiny.make_torch(), inputs=tiny.TOKENS).write(tmp_path)
 
@@ -82,6 +82,7 @@ def test_a_small_difference_is_named_where_it_begins():
             x = jnp.tanh(x * (1 + 3e-10)) if name == "a" else jnp.tanh(x) if name == "b" else x
         return x
 
+    torch.manual_seed(0)  # with other biases the outputs may differ by less than the limit
     report = parity.compare(Square(), (port, parameters()), inputs=X, checks=("weights", "forward"))
     lines, first = inspect.getsourcelines(port)
     (expected,) = (first + i for i, line in enumerate(lines) if "3e-10" in line)
