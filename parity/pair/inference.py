@@ -178,7 +178,7 @@ class Inference:
             # One term of the sum agrees with a value of its own; the sum is a value only with the gate's other product.
             self._take(unit, ranked[0], False, ())
             return
-        # The output layer's product occurs in the source too, step by step: names don't end the search in a loop.
+        # In a loop other tensors' products may occur in the source as well, step by step: all that fit are tried then.
         in_loop = len(self._users[unit]) in self._lengths
         for candidate in ranked[:MOST_TRIALS]:
             if found and not in_loop and candidate.likely < found[0][0].likely - 1.0:
@@ -188,17 +188,17 @@ class Inference:
                 found.append((candidate, same_order and len(matched) >= len(candidate.source), min(matched)))
                 if len(found) == 1 and self._says_nothing(unit, self._made(candidate)):
                     return  # any tensor agrees: a bias of keys, which has no effect after a softmax
-                if len({c.source for c, _, _ in found}) > 3 and len(candidate.source) == 1:
+                if len(found) > 3 and len(candidate.source) == 1 and not in_loop:
                     break
         # Of several tensors that are put together, every part must show. Elements must be in their order, which a
-        # flipped kernel may change without changing which elements there are. The earliest agreement counts: later
-        # ones, such as a maximum of several parts, may not depend on this tensor. Among equals the one counts with
-        # which most values agree: the sum of two biases, and not one of them.
-        found.sort(key=lambda f: (not f[1], f[2]))
+        # flipped kernel may change without changing which elements there are. Then the number of values that agree
+        # counts (more do with the sum of two biases than with one of them), and how early the first does: later ones,
+        # such as a maximum of several parts, may not depend on this tensor.
+        if len(found) > 1:
+            found.sort(key=lambda f: (not f[1], -self._agreement(unit, f[0]), f[2]))
         if found:
-            tied = [c for c, in_order, first in found if (in_order, first) == found[0][1:]]
-            chosen = max(tied, key=lambda c: self._agreement(unit, c)) if len(tied) > 1 else tied[0]
-            others = [c for c, _, _ in found if c.source != chosen.source and c.likely > chosen.likely - 0.05]
+            chosen = found[0][0]
+            others = [c for c, _, _ in found[1:] if c.source != chosen.source and c.likely > chosen.likely - 0.05]
             self._take(unit, chosen, True, tuple(" + ".join(c.source) for c in others))
         else:
             self._take_by_name(unit, ranked)
