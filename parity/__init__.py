@@ -1,4 +1,4 @@
-"""Proof that two models are one: `compare` for any pair, `parity/compare.py` for this project's own.
+"""Whether two models compute the same: `compare` for any pair, `parity/compare.py` for this project's own.
 
 Importing this imports neither framework.
 """

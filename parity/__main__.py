@@ -3,18 +3,20 @@
 Exit codes: 0 the two are the same, 1 they differ or it can't be told, 2 it can't be done as asked.
 """
 
+import argparse
 import contextlib
+import difflib
 import importlib
+import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from rich.console import Console
 
-from gpt2_core.cli import Parser, run
-from gpt2_core.errors import UserError
 from parity.engine.errors import EngineError
 
 USAGE = "python -m parity compare REFERENCE CANDIDATE | capture MODEL; --help after either says more"
@@ -26,18 +28,15 @@ def main(arguments: list[str]) -> None:
         if arguments in (["--help"], ["-h"]):
             print(USAGE)
             return
-        raise UserError(f"{arguments[0] if arguments else 'no command'}: expected {USAGE}")
-    try:
-        commands[arguments[0]](arguments[1:])
-    except EngineError as error:
-        raise UserError(str(error)) from error
+        raise EngineError(f"{arguments[0] if arguments else 'no command'}: expected {USAGE}")
+    commands[arguments[0]](arguments[1:])
 
 
 def _compare(arguments: list[str]) -> None:
-    options = _compare_parser().parse(arguments)
+    options = _compare_parser().parse_args(arguments)
     reference, candidate = _model(options.reference), _model(options.candidate)
     if options.inputs is None and not options.reference.endswith(".safetensors"):
-        raise UserError("--inputs: is needed; module:function, or a file in .safetensors, .npz or .npy")
+        raise EngineError("--inputs: is needed; module:function, or a file in .safetensors, .npz or .npy")
     inputs = _inputs(options.inputs) if options.inputs else reference.inputs()
     from parity.pair.compare import compare
 
@@ -83,7 +82,7 @@ def _compare(arguments: list[str]) -> None:
 
 
 def _capture(arguments: list[str]) -> None:
-    options = _capture_parser().parse(arguments)
+    options = _capture_parser().parse_args(arguments)
     from parity.pair.capturing import capture
 
     path = capture(
@@ -96,54 +95,69 @@ def _capture(arguments: list[str]) -> None:
     print(f"captured to {path}")
 
 
-def _compare_parser() -> Parser:
-    parser = Parser(prog="python -m parity compare", description="Whether two models, of either framework, are one.")
+class _Parser(argparse.ArgumentParser):
+    """With errors as one sentence and no abbreviations."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            known = [name for action in self._actions for name in action.option_strings]
+            close = difflib.get_close_matches(unknown[1], known, 1)
+            message = f"{unknown[1]}: not expected here" + (f"; did you mean {close[0]}?" if close else "")
+        raise EngineError(f"{message.removeprefix('argument ')}; see --help")
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a whole number, not {text}") from error
+
+
+def _compare_parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m parity compare", description="Whether two models, of PyTorch or JAX, compute the same."
+    )
     models = (
         "module:name of a model, or of a function without arguments that makes one (importable from here), or a file "
         "that `parity capture` wrote."
     )
-    parser.add_argument("reference", type=str, help=f"The model to trust: {models}")
-    parser.add_argument("candidate", type=str, help="The model to judge, likewise.")
-    parser.add_argument("--inputs", type=str, help="module:name of inputs or of a function that makes them, or a file "
+    parser.add_argument("reference", help=f"The model to trust: {models}")
+    parser.add_argument("candidate", help="The model to judge, likewise.")
+    parser.add_argument("--inputs", help="module:name of inputs or of a function that makes them, or a file "
                         "in .safetensors, .npz or .npy. Left out: those of a captured reference.")  # fmt: skip
-    parser.add_argument(
-        "--to_candidate", type=str, help="module:function from the reference's inputs to the candidate's."
-    )
+    parser.add_argument("--to_candidate", help="module:function from the reference's inputs to the candidate's.")
     parser.add_argument(
         "--checks",
-        type=str,
         default="weights,forward,gradients",
         help="Among weights, forward, gradients, state, optimizer, loss_curve; comma between.",
     )
-    parser.add_argument("--mapping", type=str, help="A mapping of weights, as the report's mapping.yaml.")
-    parser.add_argument("--ignore", type=str, help="Names of weights without a counterpart, comma between.")
-    parser.add_argument(
-        "--loss", type=str, help="module:name of a loss, a function of (outputs, *inputs), or of a pair."
-    )
-    parser.add_argument("--optimizer", type=str, help="module:name of the pair (function of parameters that returns a "
+    parser.add_argument("--mapping", help="A mapping of weights, as the report's mapping.yaml.")
+    parser.add_argument("--ignore", help="Names of weights without a counterpart, comma between.")
+    parser.add_argument("--loss", help="module:name of a loss, a function of (outputs, *inputs), or of a pair.")
+    parser.add_argument("--optimizer", help="module:name of the pair (function of parameters that returns a "
                         "torch.optim optimizer, optax transformation).")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=20, help="Length of the loss curve, in steps.")
-    parser.add_argument("--mode", type=str, default="eval", help="eval, or train (dropout off).")
+    parser.add_argument("--steps", type=_whole_number, default=20, help="Length of the loss curve, in steps.")
+    parser.add_argument("--mode", default="eval", help="eval, or train (dropout off).")
     parser.add_argument(
         "--weights",
-        type=str,
         default="random",
         help="random: random ones in which every tensor matters; own: each model's own.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Of the random weights and changes.")
-    parser.add_argument("--mutants", type=int, default=0, help="How many changes of the candidate to try.")
-    parser.add_argument("--report", type=str, default="parity_report", help="Folder for index.html and report.json.")
+    parser.add_argument("--seed", type=_whole_number, default=0, help="Of the random weights and changes.")
+    parser.add_argument("--mutants", type=_whole_number, default=0, help="How many changes of the candidate to try.")
+    parser.add_argument("--report", default="parity_report", help="Folder for index.html and report.json.")
     return parser
 
 
-def _capture_parser() -> Parser:
-    parser = Parser(prog="python -m parity capture", description="Write what a model computes, to compare elsewhere.")
-    parser.add_argument("model", type=str, help="module:name of a model, or of a function that makes one.")
-    parser.add_argument(
-        "--inputs", type=str, required=True, help="module:name, or a file in .safetensors, .npz or .npy."
-    )
-    parser.add_argument("--out", type=str, required=True, help="The file to write, in .safetensors.")
-    parser.add_argument("--mode", type=str, default="eval", help="eval, or train (dropout off).")
+def _capture_parser() -> _Parser:
+    parser = _Parser(prog="python -m parity capture", description="Write what a model computes, to compare elsewhere.")
+    parser.add_argument("model", help="module:name of a model, or of a function that makes one.")
+    parser.add_argument("--inputs", required=True, help="module:name, or a file in .safetensors, .npz or .npy.")
+    parser.add_argument("--out", required=True, help="The file to write, in .safetensors.")
+    parser.add_argument("--mode", default="eval", help="eval, or train (dropout off).")
     parser.add_argument("--overwrite", action="store_true", help="Replace an existing file.")
     return parser
 
@@ -162,12 +176,12 @@ def _attribute(option: str, name: str | None) -> Any:
         return None
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise UserError(f"{option} {name}: expected module:name")
+        raise EngineError(f"{option} {name}: expected module:name")
     with _from_here():
         try:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise UserError(f"{option} {name}: {error}; expected module:name, importable from here") from error
+            raise EngineError(f"{option} {name}: {error}; expected module:name, importable from here") from error
 
 
 def _inputs(name: str) -> Any:
@@ -176,7 +190,7 @@ def _inputs(name: str) -> Any:
         try:
             return _from_file(path)
         except (OSError, ValueError) as error:
-            raise UserError(f"--inputs {name}: can't be read ({error})") from error
+            raise EngineError(f"--inputs {name}: can't be read ({error})") from error
     return _attribute("--inputs", name)
 
 
@@ -207,5 +221,23 @@ def _from_here() -> Iterator[None]:
         sys.path.remove(str(Path.cwd()))
 
 
+def run() -> None:
+    """The command line's command; an error that the user caused is one sentence, without a traceback."""
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of the pipe (head, less) has exited.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
 if __name__ == "__main__":
-    run(main)
+    run()

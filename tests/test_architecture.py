@@ -70,10 +70,10 @@ def test_no_package_is_missing_from_the_distribution():
     assert set(settings["packages"]) == found
 
 
-def _imported_by(folders: list[str]) -> set[str]:
-    """What the modules of these folders import, inside functions too, without the standard library."""
+def _imported_by(files: list[Path]) -> set[str]:
+    """What these files import, inside functions too, without the standard library."""
     found = set()
-    for path in (path for folder in folders for path in (ROOT / folder).glob("*.py")):
+    for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 found |= {alias.name.partition(".")[0] for alias in node.names}
@@ -93,11 +93,13 @@ def test_the_engines_readme_lists_what_a_distribution_of_it_needs():
     modules = {"pyyaml": "yaml"}
     names = {re.match(r"[\w-]+", requirement)[0].lower() for requirement in listed}
     folders = [name.replace(".", "/") for name in settings["tool"]["setuptools"]["packages"] if name != "parity"]
-    assert _imported_by(folders) == {modules.get(name, name) for name in names} | {"parity"}
+    files = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
+    files += [ROOT / "parity" / "__init__.py", ROOT / "parity" / "__main__.py"]
+    assert _imported_by(files) == {modules.get(name, name) for name in names} | {"parity"}
 
     contracts = project["tool"]["importlinter"]["contracts"]
     [contract] = [c for c in contracts if "parity.engine" in c.get("source_modules", ())]
-    assert {folder.replace("/", ".") for folder in folders} == set(contract["source_modules"])
+    assert {folder.replace("/", ".") for folder in (*folders, "parity/__main__")} == set(contract["source_modules"])
     assert settings["tool"]["setuptools"]["package-data"] == project["tool"]["setuptools"]["package-data"]
 
 

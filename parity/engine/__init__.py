@@ -1,1 +1,1 @@
-"""Comparing two programs that should compute the same: what every comparison needs, and nothing of any one model."""
+"""Comparing two programs that should compute the same: what every comparison needs, independent of any model."""

@@ -1,4 +1,4 @@
-"""The error of somebody who asks for what can't be done."""
+"""The error for a request that can't be carried out."""
 
 
 class EngineError(Exception):

@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: report.json, index.html, the table and the plots as pictures."""
+"""The files of a comparison: report.json, index.html, the table and the plots as pictures."""
 
 import base64
 import dataclasses
@@ -295,7 +295,7 @@ def _plots(evidence: Mapping[str, Evidence], names: tuple[str, str]) -> list[dic
     for file, curves in _left(evidence, Curves):
         text = (
             "Both trainers' losses, and below how far apart they are. The grey line is "
-            f"{names[1]} against itself, started from weights changed in their last digit: what chaos alone would do."
+            f"{names[1]} against itself, started from weights changed in their last digit: how rounding alone grows."
         )
         plots.append({"file": file, "title": "Loss curves", "text": text, "png": _draw_curves(curves, names)})
     for file, depth in _left(evidence, Depth):

@@ -29,5 +29,5 @@ def record(function: Callable[[np.ndarray], Any], inputs: np.ndarray) -> Recordi
     try:
         model = open_model((lambda _, x: function(x), {}), "function")
         return model.record({}, Inputs.of(inputs))
-    except Exception:  # the user's own code; that it can't be traced is no finding
+    except Exception:  # the user's own code; that it can't be traced is no difference
         return None

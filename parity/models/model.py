@@ -83,7 +83,7 @@ class Step:
 
     number: int
     primitive: str
-    """'tanh', 'mm': what computes it, in the framework's own word."""
+    """'tanh', 'mm': the operation, by the framework's name."""
     caller: str
     """The library function that the user's line calls, 'gelu'; empty if there is none."""
     place: str

@@ -9,7 +9,6 @@ import math
 import operator
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jax.extend import core
 
 from parity.engine.errors import EngineError
 from parity.models.arithmetic import RULES
+from parity.models.places import is_library, short_place
 
 MOST_OPERATIONS = 200_000
 """Of an unrolled program: beyond, a scan is too long to be followed value by value."""
@@ -99,6 +99,14 @@ class Program:
                 if not isinstance(x, Constant) and x not in kept and last[x] == position:
                     values.pop(x, None)
         return [read(x, values) for x in self.outputs]
+
+    def of_constants(self) -> dict[int, Any]:
+        """The values that depend on neither weights nor inputs, computed in float64."""
+        values: dict[int, Any] = {}
+        for operation in self.operations:
+            if all(isinstance(x, Constant) or x in values for x in operation.inputs):
+                evaluate(operation, values, lifted=True)
+        return values
 
     def with_operation(self, position: int, operation: Operation) -> "Program":
         """With another operation in this place."""
@@ -385,18 +393,3 @@ def _shorter(function: str) -> str:
     if any(p.startswith("_") or "wrap" in p or "reraise" in p or p in ("op", "fun") for p in parts):
         return ""
     return ".".join(parts[-2:])
-
-
-def is_library(file: str, libraries: Sequence[str]) -> bool:
-    _, packages, inside = file.rpartition("-packages/")
-    return bool(packages) and inside.partition("/")[0] in libraries
-
-
-def short_place(file: str, line: int) -> str:
-    """The path from the current folder, or within an installed package, or the file with its folder; and the line."""
-    _, packages, inside = file.rpartition("-packages/")
-    if packages:
-        return f"{inside}:{line}"
-    path = Path(file)
-    here = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(*path.parts[-2:])
-    return f"{here}:{line}"

@@ -4,7 +4,8 @@ import contextlib
 import copy
 import math
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from parity.engine.errors import EngineError
 from parity.engine.results import in_words as in_one_line
 from parity.models.model import Arrays, Inputs, NarrowCast, Recording, Step, Trained, Weight
-from parity.models.program import is_library, short_place
+from parity.models.places import is_library, short_place
 
 aten = torch.ops.aten
 
@@ -29,7 +30,7 @@ LAYOUT = frozenset({
     *("view", "expand_copy", "permute_copy", "unfold", "narrow", "slice_scatter", "to", "broadcast_in_dim"),
     *("unsafe_split", "unsafe_chunk", "reshape", "convert_element_type", "_reshape_copy", "contiguous", "flatten"),
 })  # fmt: skip
-# What one operation computes in several steps is taken apart, so that each step is a value that can be compared.
+# Operations that compute in several steps are decomposed, so that each step is a value that can be compared.
 _APART = get_decompositions([
     *(aten.addmm, aten.baddbmm, aten.addbmm, aten.native_layer_norm, aten.native_group_norm, aten.gelu, aten.silu),
     *(aten._softmax, aten._log_softmax, aten.mish, aten.hardswish, aten.hardsigmoid, aten.softplus, aten.elu),
@@ -287,8 +288,9 @@ class _Watch(TorchDispatchMode):
         self._module, self._lift = module, lift
         self._numbers: dict[int, int] = {}
         self._alive: list[Any] = []  # so that no identity is given twice
+        self._sharing: dict[int, list[int]] = defaultdict(list)  # numbers of the values in one memory
         self._stack: list[str] = []
-        self._outer = ""  # the operation that is being taken apart
+        self._outer = ""  # the operation that is being decomposed
         self.values: dict[int, np.ndarray] = {}
         self.steps: list[Step] = []
         self.narrow: list[NarrowCast] = []
@@ -300,11 +302,11 @@ class _Watch(TorchDispatchMode):
     def begin(self, inputs: dict[str, torch.Tensor]) -> None:
         named = dict((*self._module.named_parameters(), *self._module.named_buffers()))
         for number, name in self._weights.items():
-            self.values[number] = named[name].detach().numpy()
+            self._keep(number, named[name])
         for name, x in inputs.items():
             number = self._new(x)
             self._inputs[number] = name
-            self.values[number] = x.detach().numpy().copy()
+            self._keep(number, x)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -321,7 +323,7 @@ class _Watch(TorchDispatchMode):
 
     @contextlib.contextmanager
     def _inside(self, operation: str) -> Iterator[None]:
-        """Watch what an operation is taken apart into, under its name."""
+        """Watch the steps of a decomposed operation, under its name."""
         before, self._outer = self._outer, self._outer or operation.removeprefix("native_").lstrip("_")
         try:
             with self:
@@ -349,6 +351,17 @@ class _Watch(TorchDispatchMode):
         self._numbers[id(tensor)] = number
         return number
 
+    def _keep(self, number: int, tensor: torch.Tensor) -> None:
+        """Its values without a copy, because models are large: it is made when something writes into them."""
+        self.values[number] = tensor.detach().resolve_neg().numpy()
+        self._sharing[_memory(tensor)].append(number)
+
+    def _part_from(self, written: Iterable[torch.Tensor]) -> None:
+        """Copy the values that are in the memory of these tensors, which are about to be changed."""
+        for x in written:
+            for number in self._sharing.pop(_memory(x), ()):
+                self.values[number] = self.values[number].copy()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         given, _ = tree_flatten((args, kwargs))
@@ -365,6 +378,8 @@ class _Watch(TorchDispatchMode):
                     bare = aten.convolution.default(*args[:2], None, *args[3:], **kwargs)
                     return bare + args[2].reshape(-1, *[1] * (bare.ndim - 2))
             args, kwargs = _lifted_arguments(args, kwargs)
+        if func._schema.is_mutable:
+            self._part_from(_written(func, args, kwargs))
         result = func(*args, **kwargs)
         place, caller = _place()
         caller = self._outer or caller
@@ -380,12 +395,27 @@ class _Watch(TorchDispatchMode):
             layout = name in LAYOUT or name.rstrip("_") in LAYOUT
             alone = layout and sources and self._from_weights.issuperset(sources)
             if alone:
-                self._from_weights.add(number)  # a weight turned round: nothing that anybody looks for
+                self._from_weights.add(number)  # a transposed weight: it depends on no input, and isn't compared
+            elif x.is_complex():
+                self.values[number] = np.zeros(0)
             elif x.dtype == torch.float64 or not x.is_floating_point():
-                self.values[number] = x.detach().clone().numpy() if not x.is_complex() else np.zeros(0)
+                self._keep(number, x)
             module = self._stack[-1] if self._stack else ""
             self.steps.append(Step(number, name, caller, place, module, tuple(sources), layout))
         return result
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where its elements are; views of one tensor share it."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _written(func: torch._ops.OpOverload, args, kwargs) -> list[torch.Tensor]:
+    """The tensors that an operation changes, as its schema says."""
+    arguments = func._schema.arguments
+    given = [kwargs.get(a.name, args[i] if i < len(args) else None) for i, a in enumerate(arguments)]
+    changed = [x for a, x in zip(arguments, given, strict=True) if a.alias_info and a.alias_info.is_write]
+    return [x for x in tree_flatten(changed)[0] if isinstance(x, torch.Tensor)]
 
 
 def _variance(x, dim=None, correction=1, keepdim=False, output_dtype=None):

@@ -1,1 +1,1 @@
-"""Comparing any two models: the mapping of their weights, where they part, hints, and the mutation score."""
+"""Comparing any two models: the mapping of their weights, the first divergence, hints, and the mutation score."""

@@ -28,7 +28,7 @@ def rows_by_running(
     given: tuple[Inputs, Inputs],
     ignore: Sequence[str],
 ) -> list[Row]:
-    """A row for each weight of the target that is used; verified are those that values agree with. Behind a value that
+    """A row for each weight of the target that is used; verified are those that values agree with. After a value that
     differs for another reason none do, and names and order decide."""
     mine, theirs = ({n: w for n, w in side.items() if n not in ignore} for side in weights)
     recording = source.record(held, given[0])
@@ -59,7 +59,7 @@ def rows_by_running(
                     chosen, now = trial, after
                     break
             else:
-                break  # everything behind it differs too
+                break  # everything after it differs too
         verified.add(name)
     return [Row(*chosen[n], n, n in verified) for n in order if n in chosen]
 

@@ -1,7 +1,8 @@
-"""Cause and consequence told apart: what is wrong by itself, and what only follows from it.
+"""Causes and consequences: which divergences are wrong by themselves, and which follow from earlier ones.
 
-After a divergence the candidate's program goes on with the reference's value, so that the next divergence is one of its
-own. Where to go on is found by role: the next operation that combines the wrong value with a weight, on both sides.
+After a divergence the candidate's program continues with the reference's value, so that the next divergence is no
+consequence of it. The place to continue from is found by role: the next operation that combines the wrong value with a
+weight, on both sides.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from parity.pair.layouts import Layouts
 MOST = 12
 """How many divergences are looked for."""
 JOINTS = 3
-"""How many places to go on at are tried after each."""
+"""How many places to continue from are tried after each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Causes:
 def causes(
     model: JaxModel, weights: Arrays, inputs: Inputs, reference: Recording, first: Divergence, made_of: dict[str, Any]
 ) -> Causes:
-    """All of them that can be told: none is looked for behind one where the two models can't be joined again."""
+    """All that can be found: none is looked for after one from which no value of the reference can be used."""
     program, names = model.program(inputs), [w.name for w in model.weights()]
     held, given = [weights[n] for n in names], arrays_of(inputs)
     index = Index.of(reference)
@@ -93,10 +94,10 @@ def _joined(
     made_of: dict[str, Any],
     trial: Callable[[dict[int, np.ndarray]], _Trial],
 ) -> _Trial | None:
-    """The program that goes on with the reference's value after this divergence; None if there is no place for it.
+    """The program that continues with the reference's value after this divergence; None if there is no place for it.
 
-    A weight may be combined with something else first (a norm's scale with its divisor): behind a wrong place the
-    models part at once. The first behind which they don't is taken, because a later one may hide what is wrong in
+    A weight may be combined with something else first (a norm's scale with its divisor): after a wrong place the
+    models differ at once. The first after which they don't is taken, because a later one may hide what is wrong in
     another branch; else the one behind which most values agree.
     """
     better: list[_Trial] = []
@@ -107,7 +108,7 @@ def _joined(
         following = after.divergence(reference, made_of)
         step = following.candidate_step if following else None
         if step is not None and step.number == place.candidate_step.number:
-            continue  # the place is still seen: something else depends on it
+            continue  # the same divergence again: something else depends on it
         if step is None or step not in _behind(after.record, after.record.by_number[number]):
             return after
         better.append(after)

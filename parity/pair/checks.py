@@ -19,7 +19,6 @@ from parity.models.model import Arrays, Inputs, Model, Recording
 from parity.pair import divergence, layouts, outputs, training
 from parity.pair import inputs as generated
 from parity.pair.capturing import Captured
-from parity.pair.causes import causes
 from parity.pair.comparison import Comparison, checked
 from parity.pair.fingerprints import CLOSE
 from parity.pair.hints import hints
@@ -27,7 +26,7 @@ from parity.pair.mapping import Row
 from parity.pair.report import Report
 
 GRADIENTS = 1e-9
-"""Norm of the difference over the norm, of each gradient. Right programs measure 1e-14."""
+"""Norm of the difference over the norm, of each gradient. Correct programs measure 1e-14."""
 ZERO = 1e-12
 """Of the largest gradient: below, a gradient is zero but for rounding."""
 NARROW = 1.5
@@ -106,6 +105,7 @@ def forward(c: Comparison, found: Report, options: Options) -> Iterator[Result]:
 def _run_twice(model: Model, weights: Arrays, given: Inputs, role: str) -> list[np.ndarray]:
     """The outputs; raises EngineError if they aren't numbers, or others the second time."""
     first, again = model.run(weights, given), model.run(weights, given)
+    give_back_memory()
     if any(not np.array_equal(x, y, equal_nan=True) for x, y in zip(first, again, strict=True)):
         raise EngineError(
             f"the {role} gives other outputs when it is called again on the same input: switch off what is random "
@@ -122,6 +122,7 @@ def _generated(c: Comparison, found: Report) -> Iterator[Result]:
         return
     taken, refused, worst = [], [], 0.0
     for name, theirs in generated.generate(c.cases[0][0]):
+        give_back_memory()
         try:
             ours = checked(Inputs.of(c.to_candidate(theirs.as_given()) if c.to_candidate else theirs))
             b = c.reference.run_lifted(c.weights["reference"], theirs)
@@ -156,7 +157,7 @@ def _where_finite(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
 
 
 def _parted(case: str, c: Comparison, found: Report, given, computed, worst: float) -> Iterator[Result]:
-    """Outputs differ: whether in what is computed, or only in what is rounded on the way."""
+    """Outputs differ: in what is computed, or only by the rounding of casts."""
     theirs, ours = given
     reference = c.reference.record(c.weights["reference"], theirs)
     _read_tables(c.candidate, ours, reference)
@@ -164,6 +165,8 @@ def _parted(case: str, c: Comparison, found: Report, given, computed, worst: flo
     truth = outputs.of_recording(candidate), outputs.of_recording(reference)
     lifted = outputs.worst(*truth)
     if lifted <= outputs.SAME:
+        del candidate, reference  # what is left to do runs the models again
+        give_back_memory()
         yield Result("forward", f"{case}, casts to narrower types lifted", lifted, outputs.SAME, _casts(c, given))
         yield _rounding(case, c, theirs, computed, truth)
         return
@@ -185,6 +188,8 @@ def _remember(
     if found.first_divergence is None:
         found.first_divergence = place
         if hasattr(c.candidate, "program"):
+            from parity.pair.causes import causes
+
             made_of = c.made_of("candidate")
             found.causes = causes(c.candidate, c.weights["candidate"], ours, reference, place, made_of).in_words()
     found.hints += [h for h in hints(candidate, reference, place) if h not in found.hints]
@@ -204,7 +209,7 @@ def _rounding(case: str, c: Comparison, theirs: Inputs, computed, truth) -> Resu
     written or in float32."""
     ours_error, theirs_error = (outputs.norm(a, b) for a, b in zip(computed, truth, strict=True))
     in_float32 = outputs.norm(c.reference.run_in_float32(c.weights["reference"], theirs), truth[1])
-    # Of so few numbers that their error is below one rounding, single roundings decide which is larger.
+    # With so few numbers that their error is below one rounding, single roundings decide which is larger.
     allowed = max(theirs_error, in_float32, float(np.finfo(np.float32).eps))
     return Result(
         "forward",
@@ -234,18 +239,18 @@ def gradients(c: Comparison, found: Report, options: Options) -> Iterator[Result
         axes = layouts.permutation(b[j], a[i], 1e-3)
         cotangents[0][i] = (drawn.transpose(axes) if axes else drawn).reshape(a[i].shape)
         cotangents[1][j] = drawn
+    del a, b
     measured, parts, inputs = [], _in_parts(c), []
     for rows in parts:
+        give_back_memory()
         of = c.undirected({n for r in rows for n in r.source}, {r.target for r in rows})
         by_ours = c.candidate.gradients(c.weights["candidate"], ours, cotangents[0], of[0])
-        if len(parts) > 1:
-            give_back_memory()
+        give_back_memory()
         by_theirs = c.reference.gradients(c.weights["reference"], theirs, cotangents[1], of[1])
+        give_back_memory()
         measured += _gradient_differences(c, rows, *c.directed(by_ours[0], by_theirs[0]))
         inputs = [(n, x, y) for (n, x), y in zip(by_ours[1].items(), by_theirs[1].values(), strict=False)]
         del by_ours, by_theirs
-        if len(parts) > 1:
-            give_back_memory()
     zero = ZERO * max((size for _, size in measured), default=0.0)
     differences = [Difference(d.name, 0.0) if size <= zero else d for d, size in measured]
     if not differences and not inputs:

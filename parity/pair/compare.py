@@ -31,7 +31,7 @@ def compare(
     mutants: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Whether two models are one; docs/any_pair.md says more of every argument.
+    """Whether two models compute the same; docs/any_pair.md describes every argument.
 
     Args:
         reference, candidate: what `parity.models.opening.KINDS` lists, of either framework.

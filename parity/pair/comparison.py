@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from parity.engine.errors import EngineError
+from parity.models.memory import give_back_memory
 from parity.models.model import Arrays, Inputs, Model, Weight
 from parity.models.opening import open_model
 from parity.pair.by_name import rows_by_name
@@ -111,6 +112,7 @@ def opened(
         # The values that it is compared on are its own from now on: models are large.
         mine = {n: dataclasses.replace(w, own=held[n]) for n, w in mine.items()}
         source.release()
+        give_back_memory()
     progress("mapping the weights")
     if mapping is not None:
         table = from_table(mapping, mine, theirs, ignore)

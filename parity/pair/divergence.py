@@ -1,8 +1,8 @@
-"""Where two models part: the first value, in order of computation, that one has and the other doesn't.
+"""The first divergence of two models: the first value, in order of computation, that only one of them has.
 
-Values are found on the other side by their elements, whatever the layout. Two right programs needn't share every value
-(one squares and subtracts, the other subtracts and squares); what isn't shared is no difference as long as everything
-that is made of it is. The first value from which that fails is where they part.
+Values are found on the other side by their elements, whatever the layout. Two correct programs needn't share every
+value (one squares and subtracts, the other subtracts and squares); what isn't shared is no difference as long as
+everything that is made of it is. The first value for which that fails is the first divergence.
 """
 
 import dataclasses

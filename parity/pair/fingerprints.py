@@ -1,7 +1,7 @@
 """Finding a value on the other side, whatever its layout: by numbers that don't depend on the order of elements."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 
@@ -34,17 +34,37 @@ def fingerprint(x: np.ndarray) -> np.ndarray | None:
     return np.array([np.log(scale), *moments, np.mean(~finite)])
 
 
-def evidence(recording: Recording) -> Iterator[tuple[int, np.ndarray]]:
-    """The values of a recording that are more than weights, and the parts into which gates, or q, k and v, are split
-    after a sum: the other side may compute them one by one."""
+def evidence(recording: Recording, lengths: Collection[int] = ()) -> Iterator[tuple[int, np.ndarray]]:
+    """The values of a recording that are more than weights, and the parts that the other side may compute one by one:
+    those into which gates, or q, k and v, are split after a sum, and the steps of loops of these lengths."""
     for step in recording.steps:
         x = recording.values.get(step.number)
         if isinstance(x, np.ndarray) and step.number not in recording.from_weights:
             yield step.number, x
-            if not step.layout and x.ndim > 1:
-                for count in PARTS:
-                    if x.shape[-1] % count == 0 and x.shape[-1] > count:
-                        yield from ((step.number, part) for part in np.split(x, count, -1))
+            if not step.layout:
+                yield from ((step.number, part) for part in _split(x))
+            for slices in _of_loops(x, lengths):
+                for one in slices:
+                    yield step.number, one
+                    yield from ((step.number, part) for part in _split(one))
+
+
+def _split(x: np.ndarray) -> Iterator[np.ndarray]:
+    """Equal parts along the last axis."""
+    for count in PARTS if x.ndim > 1 else ():
+        if x.shape[-1] % count == 0 and x.shape[-1] > count:
+            yield from np.split(x, count, -1)
+
+
+def _of_loops(x: np.ndarray, lengths: Collection[int]) -> Iterator[np.ndarray]:
+    """The value with the steps of a loop as its first axis, if they are one of its axes or part of its rows."""
+    if x.ndim < 2:
+        return
+    for length in lengths:
+        yield from (np.moveaxis(x, axis, 0) for axis in range(x.ndim - 1) if x.shape[axis] == length)
+        if x.ndim == 2 and length < len(x) and len(x) % length == 0:
+            yield x.reshape(length, -1, x.shape[1])
+            yield x.reshape(-1, length, x.shape[1]).swapaxes(0, 1)
 
 
 class Index:

@@ -76,7 +76,7 @@ _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def hints(candidate: Recording, reference: Recording, divergence: Divergence) -> list[str]:
-    """Sentences, the surest first."""
+    """Sentences, the most certain first."""
     if divergence.candidate_step is None:
         return []
     scene = Scene(candidate, reference, divergence.candidate_step, divergence.reference_step)
@@ -319,7 +319,7 @@ def _hidden(x: np.ndarray | None) -> np.ndarray | None:
 
 
 def _kernel(scene: Scene) -> Iterator[str]:
-    """A product with a square matrix the other way round."""
+    """A product with a square matrix that is transposed in one of the two."""
     if scene.theirs is None:
         return
     by_number = scene.candidate.by_number
@@ -340,7 +340,7 @@ def _kernel(scene: Scene) -> Iterator[str]:
 
 
 def _swapped(scene: Scene) -> Iterator[str]:
-    """An operand that plays another's part."""
+    """An operand in another one's place."""
     if scene.theirs is None or len(scene.ours.sources) < 2 or len(scene.theirs.sources) < 2:
         return
     theirs_steps = scene.reference.by_number
@@ -383,8 +383,8 @@ def _elsewhere(scene: Scene) -> Iterator[str]:
         a = ours.get(scene.ours.sources[0])
         b = theirs.get(scene.theirs.sources[0])
         yield (
-            f"the candidate applies this to {a or 'an input'}, the reference to {b or 'an input'}, and both have both: "
-            "swapped halves, gates or operands"
+            f"the candidate applies this to {a or 'an input'}, the reference to {b or 'an input'}, and both have both "
+            "values: swapped halves, gates or operands"
         )
 
 

@@ -26,7 +26,7 @@ from parity.pair.transforms import Transform
 MOST_OPERATIONS = 60
 """Of the target's program that follow a weight's first use, until a value that the source has must appear."""
 MOST_MATCHES = 12
-"""Of values of the source, when a candidate is held against random numbers."""
+"""Of values of the source, when a candidate is compared with random numbers."""
 MOST_TRIALS = 200
 """Of candidates for one weight."""
 
@@ -44,10 +44,11 @@ class Inference:
     def __init__(self, recording: Recording, source: dict[str, Weight], weights: Arrays, program: Program,
                  target: dict[str, Weight], inputs: Sequence[np.ndarray], ignore: Sequence[str]) -> None:  # fmt: skip
         self._recording, self._weights, self._program = recording, weights, program
-        self._index = Index(evidence(recording))
+        self._lengths = _lengths(program)
+        self._index = Index(evidence(recording, self._lengths))
         self._shapes = {n: weights[n].shape for n, w in source.items() if n not in ignore}
         self._order = {n: i for i, n in enumerate(recording.order_of_use)}
-        self._values: dict[int, Any] = dict(zip(program.inputs, inputs, strict=True))
+        self._values: dict[int, Any] = dict(zip(program.inputs, inputs, strict=True)) | program.of_constants()
         self._used: Counter[str] = Counter()
         self._taken: set[tuple[tuple[str, ...], Transform]] = set()
         self._forms: dict[tuple, Counter[str]] = defaultdict(Counter)
@@ -65,6 +66,7 @@ class Inference:
         self._from_weights = _weight_only(program)
         self._released = _last_needed(program, self._from_weights)
         self._chosen: dict[int, tuple[Candidate, bool, tuple[str, ...]]] = {}
+        self._postponed: dict[int, None] = {}
         self._run()
         self._collect(list(target))
 
@@ -97,15 +99,19 @@ class Inference:
             # What is made of weights alone waits until data needs it: only then do values tell which weights they are.
             if operation.outputs[0] in self._from_weights:
                 continue
-            for x in operation.inputs:
-                if not isinstance(x, Constant):
-                    self._resolve(x, position)
-            if operation.outputs[0] not in self._values:
-                evaluate(operation, self._values, lifted=True)
+            if not self._vanishes(operation):
+                for x in operation.inputs:
+                    if not isinstance(x, Constant):
+                        self._resolve(x, position)
+                if operation.outputs[0] not in self._values:
+                    evaluate(operation, self._values, lifted=True)
             self._learn_layout(operation)
             self._substitute_if_due(operation)
             for x in self._released[position]:
                 self._values.pop(x, None)
+        for unit in self._postponed:
+            if unit not in self._chosen:  # it only ever met zeros
+                self._take_by_name(unit, self._candidates(self._units[unit][0], self._units[unit][2]))
 
     def _resolve(self, x: int, position: int) -> None:
         """Find the weights behind a value that depends on nothing else, and compute it."""
@@ -116,17 +122,53 @@ class Inference:
             self._choose(x)
             return
         operation = self._from_weights[x]
+        if self._vanishes(operation):
+            return
         for source in operation.inputs:
             if not isinstance(source, Constant):
                 self._resolve(source, position)
         evaluate(operation, self._values, lifted=True)
 
+    def _vanishes(self, operation: Operation) -> bool:
+        """Whether it multiplies an unknown weight by zeros, as in the first step of a recurrent layer. It is computed
+        without the weight then: a later use, which depends on it, decides which it is."""
+        given = [x for x in operation.inputs if not isinstance(x, Constant)]
+        unknown = [x for x in given if x not in self._values]
+        known = [self._values[x] for x in given if x in self._values]
+        if operation.primitive not in _PRODUCTS or not unknown or not any(map(_is_zero, known)):
+            return False
+        if any(x not in self._units and x not in self._from_weights for x in unknown):
+            return False  # looking ahead: data that isn't computed yet
+        trial = _Overlay(self._values)
+        for x in unknown:
+            self._blank(x, trial)
+        evaluate(operation, trial, lifted=True)
+        self._values |= {x: trial[x] for x in operation.outputs}
+        return True
+
+    def _blank(self, x: int, trial: "_Overlay") -> None:
+        """Zeros for an unknown weight, or for what is made of unknown weights."""
+        if x in trial:
+            return
+        if x in self._units:
+            self._postponed[x] = None
+            trial[x] = np.zeros(self._units[x][2])
+            return
+        operation = self._from_weights[x]
+        for source in operation.inputs:
+            if not isinstance(source, Constant):
+                self._blank(source, trial)
+        evaluate(operation, trial, lifted=True)
+
     def _look_ahead(self, position: int) -> None:
         """Evaluate what comes next and needs no unknown weight: trials meet it."""
         for operation in self._program.operations[position : position + 4 * MOST_OPERATIONS]:
-            known = all(isinstance(x, Constant) or x in self._values for x in operation.inputs)
-            if known and operation.outputs[0] not in self._values and operation.outputs[0] not in self._units:
+            if operation.outputs[0] in self._values or operation.outputs[0] in self._units:
+                continue
+            if all(isinstance(x, Constant) or x in self._values for x in operation.inputs):
                 evaluate(operation, self._values, lifted=True)
+            else:
+                self._vanishes(operation)
 
     def _choose(self, unit: int) -> None:
         name, _, shape = self._units[unit]
@@ -136,32 +178,41 @@ class Inference:
             # One term of the sum agrees with a value of its own; the sum is a value only with the gate's other product.
             self._take(unit, ranked[0], False, ())
             return
+        # In a loop other tensors' products may occur in the source as well, step by step: all that fit are tried then.
+        in_loop = len(self._users[unit]) in self._lengths
         for candidate in ranked[:MOST_TRIALS]:
-            if found and candidate.likely < found[0][0].likely - 1.0:
+            if found and not in_loop and candidate.likely < found[0][0].likely - 1.0:
                 break
             matched, same_order = self._agreeing(unit, self._made(candidate), len(candidate.source))
             if matched:
                 found.append((candidate, same_order and len(matched) >= len(candidate.source), min(matched)))
                 if len(found) == 1 and self._says_nothing(unit, self._made(candidate)):
-                    if self._meets_zeros(unit):
-                        found = []  # the first state of a recurrent layer: names decide
-                        break
-                    return  # any tensor would do: a bias of keys, which softmax takes out again
-                if len(found) > 3 and len(candidate.source) == 1:
+                    return  # any tensor agrees: a bias of keys, which has no effect after a softmax
+                if len(found) > 3 and len(candidate.source) == 1 and not in_loop:
                     break
-        # Of what is put together from several tensors, every part must show; and elements must be in their order, which
-        # a kernel the other way round may change without changing which elements there are. The earliest agreement
-        # counts: later ones, a maximum of several parts, may not depend on this tensor.
-        found.sort(key=lambda f: (not f[1], f[2]))
+        # Of several tensors that are put together, every part must show. Elements must be in their order, which a
+        # flipped kernel may change without changing which elements there are. Then the number of values that agree
+        # counts (more do with the sum of two biases than with one of them), and how early the first does: later ones,
+        # such as a maximum of several parts, may not depend on this tensor.
+        if len(found) > 1:
+            found.sort(key=lambda f: (not f[1], -self._agreement(unit, f[0]), f[2]))
         if found:
             chosen = found[0][0]
             others = [c for c, _, _ in found[1:] if c.source != chosen.source and c.likely > chosen.likely - 0.05]
             self._take(unit, chosen, True, tuple(" + ".join(c.source) for c in others))
-        elif ranked:
-            rivals = [c for c in ranked[1:] if c.source != ranked[0].source and c.likely > ranked[0].likely - 0.05]
-            self._take(unit, ranked[0], False, tuple(" + ".join(c.source) for c in rivals[:4]))
         else:
-            self._values[unit] = np.zeros(shape)
+            self._take_by_name(unit, ranked)
+
+    def _take_by_name(self, unit: int, ranked: list[Candidate]) -> None:
+        if not ranked:
+            self._values[unit] = np.zeros(self._units[unit][2])
+            return
+        rivals = [c for c in ranked[1:] if c.source != ranked[0].source and c.likely > ranked[0].likely - 0.05]
+        self._take(unit, ranked[0], False, tuple(" + ".join(c.source) for c in rivals[:4]))
+
+    def _agreement(self, unit: int, candidate: Candidate) -> int:
+        """How many values agree that are computed with it."""
+        return len(self._agreeing(unit, self._made(candidate), MOST_MATCHES)[0])
 
     def _says_nothing(self, unit: int, tensor: np.ndarray) -> bool:
         """Whether a tensor of random numbers agrees as soon and as often as this one does."""
@@ -172,19 +223,6 @@ class Inference:
             return False
         self._values[unit] = np.zeros(shape)
         return True
-
-    def _meets_zeros(self, unit: int) -> bool:
-        """Whether the data that the weight is first combined with are zeros, so that only later uses depend on it."""
-        waiting = [unit]
-        while waiting:
-            for position in self._users[waiting.pop()]:
-                operation = self._program.operations[position]
-                if operation.outputs[0] in self._from_weights:
-                    waiting.append(operation.outputs[0])
-                    continue
-                data = (self._values.get(x) for x in operation.inputs if not isinstance(x, Constant))
-                return any(isinstance(x, np.ndarray) and x.dtype.kind == "f" and not x.any() for x in data)
-        return False
 
     def _take(self, unit: int, candidate: Candidate, verified: bool, alternatives: tuple[str, ...]) -> None:
         self._values[unit] = self._made(candidate)
@@ -213,6 +251,8 @@ class Inference:
             operation = self._program.operations[position]
             if any(not isinstance(x, Constant) and x not in trial for x in operation.inputs):
                 continue
+            if operation.outputs[0] in self._values:
+                continue  # known without this weight, because it vanishes there
             if operation.primitive == "row" and operation.outputs[0] in self._units:
                 continue
             evaluate(operation, trial, lifted=True)
@@ -362,6 +402,23 @@ def _is_part(transform: Transform) -> bool:
 
 # Operations whose result has its operand's elements again: no evidence of their own.
 _REPEATS = frozenset({"convert_element_type", "copy", "stop_gradient", "optimization_barrier"})
+
+
+# Whose result is zeros if one operand is.
+_PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "mul"})
+
+
+def _is_zero(x: Any) -> bool:
+    return isinstance(x, np.ndarray) and x.dtype.kind == "f" and not x.any()
+
+
+def _lengths(program: Program) -> frozenset[int]:
+    """How many steps the program's loops over data have."""
+    alone, rows = _weight_only(program), Counter()
+    for operation in program.operations:
+        if operation.primitive == "row" and operation.outputs[0] not in alone:
+            rows[operation.inputs[0]] += 1
+    return frozenset(rows.values())
 
 
 class _Overlay(dict):

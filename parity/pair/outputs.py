@@ -1,4 +1,4 @@
-"""The outputs of two models: which belong together, and how far apart they are."""
+"""The outputs of two models: which belong together, and by how much they differ."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from parity.models.model import Recording
 from parity.pair import layouts
 
 SAME = 1e-10
-"""Largest difference of an output, relative to its largest magnitude. Right programs measure 1e-15, deep ones 1e-13."""
+"""Largest difference of an output, relative to its largest magnitude. Correct ones measure 1e-15, deep ones 1e-13."""
 
 
 def of_recording(recording: Recording) -> list[np.ndarray]:
@@ -43,7 +43,7 @@ def worst(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
 
 
 def norm(ours: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> float:
-    """The norm of the difference over the norm, of all outputs together: a largest difference is one value's luck."""
+    """The norm of the difference over the norm, of all outputs together: the largest difference is a single value's."""
     together = np.concatenate([np.ravel(x) for x in ours]), np.concatenate([np.ravel(x) for x in exact])
     return relative_norm(*together)
 
@@ -68,5 +68,5 @@ def where_finite(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def is_one_number(output: np.ndarray) -> bool:
-    """Whether an output of several elements has the same everywhere, so that it can't tell two models apart."""
+    """Whether an output of several elements has the same everywhere, so that it can't show a difference."""
     return output.size > 1 and bool((output == output.flat[0]).all())

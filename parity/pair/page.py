@@ -62,7 +62,7 @@ def _divergence(d: Any) -> Section | None:
         return None
     text = f"The first value, in order of computation, that only one model has; {d.agreeing} values before it agree."
     return Section(
-        "Where they part",
+        "First divergence",
         text,
         ["candidate", "reference", "the candidate's lines"],
         [[d.candidate, d.reference, ", ".join(d.lines)]],
@@ -70,7 +70,9 @@ def _divergence(d: Any) -> Section | None:
 
 
 def _causes(found: Report) -> Section | None:
-    text = "After each divergence the candidate goes on with the reference's value, so that the next one is its own."
+    text = (
+        "After each divergence the candidate continues with the reference's value, so that the next is no consequence."
+    )
     return Section("Causes", text, ["cause"], [[c] for c in found.causes]) if len(found.causes) > 1 else None
 
 

@@ -94,7 +94,8 @@ class Report:
             raise AssertionError(self.in_words())
 
     def in_words(self) -> str:
-        lines = [f"the two models are {self.verdict}" if self.results else "nothing was compared"]
+        verdict = {"same": "the two models are the same", "different": "the two models are different"}
+        lines = [verdict.get(self.verdict, "it can't be told whether the two models are the same")]
         for r in self.results:
             if not r.passed:
                 where = f": {r.where}" if r.where else ""

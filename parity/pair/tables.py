@@ -7,14 +7,13 @@ is judged afterwards, as it is for casts.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from parity.engine.results import relative_to_largest
 from parity.models.jax_model import JaxModel
 from parity.models.model import Inputs, Recording, Weight
-from parity.models.program import Constant, Program, evaluate
+from parity.models.program import Constant, Program
 from parity.pair import layouts
 from parity.pair.fingerprints import NEAR, Index
 
@@ -34,7 +33,7 @@ def read_tables(model: JaxModel, inputs: Inputs, reference: Recording) -> bool:
 
 def _rounded(program: Program, reference: Recording) -> dict[int, np.ndarray]:
     """Values of the program that depend on nothing and that the reference has but for rounding, as it has them."""
-    alone = {n: x for n, x in _of_constants(program).items() if isinstance(x, np.ndarray) and x.dtype.kind == "f"}
+    alone = {n: x for n, x in program.of_constants().items() if isinstance(x, np.ndarray) and x.dtype.kind == "f"}
     theirs = {n: _once(x) for n, x in reference.values.items() if alone and n not in reference.weights}
     index, found = Index(theirs.items()), {}
     for number, value in alone.items():
@@ -51,18 +50,10 @@ def constants_among(weights: Mapping[str, Weight], program: Program) -> list[str
     in its checkpoints and the other computes."""
     frozen = {n: w.value for n, w in weights.items() if w.frozen}
     tables = [x.value for o in program.operations for x in o.inputs if isinstance(x, Constant)] if frozen else []
-    tables += _of_constants(program).values() if frozen else []
+    tables += program.of_constants().values() if frozen else []
     arrays = [np.asarray(x, np.float64) for x in tables if getattr(x, "dtype", np.dtype(bool)).kind == "f"]
     index = Index(enumerate(arrays))
     return [name for name, own in frozen.items() if any(_as(own, arrays[i]) is not None for i in index.find(own, NEAR))]
-
-
-def _of_constants(program: Program) -> dict[int, Any]:
-    values: dict[int, Any] = {}
-    for operation in program.operations:
-        if all(isinstance(x, Constant) or x in values for x in operation.inputs):
-            evaluate(operation, values, lifted=True)
-    return values
 
 
 def _once(x: np.ndarray) -> np.ndarray:

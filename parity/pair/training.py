@@ -14,11 +14,11 @@ from parity.pair.comparison import Comparison
 from parity.pair.report import Report
 
 CURVE = 1e-9
-"""Largest difference of losses, relative to the largest. Right programs measure 1e-14 after twenty steps."""
+"""Largest difference of losses, relative to the largest. Correct programs measure 1e-14 after twenty steps."""
 CHAOTIC = 1e-9
 """A parameter that moves by this after one step when weights change by one rounding says nothing."""
 CHAOS = 100.0
-"""How far beyond what one rounding becomes in the reference itself two right programs may part."""
+"""How far beyond what one rounding becomes in the reference itself two correct programs may differ."""
 TOO_CHAOTIC = 1e-3
 """A limit above this, because one rounding grows so fast, says nothing of the two models."""
 ROUNDED = 1e-5

@@ -1,4 +1,4 @@
-"""Weights in which every tensor matters: no bias of zeros and no norm of ones for a mistake to hide behind."""
+"""Weights in which every tensor matters: no bias is zeros and no norm's scale is ones, which would hide mistakes."""
 
 from collections.abc import Collection, Iterable
 

@@ -2,6 +2,10 @@
 
 import functools
 import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -127,8 +131,59 @@ def test_gradients_in_parts_are_those_in_one(monkeypatch, stopped):
     calls = []
     monkeypatch.setattr(checks, "give_back_memory", lambda: calls.append(None))
     in_parts = gradients()
-    assert len(calls) == 2 * len(["a.kernel", "a.bias", "b.kernel", "b.bias", "rows"])
+    assert len(calls) == 3 * len(["a.kernel", "a.bias", "b.kernel", "b.bias", "rows"])
     names = [[(case, where.partition(":")[0] * stopped) for case, _, where in found] for found in (in_parts, whole)]
     assert names[0] == names[1]
     assert np.allclose([m for _, m, _ in in_parts], [m for _, m, _ in whole], rtol=1e-6, atol=1e-13)
     assert (whole[0][1] > checks.GRADIENTS) == stopped
+
+
+class InPlace(Twice):
+    def forward(self, x):
+        h = self.kernel(x)
+        turned = h.T
+        h.mul_(2.0)
+        torch.add(h, 1.0, out=x)
+        return turned, x
+
+
+def test_a_recording_has_every_value_once_and_as_it_was_before_something_wrote_into_it():
+    model = open_model(InPlace(), "model")
+    weights = {w.name: w.value for w in model.weights()}
+    recording = model.record(weights, Inputs.of(X))
+    mm, permute, mul, add = (recording.values[s.number] for s in recording.steps if s.primitive != "t")
+    product = X @ weights["kernel.weight"].T
+    (given,) = (recording.values[n] for n in recording.inputs)
+    assert np.array_equal(given, X)
+    assert np.allclose(mm, product) and np.allclose(permute, product.T)
+    assert np.allclose(mul, 2 * product) and np.allclose(add, 2 * product + 1)
+
+
+def test_a_recording_has_moved_numbers_in_the_memory_that_they_came_from():
+    model = open_model(Layers(), "model")
+    recording = model.record({w.name: w.value for w in model.weights()}, Inputs.of(X))
+    casts = [s for s in recording.steps if s.primitive == "to" and s.number in recording.values]
+    assert len(casts) > 5
+    assert all(np.shares_memory(recording.values[s.number], recording.values[s.sources[0]]) for s in casts)
+
+
+LARGE = """
+import numpy, parity, resource, tiny
+tiny.WIDTH, tiny.HEADS, tiny.DEPTH, tiny.VOCABULARY, tiny.LENGTH = 768, 12, 12, 10_000, 64
+tokens = numpy.random.default_rng(0).integers(0, tiny.VOCABULARY, (2, tiny.LENGTH))
+report = parity.compare(tiny.make_torch, tiny.make_jax, inputs=tokens)
+peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(report.verdict, sum(p.numel() for p in tiny.make_torch().parameters()), peak)
+"""
+
+
+@pytest.mark.slow
+def test_a_pair_of_100_million_parameters_takes_four_times_the_memory_of_its_weights_in_float64():
+    """Everything that the process has is counted, the two frameworks too."""
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[2])])}
+    done = subprocess.run([sys.executable, "-c", LARGE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    verdict, parameters, peak = done.stdout.split()
+    assert verdict == "same" and int(parameters) > 100e6
+    assert int(peak) <= 4 * 8 * int(parameters)

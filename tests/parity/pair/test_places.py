@@ -1,4 +1,4 @@
-"""Where two models part: planted changes are named at their line, causes told apart, inputs generated."""
+"""Places of divergences: planted changes are named at their line, causes are separated, inputs generated."""
 
 import jax.numpy as jnp
 import numpy as np

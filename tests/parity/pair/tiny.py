@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-WIDTH, HEADS, VOCABULARY, LENGTH = 12, 3, 17, 7
+WIDTH, HEADS, DEPTH, VOCABULARY, LENGTH = 12, 3, 2, 17, 7
 TOKENS = np.random.RandomState(0).randint(0, VOCABULARY, (2, LENGTH))
 
 
@@ -32,7 +32,7 @@ class TorchDecoder(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.pos = torch.nn.Embedding(VOCABULARY, WIDTH), torch.nn.Embedding(LENGTH, WIDTH)
-        self.layers = torch.nn.ModuleList(TorchBlock() for _ in range(2))
+        self.layers = torch.nn.ModuleList(TorchBlock() for _ in range(DEPTH))
         self.norm, self.lm_head = torch.nn.LayerNorm(WIDTH), torch.nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, tokens):
@@ -67,7 +67,7 @@ class Decoder(nnx.Module):
         rngs = nnx.Rngs(0)
         self.wte = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
         self.wpe = nnx.Embed(LENGTH, WIDTH, rngs=rngs)
-        self.blocks = nnx.List([Block(rngs, **options) for _ in range(2)])
+        self.blocks = nnx.List([Block(rngs, **options) for _ in range(DEPTH)])
         self.ln_f, self.head = (
             nnx.LayerNorm(WIDTH, epsilon=1e-5, rngs=rngs),
             nnx.Linear(WIDTH, VOCABULARY, use_bias=False, rngs=rngs),
