@@ -40,7 +40,7 @@ def _compare(arguments: list[str]) -> None:
     inputs = _inputs(options.inputs) if options.inputs else reference.inputs()
     from parity.pair.compare import compare
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(markup=False, soft_wrap=True, highlight=False)
     with console.status("") as status:
         found = compare(
             reference,
@@ -62,22 +62,20 @@ def _compare(arguments: list[str]) -> None:
     found.write(options.report)
     from parity.engine.report import table
 
-    (Console() if console.is_terminal else Console(width=150)).print(table(found.results))
+    (Console(markup=False) if console.is_terminal else Console(markup=False, width=150)).print(table(found.results))
     if found.passed:
-        console.print(
-            f"the two are the same model; report in {Path(options.report) / 'index.html'}", style="green", markup=False
-        )
+        console.print(f"the two are the same model; report in {Path(options.report) / 'index.html'}", style="green")
     else:
-        console.print(found.in_words(), style="bold red", markup=False)
+        console.print(found.in_words(), style="bold red")
     if found.mutation_score:
         score = found.mutation_score
         console.print(
             f"mutation score {score.score:.2f}: {score.noticed} of {score.effective} changes would be noticed"
         )
         for sentence in score.in_words():
-            console.print(f"  {sentence}", markup=False)
+            console.print(f"  {sentence}")
     if not found.passed:
-        console.print(f"report in {Path(options.report) / 'index.html'}", markup=False)
+        console.print(f"report in {Path(options.report) / 'index.html'}")
         sys.exit(1)
 
 

@@ -129,7 +129,9 @@ def test_files_that_users_give_are_parsed_in_one_place():
 
 def test_no_name_of_a_file_is_read_as_markup():
     # A file called x[/y].txt would end a print in an error, and out[v2] would be printed as out.
-    for where, call, name in _calls(["gpt2_core", "gpt2_convert", "gpt2_jax", "gpt2_torch", "scripts", "benchmarks"]):
+    for where, call, name in _calls(
+        ["gpt2_core", "gpt2_convert", "gpt2_jax", "gpt2_torch", "scripts", "benchmarks", "parity"]
+    ):
         fixed = all(isinstance(argument, ast.Constant) for argument in call.args)
         if name == "Console" or (name == "TextColumn" and (not fixed or "{" in call.args[0].value)):
             assert any(k.arg == "markup" and k.value.value is False for k in call.keywords), where
