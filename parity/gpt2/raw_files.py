@@ -12,6 +12,7 @@ import contextlib
 import functools
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -30,6 +31,22 @@ Bytes = dict[str, bytes]
 
 # transformers.activations.ACT2FN: names of GELU in its two forms.
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_exact"}
+
+# transformers' GPT2Config: what a setting is that config.json leaves out, by this project's name.
+HF_DEFAULTS = {
+    "vocab_size": ("vocab_size", 50257),
+    "n_positions": ("block_size", 1024),
+    "n_embd": ("n_embd", 768),
+    "n_layer": ("n_layer", 12),
+    "n_head": ("n_head", 12),
+    "n_inner": ("mlp_width", None),
+    "activation_function": ("mlp", "gelu_tanh"),
+    "layer_norm_epsilon": ("layer_norm_epsilon", 1e-5),
+    "tie_word_embeddings": ("tie_embeddings", True),
+}
+
+# The GELU that a checkpoint's program computes where the file doesn't say.
+NANOGPT_MLP = {"nanoGPT": "gelu_exact", "build-nanogpt": "gelu_tanh"}
 
 _LLMC_HEADER = 1024
 _LLMC_BLOCK = "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj"
@@ -107,9 +124,15 @@ READERS: dict[str, Callable[[Path], Bytes]] = {
 # --- files as other programs leave them
 
 
-def _torch_tensors(weights: Weights, form: str, *, views: bool = False) -> dict[str, torch.Tensor]:
+def _torch_tensors(weights: Weights, form: str, *, views: bool = False, flat: bool = False) -> dict[str, torch.Tensor]:
     """`views`: linear weights as views of their transpose, as a conversion that transposes without a copy leaves
+    them. `flat`: all tensors as views into one, as a model whose parameters were flattened for an optimizer leaves
     them."""
+    if flat:
+        whole = _torch_tensors(weights, form)
+        every, sizes = torch.cat([tensor.reshape(-1) for tensor in whole.values()]), [t.numel() for t in whole.values()]
+        pieces = every.split(sizes)
+        return {name: piece.view(whole[name].shape) for name, piece in zip(whole, pieces, strict=True)}
     tensors = {}
     for name, array in weights.arrays.items():
         tensor = torch.from_numpy(_laid(array, name, form == "nanogpt").copy())
@@ -118,8 +141,25 @@ def _torch_tensors(weights: Weights, form: str, *, views: bool = False) -> dict[
     return tensors
 
 
-def _nanogpt(weights: Weights, path: Path, *, prefix: str = "", views: bool = False) -> None:
-    tensors = _torch_tensors(weights, "nanogpt", views=views)
+def build_nanogpt(weights: Weights, path: Path) -> None:
+    """A checkpoint of build-nanogpt: its configuration is a pickled object of the script's own class."""
+
+    class GPTConfig:
+        pass
+
+    GPTConfig.__module__, GPTConfig.__qualname__ = "__main__", "GPTConfig"
+    config = GPTConfig()
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        setattr(config, name, getattr(weights.config, name))
+    tensors = _torch_tensors(weights, "nanogpt")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    with mock.patch.object(sys.modules["__main__"], "GPTConfig", GPTConfig, create=True):
+        torch.save({"model": tensors, "config": config, "step": 7, "val_loss": 3.0}, path)
+
+
+def nanogpt(weights: Weights, path: Path, *, prefix: str = "", **laid: bool) -> None:
+    """A checkpoint of nanoGPT."""
+    tensors = _torch_tensors(weights, "nanogpt", **laid)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
     model = {prefix + name: tensor for name, tensor in tensors.items()}
@@ -127,9 +167,9 @@ def _nanogpt(weights: Weights, path: Path, *, prefix: str = "", views: bool = Fa
     torch.save({"model": model, "model_args": arguments, "iter_num": 7}, path)
 
 
-def _bin(weights: Weights, path: Path, *, views: bool = False, bare: bool = False, zipped: bool = True) -> None:
+def _bin(weights: Weights, path: Path, *, bare: bool = False, zipped: bool = True, **laid: bool) -> None:
     """`bare`: of the model without a head, as the Hub's gpt2 is, with the mask that older versions kept."""
-    tensors = _torch_tensors(weights, "hf", views=views)
+    tensors = _torch_tensors(weights, "hf", **laid)
     if bare:
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
         tensors["h.0.attn.bias"] = torch.ones((1, 1, 4, 4), dtype=torch.bool).tril()
@@ -168,9 +208,12 @@ def _in_folder(write: Callable[..., None], **options) -> Callable[[Weights, Path
 # What is special about each file, and how it is written. Names sorted as text put the tenth part of an array, and layer
 # 10, before the second.
 WRITERS: dict[str, Callable[[Weights, Path], None]] = {
-    "nanoGPT, compiled, by several processes": functools.partial(_nanogpt, prefix="_orig_mod.module."),
-    "nanoGPT, by several processes, compiled": functools.partial(_nanogpt, prefix="module._orig_mod."),
-    "nanoGPT, tensors that are views": functools.partial(_nanogpt, views=True),
+    "nanoGPT, compiled, by several processes": functools.partial(nanogpt, prefix="_orig_mod.module."),
+    "nanoGPT, by several processes, compiled": functools.partial(nanogpt, prefix="module._orig_mod."),
+    "nanoGPT, tensors that are views": functools.partial(nanogpt, views=True),
+    "nanoGPT, all tensors in one": functools.partial(nanogpt, flat=True),
+    "pytorch_model.bin, all tensors in one": _in_folder(_bin, flat=True),
+    "pytorch_model.bin of 2019, all tensors in one": _in_folder(_bin, flat=True, zipped=False),
     "pytorch_model.bin of 2019, of a model without a head": _in_folder(_bin, bare=True, zipped=False),
     "pytorch_model.bin, tensors that are views": _in_folder(_bin, views=True),
     "pytorch_model.bin of 2019, tensors that are views": _in_folder(_bin, views=True, zipped=False),

@@ -7,21 +7,25 @@ document, and files of token ids written as the programs that they come from wri
 
 import collections
 import contextlib
+import gzip
 import io
 import itertools
 import json
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 from rich.console import Console
 
+import gpt2_core.data.prepare
 from gpt2_core.config import IGNORE_INDEX, DataConfig, ModelConfig, TrainConfig
 from gpt2_core.data.batches import TrainingBatches, evaluation_batches
 from gpt2_core.data.corpora import get_corpus
-from gpt2_core.data.documents import PIECE
+from gpt2_core.data.documents import PIECE, Corpus, Document, UnreachableError
 from gpt2_core.data.prepare import Settings, prepare
 from gpt2_core.data.tokenizer import get_tokenizer, local_file
 from gpt2_core.data.tokens import Source, Split, TokenFolder, open_tokens
@@ -43,7 +47,7 @@ _GPT2_IDS = {
 
 
 def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
-    for part in (_documents, _one_text, _token_files, _windows, _mixture):
+    for part in (_documents, _continued, _one_text, _token_files, _windows, _mixture):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             try:
                 result = part(case, Path(folder))
@@ -88,20 +92,66 @@ def _documents(case: Case, folder: Path) -> Result:
     return _result(f"{len(texts)} documents, tokenised into shards", wrong)
 
 
+class _Unreachable:
+    """A corpus whose source can't be read after so many pieces."""
+
+    def __init__(self, corpus: Corpus, pieces: int) -> None:
+        self._corpus, self._left = corpus, pieces
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._corpus, name)
+
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        for document in self._corpus.documents(start):
+            yield document._replace(pieces=self._counted(document.pieces))
+
+    def _counted(self, pieces: Iterable[str]) -> Iterator[str]:
+        for piece in pieces:
+            self._left -= 1
+            if self._left < 0:
+                raise UnreachableError("the source is away")
+            yield piece
+
+
+def _continued(case: Case, folder: Path) -> Result:
+    """Tokens whose source was away after any number of pieces, between documents and within long ones."""
+    texts = ["short", "a long one " * PIECE, "", "another long one " * PIECE, "the end", "words " * PIECE]
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    corpus = get_corpus(DataConfig(corpus="jsonl", path=str(path), tokenizer="bytes"))
+    total = sum(len(list(document.pieces)) for document in corpus.documents())
+    due, wrong, quiet = "".join(text + "\n" for text in texts if text), [], Console(markup=False, quiet=True)
+    # A batch a piece, committed whenever the source goes away.
+    with mock.patch.object(gpt2_core.data.prepare, "_BATCH", 1):
+        for number, first in enumerate(range(1, total, max(1, total // 9))):
+            tokens = folder / str(number)
+            for pieces in (first, first + 3):
+                with contextlib.suppress(UnreachableError):
+                    source = _Unreachable(corpus, pieces - (first if pieces > first else 0))
+                    prepare(tokens, source, get_tokenizer("bytes"), Settings(0.0, 1), workers=1, console=quiet)
+            prepare(tokens, corpus, get_tokenizer("bytes"), Settings(0.0, 1), workers=1, console=quiet)
+            ids = np.fromfile(tokens / "train-00000.bin", "<u2")
+            if np.where(ids == _END, 10, ids).astype(np.uint8).tobytes() != due.encode():
+                wrong.append(f"continued after {first} of {total} pieces: not the text")
+    return _result(f"tokens of {total} pieces, whose source is away for a while", wrong)
+
+
 def _one_text(case: Case, folder: Path) -> Result:
-    """A single text is cut where a character begins: its end is for validation."""
-    text = "\u00e9\u4e16a" * 500
-    path = folder / "text.txt"
-    path.write_text(text, encoding="utf-8")
-    data = DataConfig(
-        corpus="text", path=str(path), tokenizer="bytes", validation_fraction=0.3, cache_dir=str(folder / "cache")
-    )
-    opened = open_tokens(_config(data))
-    (train,), (val,) = (_split_documents(split) for split in (opened.train, opened.val))
+    """A single text, compressed or not, is cut where a character begins: its end is for validation."""
+    text, wrong = "\u00e9\u4e16a" * 500, []
     cut = int(0.7 * len(text.encode()))
-    right = train + val == text.encode() and cut <= len(train) < cut + 4 and train.decode() + val.decode() == text
-    where = f"cut after {len(train)} of {len(text.encode())} bytes, where the first character from {cut} on is due"
-    return _result("one text, cut for validation", [] if right else [where])
+    for name, content in (("text.txt", text.encode()), ("text.txt.gz", gzip.compress(text.encode()))):
+        path = folder / name
+        path.write_bytes(content)
+        data = DataConfig(
+            corpus="text", path=str(path), tokenizer="bytes", validation_fraction=0.3, cache_dir=str(folder / "cache")
+        )
+        opened = open_tokens(_config(data))
+        (train,), (val,) = (_split_documents(split) for split in (opened.train, opened.val))
+        right = train + val == text.encode() and cut <= len(train) < cut + 4 and train.decode() + val.decode() == text
+        due = f"cut after {len(train)} of {len(text.encode())} bytes, where the first character from {cut} on is due"
+        wrong += [] if right else [f"{name}: {due}"]
+    return _result("one text, cut for validation, compressed too", wrong)
 
 
 def _token_files(case: Case, folder: Path) -> Result:
@@ -170,6 +220,16 @@ def _mixture(case: Case, folder: Path) -> Result:
         for row, targets in zip(batch.inputs, batch.targets, strict=True)
         if (targets != IGNORE_INDEX).all()
     ]
+    # Sources of one length, and windows that say which they are: two orders of the same numbers, and whole epochs.
+    numbered = np.repeat(np.arange(101, dtype=np.uint16), _BLOCK)[: 100 * _BLOCK + 1]
+    split_alike = tuple(Source((numbered + 1000 * number,), ("",), 1.0) for number in range(2))
+    alike = TrainingBatches(split_alike, block_size=_BLOCK, batch_size=8, seed=case.seed)
+    read = np.concatenate([alike[step].inputs[:, 0] for step in range(25)])
+    orders = [read[read < 1000], read[read >= 1000] - 1000]
+    if any(sorted(order) != list(range(100)) for order in orders):
+        wrong.append("an epoch of each source isn't every window once")
+    elif (orders[0] == orders[1]).all():
+        wrong.append("two sources of one length are read in the same order")
     if sorted(rows) != [0] * 9 + [1] * 3:
         wrong.append(f"an evaluation of 12 sequences reads {rows.count(0)} and {rows.count(1)}, where 9 and 3 are due")
     return _result("a mixture of weights 3 and 1", wrong)

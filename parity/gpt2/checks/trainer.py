@@ -47,6 +47,7 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
         seen, wrong = plain_loop.wrong_batches(setting.text, setting.config)
         where = "; ".join(wrong) or "every window once an epoch, targets the inputs that follow"
         yield Result("trainer", f"batches: {seen} sequences", float(len(wrong)), limits.NONE, where)
+        yield _best_checkpoints(setting)
         due, trained = setting.due(setting.config), []
         # The reference first, which has nothing to compile: what is wrong there, or in both, shows after a second.
         for adapter in (reference, candidate):
@@ -91,6 +92,29 @@ def _interrupted(
     resumed = dataclasses.replace(resumed, run_dir=config.run_dir, resume=NEWEST)
     run(trainer, resumed)
     yield from compare(title, trainer, resumed, due)
+
+
+def _best_checkpoints(setting: Setting) -> Result:
+    """The best checkpoint by random logs, of runs with evaluations and of runs without."""
+    generator, wrong, logs = np.random.default_rng(setting.config.seed), [], 60
+    for number in range(logs):
+        folder = RunFolder(setting.folder / f"log-{number}")
+        steps = sorted(generator.choice(40, size=5, replace=False).tolist())
+        for step in steps:
+            (folder.checkpoints / str(step)).mkdir(parents=True)
+        rows = [
+            {"split": "train", "step": step, "loss": generator.uniform(1, 9)} for step in range(0, 40, 1 + number % 3)
+        ]
+        if number % 2:
+            rows += [{"split": "val", "step": step, "loss": generator.uniform(1, 9)} for step in steps]
+        rows.sort(key=lambda row: (row["step"], row["split"] == "train"))
+        folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        # Without a training loss before it a checkpoint has no rank, and without a rank it isn't the best.
+        ranked = [step for step in steps if number % 2 or step > 0]
+        found, (_, due) = folder.best_step(), plain_loop.kept_and_best(rows, ranked, setting.config)
+        wrong += [] if found == due else [f"log {number}: {found} where {due} is due"]
+    title = f"the best checkpoint by each of {logs} logs"
+    return Result("trainer", title, float(len(wrong)), limits.NONE, wrong[0] if wrong else "")
 
 
 def _told_to_stop(setting: Setting, due: Outcome, trainer: Trainer) -> Iterator[Result]:

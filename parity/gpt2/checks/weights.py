@@ -3,6 +3,8 @@ architecture; what a format can't hold it refuses."""
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +14,12 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from gpt2_convert import FORMATS, Holds, open_weights, write_weights
-from gpt2_core.config import ModelConfig
-from gpt2_core.config.io import differences
+from gpt2_convert import FORMATS, Holds, open_weights, read_weights, write_weights
+from gpt2_core.config import ModelConfig, TrainConfig
+from gpt2_core.config.io import differences, to_yaml
+from gpt2_core.data.tokenizer import local_file
 from gpt2_core.errors import UserError
+from gpt2_core.runs.folder import RunFolder
 from gpt2_core.weights import DTYPES, Weights
 from parity.engine.adapter import lacking
 from parity.engine.results import Result, Skipped
@@ -108,6 +112,10 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
     yield _raw(_UNTIED, ["safetensors", "torch", "hf", "msgpack"])
     yield _foreign()
     yield _activations()
+    yield _left_out()
+    yield _tokenizers()
+    yield _gelu_of_nanogpt()
+    yield _chosen_checkpoints()
 
 
 def _one_by_one() -> Result:
@@ -143,6 +151,83 @@ def _activations() -> Result:
             found = open_weights(path).config.mlp
             wrong += [] if found == mlp else [f"{name} is read as {found}, and is {mlp}"]
     title = f"hf: {', '.join(raw_files.ACTIVATIONS)}"
+    return Result("weights", title, float(len(wrong)), limits.BYTES, wrong[0] if wrong else "")
+
+
+def _left_out() -> Result:
+    """config.json with one setting left out, which transformers then takes from GPT2Config."""
+    wrong = []
+    for key, (setting, default) in raw_files.HF_DEFAULTS.items():
+        small = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 3, "vocab_size": 5, "layer_norm_epsilon": 0.03}
+        small |= {"mlp": "gelu_exact", "mlp_width": 6, "tie_embeddings": False}
+        small |= {"n_embd": 12} if setting == "n_head" else {}
+        config = ModelConfig(**small | {setting: default})
+        with tempfile.TemporaryDirectory() as folder:
+            _write(random_weights(config), folder, "hf")
+            path = _path(folder, "hf") / "config.json"
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings.pop(key, None)
+            path.write_text(json.dumps(settings), encoding="utf-8")
+            try:
+                found = getattr(open_weights(_path(folder, "hf")).config, setting)
+                wrong += [] if found == default else [f"without {key}, {setting} is read as {found}, not {default}"]
+            except UserError as error:
+                wrong.append(f"without {key}: {error}")
+    title = f"hf: config.json without one of {', '.join(raw_files.HF_DEFAULTS)}"
+    return Result("weights", title, float(len(wrong)), limits.BYTES, wrong[0] if wrong else "")
+
+
+def _tokenizers() -> Result:
+    """The tokenizers' names through every format but llm.c's, which has no place for it."""
+    small = ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=3, vocab_size=5)
+    wrong, formats = [], [form for form in FORMATS if form != "llmc"]
+    # The formats of transformers hold the end-of-text's id too, for which the tokenizer's files are read.
+    names = (None, "bytes", *(name for name in ("gpt2",) if local_file(name, "vocab.bpe")))
+    for form, name in itertools.product(formats, names):
+        with tempfile.TemporaryDirectory() as folder:
+            _write(dataclasses.replace(random_weights(small), tokenizer=name), folder, form)
+            found = _open(folder, form).tokenizer
+            wrong += [] if found == name else [f"{form}: the tokenizer {name} becomes {found}"]
+    title = f"tokenizers' names through {', '.join(formats)}"
+    return Result("weights", title, float(len(wrong)), limits.BYTES, wrong[0] if wrong else "")
+
+
+def _gelu_of_nanogpt() -> Result:
+    """Which GELU a checkpoint is read with: as asked for, else as the file says, else as its program computes."""
+    config, wrong = ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=3, vocab_size=5), []
+    forms = ("gelu_exact", "gelu_tanh")
+    writers = {"nanoGPT": raw_files.nanogpt, "build-nanogpt": raw_files.build_nanogpt}
+    writers |= {f"this project, {mlp}": functools.partial(write_weights, to="nanogpt") for mlp in forms}
+    for (program, write), asked in itertools.product(writers.items(), (None, *forms)):
+        said = next((mlp for mlp in forms if program.endswith(mlp)), None)
+        weights = random_weights(dataclasses.replace(config, mlp=said or "gelu_tanh"))
+        with tempfile.TemporaryDirectory() as folder:
+            write(weights, Path(folder) / "ckpt.pt")
+            found = open_weights(Path(folder) / "ckpt.pt", mlp=asked).config.mlp
+            due = asked or said or raw_files.NANOGPT_MLP[program]
+            wrong += [] if found == due else [f"{program}, asked for {asked}: {found} where {due} is due"]
+    title = "nanogpt: the GELU of checkpoints that do and don't record it, asked for and not"
+    return Result("weights", title, float(len(wrong)), limits.BYTES, wrong[0] if wrong else "")
+
+
+def _chosen_checkpoints() -> Result:
+    """A run's checkpoints by their numbers, the latest, and the best by its log."""
+    config, wrong = ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=3, vocab_size=257), []
+    with tempfile.TemporaryDirectory() as name:
+        folder = RunFolder(Path(name))
+        folder.config.write_text(to_yaml(TrainConfig(model=config)), encoding="utf-8")
+        rows = [{"split": "val", "step": step, "loss": loss} for step, loss in ((2, 3.0), (9, 1.0), (10, 2.0))]
+        folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        saved = {step: random_weights(config, seed=step) for step in (2, 9, 10)}
+        for step, weights in saved.items():
+            with jax.enable_x64(False):
+                write_weights(weights, folder.checkpoints / str(step), "torch")
+        for choice, due in {"latest": 10, "best": 9, "2": 2, "9": 9, "10": 10}.items():
+            for way, read in (("opened", open_weights), ("read", read_weights)):
+                found = read(folder.path, choice).arrays["wte.weight"]
+                is_due = np.array_equal(found, saved[due].arrays["wte.weight"])
+                wrong += [] if is_due else [f"--checkpoint {choice}, {way}: not the weights of step {due}"]
+    title = "a run's checkpoints: latest, best and by number"
     return Result("weights", title, float(len(wrong)), limits.BYTES, wrong[0] if wrong else "")
 
 
