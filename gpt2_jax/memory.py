@@ -19,32 +19,36 @@ def bytes_needed(compiled: jax.stages.Compiled) -> int:
     return found.argument_size_in_bytes + new + found.temp_size_in_bytes
 
 
-def bytes_available(mesh: jax.sharding.Mesh) -> int:
-    """On one device: of what XLA reserved there, or on CPU of the host's memory, which virtual devices share."""
-    device = mesh.devices.flat[0]
+def bytes_available(mesh: jax.sharding.Mesh, processes: int = 1) -> int:
+    """On one of this process's devices: of what XLA reserved there, or on CPU of the host's memory, which the virtual
+    devices of this host's `processes` share."""
+    device = mesh.local_devices[0]
     if device.platform == "cpu":
-        return host_memory() // mesh.size
+        return host_memory() // (len(mesh.local_devices) * processes)
     return device.memory_stats()["bytes_limit"]
 
 
-def check_memory(compiled: jax.stages.Compiled, program: Program) -> None:
-    """Raise UserError if the step is sure to fail: on CPU the system would kill the process, without an error."""
-    if bytes_needed(compiled) > bytes_available(program.mesh):
-        raise _out_of_memory(program)
+def check_memory(compiled: jax.stages.Compiled, program: Program, processes: int = 1) -> None:
+    """Raise UserError if the step is sure to fail: on CPU the system would kill the process, without an error.
+
+    `processes` are those of the run on this host.
+    """
+    if bytes_needed(compiled) > bytes_available(program.mesh, processes):
+        raise _out_of_memory(program, processes)
 
 
 @contextlib.contextmanager
-def memory_errors(program: Program) -> Iterator[None]:
+def memory_errors(program: Program, processes: int = 1) -> Iterator[None]:
     """Turn XLA's out-of-memory errors into a UserError with a suggested batch size."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise _out_of_memory(program) from error
+        raise _out_of_memory(program, processes) from error
 
 
-def _out_of_memory(program: Program) -> UserError:
+def _out_of_memory(program: Program, processes: int) -> UserError:
     config, mesh = program.config, program.mesh
     shards = num_shards(mesh, "batch")
 
@@ -52,5 +56,5 @@ def _out_of_memory(program: Program) -> UserError:
         smaller = dataclasses.replace(program, config=of_batch(config, sequences * shards, accumulation))
         return bytes_needed(smaller.compile_train_step())
 
-    device = mesh.devices.flat[0].device_kind
-    return out_of_memory(config, planner, num_shards=shards, available=bytes_available(mesh), device=device)
+    device = mesh.local_devices[0].device_kind
+    return out_of_memory(config, planner, num_shards=shards, available=bytes_available(mesh, processes), device=device)

@@ -14,7 +14,7 @@ from gpt2_core.errors import UserError
 
 def to_yaml(config: TrainConfig) -> str:
     """The whole configuration as a recipe that `--config` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
 def from_yaml(path: Path) -> TrainConfig:
@@ -23,6 +23,10 @@ def from_yaml(path: Path) -> TrainConfig:
         return from_dict(yaml.safe_load(path.read_text()))
     except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a run's configuration ({error})") from error
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
