@@ -38,6 +38,8 @@ GRACE_SECONDS = 3
 CLOSING_SECONDS = 30
 """And so long to close what it has open, once it has raised it."""
 _POLL_SECONDS = 0.5
+_LOOKS_PER_SECOND = 1000
+"""How often the service is asked by all processes together, while they wait for each other."""
 
 T = TypeVar("T")
 
@@ -258,7 +260,7 @@ class _Several(Processes):
             if self._ended is not None:
                 raise _EndedElsewhere(self._ended)
             time.sleep(pause)
-            pause = min(2 * pause, _POLL_SECONDS)
+            pause = min(2 * pause, max(0.02, self.count / _LOOKS_PER_SECOND))
         return found
 
     @contextlib.contextmanager

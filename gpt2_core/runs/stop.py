@@ -84,7 +84,7 @@ class StopRequest:
 @contextlib.contextmanager
 def stopped_by_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
     """The signals of this block, noted in `request`. It must run in the process's main thread."""
-    request = request or StopRequest()
+    request = StopRequest() if request is None else request
     with _handled(request._note):
         yield request
 
