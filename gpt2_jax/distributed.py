@@ -25,7 +25,7 @@ import jax
 from jax._src import distributed
 from jaxlib import _jax
 
-from gpt2_core.errors import Stopped, UserError, reason, report
+from gpt2_core.errors import STOPPED, Stopped, UserError, reason, report
 from gpt2_core.runs.stop import StopRequest, stopped_by_signals
 from gpt2_jax.launch import Place
 
@@ -298,7 +298,9 @@ class _Several(Processes):
             if lost := sorted(set(everyone) - set(live)):
                 self._living = len(live)
                 time.sleep(2 * _POLL_SECONDS)  # one that has said why it ended is for the other thread
-                self._other_ended(f"process {lost[0]} has ended, or its host or network, without saying why", 1)
+                self._other_ended(
+                    f"process {lost[0]} is gone, or its host or network, without having said why", STOPPED
+                )
             time.sleep(_POLL_SECONDS)
 
     def _other_ended(self, how: str, code: int) -> None:
@@ -313,7 +315,8 @@ class _Several(Processes):
                 time.sleep(0.1)
             if not self._is_leaving:
                 self._is_leaving = True
-                os.write(2, f"error: {how}; this process, {self.index}, ends too\n".encode())
+                more = "; continue with --resume" if code == STOPPED else ""
+                os.write(2, f"error: {how}; this process, {self.index}, ends too{more}\n".encode())
                 self._exit(code)
 
 
