@@ -42,10 +42,11 @@ class Stopped(BaseException):
 
 def report(error: UserError | Stopped) -> int:
     """Print the message on which a command ends; returns its exit code."""
+    message = f"{error}\n" if isinstance(error, Stopped) else f"error: {error}\n"
+    sys.stderr.write(message)  # in one piece: other processes may write to the same terminal
+    sys.stderr.flush()
     if isinstance(error, Stopped):
-        print(error, file=sys.stderr, flush=True)
         return STOPPED
-    print(f"error: {error}", file=sys.stderr, flush=True)
     return 1 if isinstance(error, RunError) else 2
 
 

@@ -96,5 +96,5 @@ def test_what_cannot_be_done_is_not_requeued(sbatch, recipe, tmp_path):
     job = sbatch("--config", recipe, "--mesh", "3", nodes=2)
     _, err = job.communicate(timeout=120)
     assert job.returncode == 2, err
-    assert err.count("error: --mesh 3: ") == 2
+    assert err.count("error: --mesh data=3: ") == 2
     assert not (tmp_path / "scontrol.txt").exists() and not (tmp_path / "runs").exists()
