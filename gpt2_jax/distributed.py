@@ -284,7 +284,8 @@ class _Several(Processes):
             for key, value in sorted(news.items()):
                 if key.startswith("ended/") and key != f"ended/{self.index}":
                     ended = json.loads(value)
-                    self._other_ended(f"process {key.removeprefix('ended/')} has ended: {ended['why']}", ended["code"])
+                    how = f"process {key.removeprefix('ended/')} has ended: {ended['why']}"
+                    self._other_ended(how if ended["code"] == STOPPED else f"error: {how}", ended["code"])
             time.sleep(_POLL_SECONDS)
 
     def _watch_heartbeats(self) -> None:
@@ -298,9 +299,8 @@ class _Several(Processes):
             if lost := sorted(set(everyone) - set(live)):
                 self._living = len(live)
                 time.sleep(2 * _POLL_SECONDS)  # one that has said why it ended is for the other thread
-                self._other_ended(
-                    f"process {lost[0]} is gone, or its host or network, without having said why", STOPPED
-                )
+                how = f"error: process {lost[0]} is gone, or its host or network, without having said why"
+                self._other_ended(f"{how}; continue with --resume", STOPPED)
             time.sleep(_POLL_SECONDS)
 
     def _other_ended(self, how: str, code: int) -> None:
@@ -315,8 +315,7 @@ class _Several(Processes):
                 time.sleep(0.1)
             if not self._is_leaving:
                 self._is_leaving = True
-                more = "; continue with --resume" if code == STOPPED else ""
-                os.write(2, f"error: {how}; this process, {self.index}, ends too{more}\n".encode())
+                os.write(2, f"{how} (this process, {self.index}, ends too)\n".encode())
                 self._exit(code)
 
 

@@ -52,9 +52,12 @@ def _out_of_memory(program: Program, processes: int) -> UserError:
     config, mesh = program.config, program.mesh
     shards = num_shards(mesh, "batch")
 
+    # Processes of a run share the search for the fastest kernels on GPUs; here one may be compiling without the others.
+    alone = {"xla_gpu_shard_autotuning": False} if jax.process_count() > 1 else None
+
     def planner(sequences: int, accumulation: int) -> int:
         smaller = dataclasses.replace(program, config=of_batch(config, sequences * shards, accumulation))
-        return bytes_needed(smaller.compile_train_step())
+        return bytes_needed(smaller.compile_train_step(alone))
 
     device = mesh.local_devices[0].device_kind
     return out_of_memory(config, planner, num_shards=shards, available=bytes_available(mesh, processes), device=device)

@@ -203,8 +203,8 @@ class Program:
             out_shardings=self._replicated,
         )
 
-    def compile_train_step(self) -> jax.stages.Compiled:
-        """The train step, compiled from shapes alone, in any thread."""
+    def compile_train_step(self, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
+        """The train step, compiled from shapes alone, in any thread, with these of XLA's options."""
         config = self.config
         with self._own_x64():
             # Not inside `set_mesh`: optax computes a scalar eagerly, and the devices of a topology description can't.
@@ -213,7 +213,7 @@ class Program:
             tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self.batch_sharding)
             rate = jax.ShapeDtypeStruct((), self.definition.execution.param_dtype)
             with jax.set_mesh(self.mesh):
-                return self.train_step.lower(state, tokens, tokens, rate).compile()
+                return self.train_step.lower(state, tokens, tokens, rate).compile(options and dict(options))
 
     def compile_eval_step(self) -> jax.stages.Compiled:
         """The evaluation of as many sequences as a train step computes at once, compiled likewise."""

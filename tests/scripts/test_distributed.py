@@ -145,7 +145,10 @@ def test_when_one_is_killed_the_others_end_with_a_sentence(count, killed, start_
     for number, (code, _, err) in enumerate(ended(processes, 60.0)):
         if number != killed:
             why = f"process {killed} is gone, or its host or network, without having said why"
-            assert (code, err) == (STOPPED, f"error: {why}; this process, {number}, ends too; continue with --resume\n")
+            assert (code, err) == (
+                STOPPED,
+                f"error: {why}; continue with --resume (this process, {number}, ends too)\n",
+            )
     # Nothing is left that would be in the way of the next start.
     succeeded(start_all(count, "--mesh", str(count), "--steps", "3", "--resume", "--run_dir", "run"))
 
@@ -185,7 +188,7 @@ SLOW_COMPILING = """
 import time
 import gpt2_jax.train_step as train_step
 compile = train_step.Program.compile_train_step
-train_step.Program.compile_train_step = lambda program: time.sleep(600)
+train_step.Program.compile_train_step = lambda program, options=None: time.sleep(600)
 """
 
 
@@ -226,7 +229,7 @@ def test_an_error_in_one_ends_all_with_a_sentence_each(of, start_all, tmp_path):
     patch = RAISES.format(error="UserError('the tokens are damaged')")
     processes = start_all(2, "--mesh", "2", *LONG, "--run_dir", "run", patch=patch, of=of)
     results = ended(processes)
-    told = f"error: process {of} has ended: the tokens are damaged; this process, {1 - of}, ends too\n"
+    told = f"error: process {of} has ended: the tokens are damaged (this process, {1 - of}, ends too)\n"
     expected = {of: (2, "error: the tokens are damaged\n"), 1 - of: (2, told)}
     assert {number: (code, err) for number, (code, _, err) in enumerate(results)} == expected
 
@@ -235,7 +238,7 @@ def test_an_error_in_one_ends_all_with_a_sentence_each(of, start_all, tmp_path):
 def test_a_mistake_in_the_program_of_one_ends_the_other_with_a_sentence(start_all, tmp_path):
     processes = start_all(2, "--mesh", "2", *LONG, "--run_dir", "run", patch=RAISES.format(error="KeyError('x')"))
     (code, _, err), (_, _, traceback) = ended(processes)
-    assert (code, err) == (1, "error: process 1 has ended: KeyError: 'x'; this process, 0, ends too\n")
+    assert (code, err) == (1, "error: process 1 has ended: KeyError: 'x' (this process, 0, ends too)\n")
     assert "KeyError: 'x'" in traceback
 
 
