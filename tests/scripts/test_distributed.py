@@ -150,7 +150,7 @@ def test_when_one_is_killed_the_others_end_with_a_sentence(count, killed, start_
                 f"error: {why}; continue with --resume (this process, {number}, ends too)\n",
             )
     # Nothing is left that would be in the way of the next start.
-    succeeded(start_all(count, "--mesh", str(count), "--steps", "3", "--resume", "--run_dir", "run"))
+    succeeded(start_all(count, "--mesh", str(count), *LONG, "--steps", "3", "--resume", "--run_dir", "run"))
 
 
 @pytest.mark.slow
