@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,8 @@ from gpt2_core.weights.layouts import JAX
 from gpt2_core.weights.safetensors import json_object
 from gpt2_jax.distributed import ALONE, Processes
 from gpt2_jax.train_step import TrainState
+
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs, with a traceback, what it raises too
 
 
 class CheckpointWriter:

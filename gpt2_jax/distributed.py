@@ -102,6 +102,8 @@ def joined(place: Place | None) -> Iterator[Processes]:
             processes.leave()
     except (UserError, Stopped) as error:
         processes.end(report(error), str(error))
+    except BrokenPipeError:  # the reader of the output has ended
+        processes.end(1, "its output can't be written")
     except Exception as error:
         if isinstance(error, jax.errors.JaxRuntimeError | _EndedElsewhere):
             processes.wait_until_ended()  # most likely the connection to a process that has ended
@@ -126,6 +128,7 @@ class _Several(Processes):
         self._ended: str | None = None
         """Which other process has ended, and why."""
         self._living = self.count
+        self._exiting = threading.Lock()
 
     def stop_request(self) -> StopRequest:
         return self._stop
@@ -163,7 +166,7 @@ class _Several(Processes):
         state.client, state.process_id, state.num_processes = self._client, self.index, self.count
         state.coordinator_address = self._address
         for watch in (self._watch_news, self._watch_heartbeats):
-            threading.Thread(target=watch, daemon=True).start()
+            threading.Thread(target=self._watching, args=(watch,), daemon=True).start()
         self._share_gpus()
 
     def _share_gpus(self) -> None:
@@ -197,6 +200,7 @@ class _Several(Processes):
         time.sleep(2 * HEARTBEAT_SECONDS + GRACE_SECONDS)
 
     def _exit(self, code: int) -> None:
+        self._exiting.acquire()  # never released: another thread that comes here waits for the end
         with contextlib.suppress(Exception):
             self._end_service()
         sys.stdout.flush()
@@ -273,35 +277,35 @@ class _Several(Processes):
 
     # --- the threads that watch
 
-    def _watch_news(self) -> None:
+    def _watching(self, watch: Callable[[], None]) -> None:
         while not self._is_leaving:
             try:
-                news = self._dir("news/")
-                self._stop.exchange(news)
+                watch()
             except jax.errors.JaxRuntimeError:
-                time.sleep(HEARTBEAT_SECONDS)  # JAX's own client ends the process meanwhile, if the service is gone
-                continue
-            for key, value in sorted(news.items()):
-                if key.startswith("ended/") and key != f"ended/{self.index}":
-                    ended = json.loads(value)
-                    how = f"process {key.removeprefix('ended/')} has ended: {ended['why']}"
-                    self._other_ended(how if ended["code"] == STOPPED else f"error: {how}", ended["code"])
+                pass  # if the service is gone, JAX's own client ends the process
+            except Exception as error:  # a run whose thread is gone would hang
+                traceback.print_exc()
+                self.end(1, f"{type(error).__name__}: {reason(error)}")
             time.sleep(_POLL_SECONDS)
 
+    def _watch_news(self) -> None:
+        news = self._dir("news/")
+        self._stop.exchange(news)
+        for key, value in sorted(news.items()):
+            if key.startswith("ended/") and key != f"ended/{self.index}":
+                ended = json.loads(value)
+                how = f"process {key.removeprefix('ended/')} has ended: {ended['why']}"
+                self._other_ended(how if ended["code"] == STOPPED else f"error: {how}", ended["code"])
+
     def _watch_heartbeats(self) -> None:
-        everyone = range(self.count)
-        while not self._is_leaving:
-            try:
-                # Returns when all that live have called it.
-                live = self._client.get_live_nodes(list(everyone))
-            except jax.errors.JaxRuntimeError:
-                return
-            if lost := sorted(set(everyone) - set(live)):
-                self._living = len(live)
-                time.sleep(2 * _POLL_SECONDS)  # one that has said why it ended is for the other thread
-                how = f"error: process {lost[0]} is gone, or its host or network, without having said why"
-                self._other_ended(f"{how}; continue with --resume", STOPPED)
-            time.sleep(_POLL_SECONDS)
+        everyone = list(range(self.count))
+        # Returns when all that live have called it.
+        live = self._client.get_live_nodes(everyone)
+        if lost := sorted(set(everyone) - set(live)):
+            self._living = len(live)
+            time.sleep(2 * _POLL_SECONDS)  # one that has said why it ended is for the other thread
+            how = f"error: process {lost[0]} is gone, or its host or network, without having said why"
+            self._other_ended(f"{how}; continue with --resume", STOPPED)
 
     def _other_ended(self, how: str, code: int) -> None:
         """End this process, unless it is about to end itself."""

@@ -244,15 +244,14 @@ def test_a_mistake_in_the_program_of_one_ends_the_other_with_a_sentence(start_al
 
 FULL_DISK = """
 import errno
-import orbax.checkpoint as ocp
-from concurrent.futures import Future
-wait, left = ocp.AsyncCheckpointer.wait_until_finished, [1]
-def failing(self):
-    wait(self)
+from orbax.checkpoint._src.futures import future
+result, left = future.ChainedFuture.result, [1]
+def failing(self, timeout=None):
+    result(self, timeout)
     if left:
         left.pop()
         raise OSError(errno.ENOSPC, "No space left on device")
-ocp.AsyncCheckpointer.wait_until_finished = failing
+future.ChainedFuture.result = failing
 """
 
 
