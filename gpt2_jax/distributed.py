@@ -245,9 +245,9 @@ class _Several(Processes):
             raise
         self.meet(f"{task}/end", task)
 
-    def meet(self, name: str, task: str) -> None:
+    def meet(self, name: str, task: str, unless: Callable[[], bool] = lambda: False) -> None:
         def came() -> bool:
-            if self._client.key_value_increment(f"met/{name}", 0) == self.count:
+            if self._client.key_value_increment(f"met/{name}", 0) == self.count or unless():
                 return True
             if failed := self._dir(f"failed/{task}/"):
                 number, why = min(failed.items())
@@ -345,6 +345,7 @@ class _AgreedStop(StopRequest):
         self._wished = False
         self._place: int | None = None
         self._known = threading.Event()
+        self._results: list[Future[Any]] = []
 
     def __bool__(self) -> bool:
         with self._lock:
@@ -357,11 +358,18 @@ class _AgreedStop(StopRequest):
         return here >= self._place
 
     def result(self, future: Future[T]) -> T:
-        while not self._done(future):
-            if self._known.is_set() and self._passed >= self._place:
-                break
+        """As for one process; returns when all have theirs. One that went on to a collective couldn't be stopped."""
+        while not self._done(future) and not self._is_here():
+            pass
+        if future not in self._results:
+            self._results.append(future)
+            self._processes.meet(f"result {len(self._results)}", "result", unless=self._is_here)
         self.check()
         return future.result()
+
+    def _is_here(self) -> bool:
+        """Whether the run is to stop at the place that is asked for next."""
+        return self._known.is_set() and self._passed >= self._place
 
     def exchange(self, news: dict[str, str]) -> None:
         """Tell the others what this process was told, and learn from the `news` what they were."""
