@@ -98,15 +98,14 @@ def _detected() -> Place:
     from jax._src import clusters
 
     port = os.environ.get("JAX_COORDINATOR_PORT")
+    in_kubernetes = "KUBERNETES_SERVICE_HOST" in os.environ
     known = {"Open MPI": clusters.OmpiCluster, "SLURM": clusters.SlurmCluster, "Kubernetes": clusters.K8sCluster}
-    if "KUBERNETES_SERVICE_HOST" not in os.environ:
-        del known["Kubernetes"]
-    elif importlib.util.find_spec("kubernetes") is None:
-        raise UserError(
-            "--distributed auto: in Kubernetes this needs the package kubernetes; pip install 'gpt2-jax[k8s]', or "
-            f"{_BY_HAND}, as deploy/jobset.yaml does"
-        )
     for name, cluster in known.items():
+        if name == "Kubernetes" and in_kubernetes and importlib.util.find_spec("kubernetes") is None:
+            raise UserError(
+                "--distributed auto: in Kubernetes this needs the package kubernetes; pip install 'gpt2-jax[k8s]', or "
+                f"{_BY_HAND}, as deploy/jobset.yaml does"
+            )
         if _read(name, cluster.is_env_present):
             return _read(
                 name,

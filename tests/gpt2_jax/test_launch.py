@@ -63,6 +63,11 @@ def detected(monkeypatch):
         # sbatch scripts often set these two for PyTorch.
         (SLURM | {"MASTER_ADDR": "head", "MASTER_PORT": "1"}, Place(f"node003:{70001 % 4096 + 61440}", 4, 2)),
         (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        # mpirun in a pod
+        (
+            OPEN_MPI | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+            Place(f"10.96.0.1:{1531576320 // 4096 % 4096 + 61440}", 8, 5),
+        ),
     ],
 )
 def test_auto_finds_what_the_launcher_says(detected, variables, place):
