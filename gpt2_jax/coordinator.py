@@ -5,6 +5,7 @@ every other process would then abort, with a stack trace; here it outlives proce
 others learn that it is gone. Both times are in seconds.
 """
 
+import os
 import signal
 import socket
 import sys
@@ -33,5 +34,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1], *map(int, sys.argv[2:]))
     except OSError as error:
-        print(error.strerror, flush=True)
+        print(os.strerror(error.errno), flush=True)
         sys.exit(1)

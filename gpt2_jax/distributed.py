@@ -139,30 +139,30 @@ class _Several(Processes):
         """Find the other processes; raises UserError if they don't come."""
         if self.is_first:
             self._service = _start_service(self._address, self.count)
-        self._client = _jax.get_distributed_runtime_client(
+        client = _jax.get_distributed_runtime_client(
             self._address,
             self.index,
-            init_timeout=CONNECT_SECONDS,
+            init_timeout=2 * CONNECT_SECONDS,  # at its own end it would abort the process
             heartbeat_timeout=HEARTBEAT_SECONDS,
             shutdown_on_destruction=False,
             use_compression=True,
         )
+        connecting = ThreadPoolExecutor(1).submit(client.connect)
+        deadline = time.monotonic() + CONNECT_SECONDS
+        while not wait([connecting], timeout=_POLL_SECONDS).done:  # which a signal can interrupt
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"process {self.index} of {self.count} has waited {CONNECT_SECONDS} s at {self._address}, and not "
+                    "all of the others have come; start them within that time, each with its own number, and with an "
+                    "address of process 0 that all of them reach"
+                )
         try:
-            # In a thread, so that a signal can interrupt the wait.
-            connecting = ThreadPoolExecutor(1).submit(self._client.connect)
-            while not wait([connecting], timeout=_POLL_SECONDS).done:
-                pass
             connecting.result()
         except jax.errors.JaxRuntimeError as error:
-            if self._service is not None:
-                self._service.kill()
-            self._client = None
             raise UserError(
-                f"process {self.index} of {self.count} can't join the others at {self._address} ({reason(error)}); "
-                f"start all of them within {CONNECT_SECONDS} s of each other, with numbers of their own and an address "
-                "of process 0 that all of them reach"
+                f"process {self.index} can't join the others at {self._address} ({reason(error)})"
             ) from error
-        state = distributed.global_state
+        self._client, state = client, distributed.global_state
         state.client, state.process_id, state.num_processes = self._client, self.index, self.count
         state.coordinator_address = self._address
         for watch in (self._watch_news, self._watch_heartbeats):
@@ -172,7 +172,12 @@ class _Several(Processes):
     def _share_gpus(self) -> None:
         """Decide which of the GPUs that this process sees are its own."""
         mine = {"host": _host(), "gpus": [] if jax.config.jax_platforms == "cpu" else visible_gpus(os.environ)}
-        self._set(f"host/{self.index}", json.dumps(mine))
+        try:
+            self._set(f"host/{self.index}", json.dumps(mine))
+        except jax.errors.JaxRuntimeError as error:
+            if "ALREADY_EXISTS" not in str(error):
+                raise
+            raise UserError(f"two processes have the number {self.index} (--process_id); give each its own") from error
         self.meet("hosts", "hosts")
         told = {int(name): json.loads(value) for name, value in self._dir("host/").items()}
         here = [told[number]["gpus"] for number in sorted(told) if told[number]["host"] == mine["host"]]
@@ -210,6 +215,8 @@ class _Several(Processes):
     def _end_service(self) -> None:
         """Let the service go when nobody needs it: a process whose client loses it is aborted by JAX."""
         if self._client is None:
+            if self._service is not None:
+                self._service.kill()
             return
         self._client.key_value_increment("left", 1)
         if self.is_first:

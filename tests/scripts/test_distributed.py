@@ -275,6 +275,26 @@ def test_a_run_that_diverges_ends_alike_in_all(start_all, tmp_path):
     assert len(found["sequences"]) == 8
 
 
+@pytest.mark.slow
+def test_two_processes_of_one_number_end_the_run(start_all, tmp_path):
+    first, second = start_all(2, *LONG, "--mesh", "2", "--run_dir", "run")
+    until_trained(tmp_path / "run", [first, second])
+    again = subprocess.Popen(second.args, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    results = ended([again, first])
+    said = "two processes have the number 1 (--process_id); give each its own"
+    assert results[0][::2] == (2, f"error: {said}\n")
+    assert results[1][::2] == (2, f"error: process 1 has ended: {said} (this process, 0, ends too)\n")
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_others_in_vain_ends_with_a_sentence(start_all):
+    patch = "import gpt2_jax.distributed\ngpt2_jax.distributed.CONNECT_SECONDS = 3"
+    first, second = start_all(2, "--mesh", "2", patch=patch, of=0)
+    second.kill()
+    (code, _, err), _ = ended([first, second], 60.0)
+    assert code == 2 and "process 0 of 2 has waited 3 s" in err and err.count("\n") == 1
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "words"),
