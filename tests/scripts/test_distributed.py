@@ -87,11 +87,23 @@ def saved_steps(path):
 # The last batch of the validation is padded: 13 sequences in batches of 4.
 CURVE = ("--accumulation", "2", "--eval_sequences", "13", "--model.dropout", "0.1", "--steps", "8")
 
+NOTES_ROWS = """
+import json
+import gpt2_core.data.batches as batches
+init = batches.TrainingBatches.__init__
+def noting(self, *arguments, rows=None, **options):
+    open("rows.json", "w").write(json.dumps(rows))
+    init(self, *arguments, rows=rows, **options)
+batches.TrainingBatches.__init__ = noting
+"""
+
 
 @pytest.mark.long
 def test_two_processes_train_as_one(start_all, start, recipe, tmp_path):
     one = start("train_jax.py", "--config", recipe, "--precision", "float64", "--mesh", "2", *CURVE, "--run_dir", "one")
-    succeeded(start_all(2, "--mesh", "2", *CURVE, "--run_dir", "two"))
+    succeeded(start_all(2, "--mesh", "2", *CURVE, "--run_dir", "two", patch=NOTES_ROWS))
+    # Of each part of the batch, sequences 0 to 3 and 4 to 7, it reads the second half alone.
+    assert json.loads((tmp_path / "rows.json").read_text()) == [2, 3, 6, 7]
     _, err = one.communicate(timeout=300)
     assert one.returncode == 0, err
     assert difference(tmp_path / "two", tmp_path / "one") <= 1e-11
