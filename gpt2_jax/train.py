@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from gpt2_core.config import IGNORE_INDEX, ResolvedConfig, TrainConfig, resolved, with_accumulation
-from gpt2_core.config.io import from_dict, to_dict
+from gpt2_core.config.io import from_yaml_text, to_yaml
 from gpt2_core.data.batches import TrainingBatches, evaluation_batches
 from gpt2_core.data.tokenizer import get_tokenizer
 from gpt2_core.data.tokens import TokenFolder, open_tokens, with_steps
@@ -76,7 +76,7 @@ def open_run(
     def begin() -> dict[str, Any]:
         plan.begin()
         checkpoint = plan.checkpoint and str(plan.checkpoint)
-        return {"config": to_dict(plan.config), "checkpoint": checkpoint, "continued": plan.continued}
+        return {"config": to_yaml(plan.config), "checkpoint": checkpoint, "continued": plan.continued}
 
     if processes.is_first:
         tokens = open_tokens(config)
@@ -84,7 +84,7 @@ def open_run(
         weights = initial(plan.config) if plan.checkpoint is None else None
     told = processes.from_first(begin)
     if not processes.is_first:
-        config = resolved(from_dict(told["config"]))
+        config = resolved(from_yaml_text(told["config"]))
         checkpoint = told["checkpoint"] and Path(told["checkpoint"])
         plan = RunPlan(config, RunFolder(Path(config.run_dir)), checkpoint, told["continued"])
     check_shared(plan.folder.path, processes)
@@ -108,6 +108,7 @@ def _train(
     plan, tokens, weights = open_run(resolve(asked), initial, processes)
     config, folder, program = plan.config, plan.folder, make_program(plan.config)
     device, devices = jax.devices()[0].device_kind, program.mesh.size
+    together = f" of {processes.count} processes" if processes.count > 1 else ""
     peak = peak_flops(device, config.precision)
     log = RunLog(
         folder,
@@ -126,7 +127,7 @@ def _train(
             state = new_state(program, weights)
         with log:
             log.introduce(
-                f"jax {jax.__version__} on {devices} x {device} ({config.mesh}), {config.precision}, "
+                f"jax {jax.__version__} on {devices} x {device} ({config.mesh}){together}, {config.precision}, "
                 f"{config.attention} attention, {config.norm_kernel} layer norm; {config.model.parameter_count:,} "
                 f"parameters; {tokens.source}; run "
                 f"{folder.path}" + (f", from step {plan.step}" if plan.checkpoint else ""),

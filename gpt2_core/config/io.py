@@ -14,19 +14,20 @@ from gpt2_core.errors import UserError
 
 def to_yaml(config: TrainConfig) -> str:
     """The whole configuration as a recipe that `--config` reads back."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def from_yaml(path: Path) -> TrainConfig:
     """Read a configuration that `to_yaml` wrote; raises UserError if it isn't one."""
     try:
-        return from_dict(yaml.safe_load(path.read_text()))
+        return from_yaml_text(path.read_text())
     except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a run's configuration ({error})") from error
 
 
-def to_dict(config: TrainConfig) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+def from_yaml_text(text: str) -> TrainConfig:
+    """The configuration that `to_yaml` gave this text of."""
+    return from_dict(yaml.safe_load(text))
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
