@@ -21,7 +21,7 @@ from gpt2_core.config import GROUPS, NEWEST, PRESETS, TrainConfig
 from gpt2_core.config.checks import in_short
 from gpt2_core.config.io import to_yaml
 from gpt2_core.data.tokenizer import vocab_size
-from gpt2_core.errors import STOPPED, RunError, Stopped, UserError
+from gpt2_core.errors import Stopped, UserError, report
 from gpt2_core.parsing import read_text, yaml_value
 from gpt2_core.runs.trackers import require as require_tracker
 
@@ -40,12 +40,11 @@ def run(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, RunError) else 2)
+        sys.exit(report(error))
     except Stopped as stopped:
-        print(stopped, file=sys.stderr, flush=True)
+        code = report(stopped)
         sys.stdout.flush()
-        os._exit(STOPPED)  # without waiting for what may still be compiling in another thread
+        os._exit(code)  # without waiting for what may still be compiling in another thread
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -137,13 +136,15 @@ def parse_train_config(
     framework: str,
     elsewhere: dict[str, str],
     check: Callable[[TrainConfig], None] = lambda config: None,
-) -> TrainConfig:
-    """The configuration that a trainer's command line asks for.
+    launch: type | None = None,
+) -> Any:
+    """The configuration that a trainer's command line asks for; with `launch`, a pair of it and one of these.
 
-    `elsewhere` maps the options that only the other trainer has to what to use here: a recipe may set them (both
-    trainers read the same recipes), a command line may not. `check` raises UserError for what this trainer can't do.
+    `launch` is a dataclass of options that are no settings of a run. `elsewhere` maps the options that only the other
+    trainer has to what to use here: a recipe may set them (both trainers read the same recipes), a command line may
+    not. `check` raises UserError for what this trainer can't do.
     """
-    parser = train_parser(command, framework)
+    parser = train_parser(command, framework, launch)
     arguments, recipe, preset = _split_arguments(arguments)
     for option in (a.split("=")[0] for a in arguments if a.startswith("--")):
         if option[2:] in elsewhere:
@@ -160,6 +161,7 @@ def parse_train_config(
     namespace = parser.parse([f"--config={recipe}", *unmeshed, *sizes, *arguments])
     del namespace["config"], namespace["preset"]
     config = parser.instantiate(namespace)
+    launched = launch and launch(**{f.name: config[f.name] for f in dataclasses.fields(launch)})
     config = TrainConfig(**{f.name: config[f.name] for f in dataclasses.fields(TrainConfig)})
     if "vocab_size" not in in_recipe.get("model", {}) and not any("model.vocab_size" in a for a in arguments):
         model = dataclasses.replace(config.model, vocab_size=vocab_size(config.data.tokenizer))
@@ -171,7 +173,7 @@ def parse_train_config(
     if print_config:
         print(to_yaml(config), end="")
         sys.exit(0)
-    return config
+    return (config, launched) if launch else config
 
 
 # Pairs of options for the same thing. A recipe may use the second; the first on the command line then overrides it.
@@ -194,8 +196,8 @@ def _overruled(arguments: list[str]) -> list[str]:
     return sorted({f"--{other}=null" for one, other in _ALTERNATIVES if one in given})
 
 
-def train_parser(command: str, framework: str) -> Parser:
-    """The parser of a trainer's options, all of TrainConfig's fields."""
+def train_parser(command: str, framework: str, launch: type | None = None) -> Parser:
+    """The parser of a trainer's options, all of TrainConfig's fields and those of `launch`."""
     parser = Parser(
         prog=command,
         description=f"Train GPT-2 with {framework}. Settings come from GPT-2's defaults, then the recipe (--config), "
@@ -208,6 +210,8 @@ def train_parser(command: str, framework: str) -> Parser:
         help="Sizes of a published model: sets model.n_layer, model.n_head and model.n_embd.",
     )
     parser.add_class_arguments(TrainConfig, None)
+    if launch is not None:
+        parser.add_class_arguments(launch, None)
     return parser
 
 

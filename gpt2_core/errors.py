@@ -1,5 +1,7 @@
 """User errors, which are shown as one message without a traceback, and the end of a run that was told to stop."""
 
+import sys
+
 # EX_TEMPFAIL of sysexits.h: the same command can be given again.
 STOPPED = 75
 
@@ -36,3 +38,18 @@ class Stopped(BaseException):
 
     No Exception: like KeyboardInterrupt it must pass through code that handles all errors.
     """
+
+
+def report(error: UserError | Stopped) -> int:
+    """Print the message on which a command ends; returns its exit code."""
+    message = f"{error}\n" if isinstance(error, Stopped) else f"error: {error}\n"
+    sys.stderr.write(message)  # in one piece: other processes may write to the same terminal
+    sys.stderr.flush()
+    if isinstance(error, Stopped):
+        return STOPPED
+    return 1 if isinstance(error, RunError) else 2
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an error of another library says."""
+    return f"{(str(error).strip() or type(error).__name__).splitlines()[0]:.300}"

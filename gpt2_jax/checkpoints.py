@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from gpt2_core.errors import SaveError, UserError
+from gpt2_core.errors import SaveError, UserError, reason
 from gpt2_core.files import publish
 from gpt2_core.parsing import json_object
 from gpt2_core.runs.folder import RunFolder, metadata_of_weights
 from gpt2_core.runs.manifest import write_manifest
 from gpt2_core.weights import LazyTensor, Weights
 from gpt2_core.weights.layouts import JAX
+from gpt2_jax.distributed import ALONE, Processes
 from gpt2_jax.train_step import TrainState
+
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs, with a traceback, what it raises too
 
 
 class CheckpointWriter:
@@ -30,39 +34,53 @@ class CheckpointWriter:
     leaves behind has another name, and is removed when the run is resumed.
     """
 
-    def __init__(self, folder: RunFolder, keep: int) -> None:
-        self._folder, self._keep = folder, keep
-        self._checkpointer = ocp.AsyncCheckpointer(_handler(use_compression=False))
+    def __init__(self, folder: RunFolder, keep: int, processes: Processes = ALONE) -> None:
+        self._folder, self._keep, self._processes = folder, keep, processes
+        # Orbax's own barrier would wait 20 minutes for a process that can't write.
+        options = ocp.options.AsyncOptions(barrier_sync_fn=self._barrier)
+        self._checkpointer = ocp.AsyncCheckpointer(_handler(use_compression=False), async_options=options)
         self._thread = ThreadPoolExecutor(1)
         self._saving: Future[None] | None = None
+        self._saves = 0
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
         """Start saving; returns once the state is copied and may be donated. Waits for the save before, if need be.
 
-        Raises SaveError if either can't be saved.
+        Raises SaveError if either can't be saved, in all processes if one can't.
         """
         self.wait()
+        self._saves += 1
         temporary = self._folder.checkpoints / f".{step}.tmp"
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(_tree(state)), metadata=ocp.args.JsonSave(metadata))
         with _save_errors(step):
-            shutil.rmtree(temporary, ignore_errors=True)
-            # Where a folder can't be made, Orbax would leave threads that wait for it for ever.
-            self._folder.checkpoints.mkdir(exist_ok=True)
-            temporary.mkdir()
-            temporary.rmdir()
-            self._checkpointer.save(
-                temporary.absolute(),
-                args=ocp.args.Composite(state=ocp.args.PyTreeSave(_tree(state)), metadata=ocp.args.JsonSave(metadata)),
-            )
+            self._together("prepare", lambda: self._processes.is_first and self._prepare(temporary))
+            self._together("start", lambda: self._checkpointer.save(temporary.absolute(), args=args))
             self._saving = self._thread.submit(self._complete, temporary, step)
+
+    def _prepare(self, temporary: Path) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # Where a folder can't be made, Orbax would leave threads that wait for it for ever.
+        self._folder.checkpoints.mkdir(exist_ok=True)
+        temporary.mkdir()
+        temporary.rmdir()
 
     def _complete(self, temporary: Path, step: int) -> None:
         with _save_errors(step):
-            self._checkpointer.wait_until_finished()
-            write_manifest(temporary)
-            checkpoint = self._folder.checkpoints / str(step)
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            publish(temporary, checkpoint)
-            self._folder.remove_obsolete(self._keep)
+            self._together("write", self._checkpointer.wait_until_finished)
+            self._together("publish", lambda: self._processes.is_first and self._publish(temporary, step))
+
+    def _publish(self, temporary: Path, step: int) -> None:
+        write_manifest(temporary)
+        checkpoint = self._folder.checkpoints / str(step)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        publish(temporary, checkpoint)
+        self._folder.remove_obsolete(self._keep)
+
+    def _together(self, stage: str, do: Callable[[], Any]) -> None:
+        self._processes.together(f"save {self._saves} {stage}", do)
+
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        self._processes.meet(f"save {self._saves} {key}", task=f"save {self._saves} write")
 
     @property
     def has_failed(self) -> bool:
@@ -90,8 +108,7 @@ def _save_errors(step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SaveError(f"checkpoint {step} can't be saved ({reason:.300})") from error
+        raise SaveError(f"checkpoint {step} can't be saved ({reason(error)})") from error
 
 
 def restore(checkpoint: Path, abstract: TrainState) -> TrainState:
@@ -174,8 +191,7 @@ def _read_errors(checkpoint: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{checkpoint}: can't be restored ({reason:.300})") from error
+        raise UserError(f"{checkpoint}: can't be restored ({reason(error)})") from error
 
 
 def _handler(**options: Any) -> ocp.CompositeCheckpointHandler:

@@ -18,8 +18,9 @@ from gpt2_jax.mesh import parse_mesh
 _MOST_VIRTUAL_DEVICES = 1024
 
 
-def configure(precision: str, mesh: int | str | None = None) -> None:
-    """Prepare JAX for a process that computes in `precision` on `mesh`. Call it before anything touches a device.
+def configure(precision: str, mesh: int | str | None = None, processes: int = 1) -> None:
+    """Prepare JAX for one of the `processes` that compute in `precision` on `mesh`. Call it before anything touches a
+    device, and after the processes are connected.
 
     Lets JAX have most of a GPU's memory (its default is three quarters; the user's own XLA_CLIENT_MEM_FRACTION wins).
     Makes as many virtual CPU devices as the mesh needs (they stay unused where there are accelerators), switches
@@ -28,11 +29,15 @@ def configure(precision: str, mesh: int | str | None = None) -> None:
     Raises UserError for a precision that this machine doesn't have.
     """
     _take_gpu_memory()
-    devices = 1 if mesh is None else math.prod(parse_mesh(mesh).values())
-    jax.config.update("jax_num_cpu_devices", min(devices, _MOST_VIRTUAL_DEVICES))
+    cpu_devices = 1 if mesh is None else math.prod(parse_mesh(mesh).values()) // processes
+    jax.config.update("jax_num_cpu_devices", min(cpu_devices, _MOST_VIRTUAL_DEVICES))
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # between processes; one has none
     jax.config.update("jax_enable_x64", precision == "float64")
     jax.config.update("jax_default_matmul_precision", matmul_precision(resolve_precision(precision)))
-    _keep_compiled_programs()
+    # On GPUs, processes that compile share the search for the fastest kernels; one that finds its program on its disk
+    # doesn't, and the others would wait for it.
+    if processes == 1 or not has_accelerator():
+        _keep_compiled_programs()
 
 
 def compilation_cache() -> Path:
@@ -103,11 +108,17 @@ def matmul_precision(precision: str) -> str | None:
 
 
 def resolve_mesh(config: TrainConfig) -> dict[str, int]:
-    """Sizes of the mesh's axes: those asked for, or all accelerators, or one CPU device."""
+    """Sizes of the mesh's axes: those asked for, or all accelerators, or one CPU device a process."""
+    processes = jax.process_count()
     if config.mesh is None:
-        return parse_mesh(len(jax.devices()) if has_accelerator() else 1)
+        return parse_mesh(len(jax.devices()) if has_accelerator() else processes)
     sizes = parse_mesh(config.mesh)
     needed, found = math.prod(sizes.values()), len(jax.devices())
+    if processes > 1 and needed != found:
+        raise UserError(
+            f"--mesh {config.mesh}: needs {needed} devices, and the {processes} processes have {found} together "
+            f"({jax.devices()[0].device_kind}), of which none may be idle; use a mesh of {found}, or other processes"
+        )
     if needed > found:
         kind = jax.devices()[0].device_kind
         raise UserError(

@@ -1,21 +1,24 @@
-"""The JAX trainer: one process, a mesh of devices, one compiled step."""
+"""The JAX trainer: a mesh of devices, of one process or several, and one compiled step."""
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from gpt2_core.config import IGNORE_INDEX, ResolvedConfig, TrainConfig, resolved, with_accumulation
+from gpt2_core.config.io import from_yaml_text, to_yaml
 from gpt2_core.data.batches import TrainingBatches, evaluation_batches
 from gpt2_core.data.tokenizer import get_tokenizer
 from gpt2_core.data.tokens import TokenFolder, open_tokens, with_steps
-from gpt2_core.errors import DivergedError, RunError, SaveError, Stopped
+from gpt2_core.errors import DivergedError, RunError, SaveError, Stopped, UserError
 from gpt2_core.runs.due import Due, due_after, due_at_start, is_logged
-from gpt2_core.runs.folder import SAVE_AGAIN, RunFolder, RunPlan, metadata_of, plan_run
+from gpt2_core.runs.folder import SAVE_AGAIN, RunFolder, RunPlan, last_losses, metadata_of, plan_run
 from gpt2_core.runs.log import RunLog, peak_flops
 from gpt2_core.runs.stop import StopRequest, stopped_by_signals
 from gpt2_core.sampling import Sampling, uniforms
@@ -23,6 +26,7 @@ from gpt2_core.schedule import learning_rate
 from gpt2_core.weights import Weights
 from gpt2_jax.attention import choose_kernel
 from gpt2_jax.checkpoints import CheckpointWriter, restore
+from gpt2_jax.distributed import ALONE, Processes, check_shared
 from gpt2_jax.divergence import first_not_finite
 from gpt2_jax.generate import Generator
 from gpt2_jax.memory import check_memory, check_state_fits, memory_errors
@@ -45,30 +49,77 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     return resolved(config, precision=precision, mesh=format_mesh(sizes), attention=kernel, norm_kernel=norm_kernel)
 
 
-def train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None] = lambda config: None) -> RunFolder:
+def train(
+    asked: TrainConfig,
+    initial: Callable[[TrainConfig], Weights | None] = lambda config: None,
+    processes: Processes = ALONE,
+) -> RunFolder:
     """Train as `asked`; returns the run's folder.
 
-    `initial` reads the weights that a new run starts from; None means random ones.
+    `initial` reads the weights that a new run starts from; None means random ones. `processes` are those of the run,
+    which all call this with the same arguments.
     `gpt2_jax.runtime.configure` must have been called for this precision and mesh.
     Raises Stopped when a signal told the run to stop; it is then saved, if it had begun.
     """
-    with stopped_by_signals() as stop:
-        return _train(asked, initial, stop)
+    with stopped_by_signals(processes.stop_request()) as stop:
+        return _train(asked, initial, processes, stop)
 
 
-def _train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None], stop: StopRequest) -> RunFolder:
-    config = resolve(asked)
-    tokens = open_tokens(config)
-    plan = plan_run(with_steps(config, tokens), framework="jax", data_digest=tokens.digest)
+def open_run(
+    config: ResolvedConfig, initial: Callable[[TrainConfig], Weights | None], processes: Processes
+) -> tuple[RunPlan, TokenFolder, Weights | None]:
+    """The plan of the run, whose folder the first process takes; tokens and weights, opened in each process.
+
+    The first goes first, because it may have to write the tokens, and tells the others its plan.
+    """
+
+    def begin() -> dict[str, Any]:
+        plan.begin()
+        checkpoint = plan.checkpoint and str(plan.checkpoint)
+        return {"config": to_yaml(plan.config), "checkpoint": checkpoint, "continued": plan.continued}
+
+    if processes.is_first:
+        tokens = open_tokens(config)
+        plan = plan_run(with_steps(config, tokens), framework="jax", data_digest=tokens.digest)
+        check_state_fits(plan.config, processes.on_this_host)
+        weights = initial(plan.config) if plan.checkpoint is None else None
+    told = processes.from_first(begin)
+    if not processes.is_first:
+        config = resolved(from_yaml_text(told["config"]))
+        checkpoint = told["checkpoint"] and Path(told["checkpoint"])
+        plan = RunPlan(config, RunFolder(Path(config.run_dir)), checkpoint, told["continued"])
+    check_shared(plan.folder.path, processes)
+    if not processes.is_first:
+        tokens = open_tokens(config)
+        weights = initial(config) if checkpoint is None else None
+    if tokens.digest != processes.from_first(lambda: tokens.digest):
+        raise UserError(
+            f"process {processes.index} reads other tokens than process 0 ({tokens.path}); give all hosts the same "
+            "text, or a --data.cache_dir that they share"
+        )
+    return plan, tokens, weights
+
+
+def _train(
+    asked: TrainConfig,
+    initial: Callable[[TrainConfig], Weights | None],
+    processes: Processes,
+    stop: StopRequest,
+) -> RunFolder:
+    plan, tokens, weights = open_run(resolve(asked), initial, processes)
     config, folder, program = plan.config, plan.folder, make_program(plan.config)
-    check_state_fits(program)
-    weights = None if plan.checkpoint else initial(config)
-    plan.begin()
-
     device, devices = jax.devices()[0].device_kind, program.mesh.size
+    together = f" of {processes.count} processes" if processes.count > 1 else ""
     peak = peak_flops(device, config.precision)
-    log = RunLog(folder, config, start_step=plan.step, peak_flops=peak and peak * devices)
-    with memory_errors(program), jax.set_mesh(program.mesh), _compiler() as compiler:
+    log = RunLog(
+        folder,
+        config,
+        start_step=plan.step,
+        peak_flops=peak and peak * devices,
+        enabled=processes.is_first,
+        logged=processes.from_first(lambda: last_losses(folder.metrics)),
+    )
+    with memory_errors(program, processes.on_this_host), jax.set_mesh(program.mesh), _compiler() as compiler:
         train_step_future = compiler.submit(_compile, program) if plan.step < config.steps else None
         eval_step_future = compiler.submit(program.compile_eval_step)
         if plan.checkpoint is not None:
@@ -77,14 +128,14 @@ def _train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None],
             state = new_state(program, weights)
         with log:
             log.introduce(
-                f"jax {jax.__version__} on {devices} x {device} ({config.mesh}), {config.precision}, "
+                f"jax {jax.__version__} on {devices} x {device} ({config.mesh}){together}, {config.precision}, "
                 f"{config.attention} attention, {config.norm_kernel} layer norm; {config.model.parameter_count:,} "
                 f"parameters; {tokens.source}; run "
                 f"{folder.path}" + (f", from step {plan.step}" if plan.checkpoint else ""),
                 plan.warnings,
             )
-            loop = _Loop(program, tokens, folder, log, stop, train_step_future, eval_step_future)
-            with stop.deferred():
+            loop = _Loop(program, tokens, folder, log, processes, stop, train_step_future, eval_step_future)
+            with processes.closing(), stop.deferred():
                 loop.run(state, plan)
     return folder
 
@@ -121,24 +172,30 @@ class _Loop:
         tokens: TokenFolder,
         folder: RunFolder,
         log: RunLog,
+        processes: Processes,
         stop: StopRequest,
         train_step_future: Future[tuple[jax.stages.Compiled, float]] | None,
         eval_step_future: Future[jax.stages.Compiled],
     ) -> None:
         self.program, self.config, self.tokens, self.folder = program, program.config, tokens, folder
-        self.log, self.stop = log, stop
+        self.log, self.processes, self.stop = log, processes, stop
         self.unchecked: list[tuple[int, Metrics]] = []
         """Steps whose loss and gradient norm haven't been fetched."""
         self.unsaved: SaveError | None = None
         """Why the last checkpoint that was due isn't there."""
         self.train_step_future, self.eval_step_future = train_step_future, eval_step_future
         self.generator = Generator(program.definition)
-        self.writer = CheckpointWriter(folder, self.config.keep_checkpoints)
-        self.batches = TrainingBatches(
-            tokens.train,
+        self.writer = CheckpointWriter(folder, self.config.keep_checkpoints, processes)
+        self.batches = self.read(program.rows)
+
+    def read(self, rows: Sequence[int] | None) -> TrainingBatches:
+        """The training batches, or these rows of them."""
+        return TrainingBatches(
+            self.tokens.train,
             block_size=self.config.model.block_size,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
+            rows=rows,
         )
 
     def run(self, state: TrainState, plan: RunPlan) -> None:
@@ -147,7 +204,7 @@ class _Loop:
         try:
             if first < config.steps:
                 train_step = self.compiled_step()
-            self.do(due_at_start(plan), state, first)
+            self.do(Due(*self.processes.from_first(lambda: due_at_start(plan))), state, first)
             if first < config.steps:
                 batch = self.put(first)
             for step in range(first, first if log.reached_target else config.steps):
@@ -180,9 +237,11 @@ class _Loop:
             log.end()
         except DivergedError as error:
             # Updates were left out, so the state is the one before them.
-            batch = self.batches[error.step]
-            module = first_not_finite(self.program, state.params, batch)
-            self.folder.write_diverged(error.step, self.batches.sequences(error.step), module, **batch._asdict())
+            module = first_not_finite(self.program, state.params, self.batches[error.step])
+            if self.processes.is_first:
+                whole = self.read(None)
+                batch = whole[error.step]
+                self.folder.write_diverged(error.step, whole.sequences(error.step), module, **batch._asdict())
             self.save_unless_saved(state, updates)
             raise
         finally:
@@ -194,7 +253,7 @@ class _Loop:
     def compiled_step(self) -> jax.stages.Compiled:
         with self.log.untimed():
             compiled, seconds = self.stop.result(self.train_step_future)
-            check_memory(compiled, self.program)
+            check_memory(compiled, self.program, self.processes.on_this_host)
             self.log.say(f"compiled the train step in {seconds:.1f} s")
             return compiled
 
@@ -239,7 +298,7 @@ class _Loop:
             sequences=self.config.eval_sequences,
         )
         for batch in self.stop.checked(batches):
-            losses.append(eval_step(state.params, *batch))
+            losses.append(eval_step(state.params, *self.program.put_evaluation(batch)))
             count += int((batch.targets != IGNORE_INDEX).sum())
         self.log.evaluation(updates, math.fsum(map(float, losses)) / count)
 
@@ -248,12 +307,13 @@ class _Loop:
         numbers = uniforms(self.config.seed, updates, self.config.sample_tokens)[None]
         tokens = self.generator(state.params, [[tokenizer.end_of_text]], numbers, Sampling())
         text = tokenizer.decode([row[0] for row in self.stop.checked(tokens)])
-        with self.log.going_on(self.folder.sample(updates)):
-            self.folder.write_sample(updates, text)
+        if self.processes.is_first:
+            with self.log.going_on(self.folder.sample(updates)):
+                self.folder.write_sample(updates, text)
 
     def save_unless_saved(self, state: TrainState, updates: int) -> None:
         self.wait_for_save()
-        if updates not in self.folder.steps():
+        if self.processes.from_first(lambda: updates not in self.folder.steps()):
             self.save(state, updates)
 
     def save(self, state: TrainState, updates: int) -> None:

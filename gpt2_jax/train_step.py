@@ -103,7 +103,7 @@ class Program:
         shardings = self.state_shardings
         with jax.set_mesh(self.mesh):
             if params is not None:
-                params = {name: jax.device_put(np.asarray(params[name]), shardings.params[name]) for name in params}
+                params = {name: _put(np.asarray(params[name]), shardings.params[name]) for name in params}
                 return jax.jit(self._new_state, out_shardings=shardings)(params)
             create = jax.jit(
                 lambda: self._new_state(self.definition.initialize(jax.random.key(self.config.seed))),
@@ -114,10 +114,35 @@ class Program:
     def _new_state(self, params: Params) -> TrainState:
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
 
+    @functools.cached_property
+    def rows(self) -> list[int]:
+        """Places in a batch (A*B) of the sequences that this process's devices compute, all of them in one process.
+
+        Several processes have the same where a `tensor` axis goes across them.
+        """
+        parts, size = self.config.accumulation, self.config.microbatch_size
+        return [part * size + row for part in range(parts) for row in self._rows_of_part]
+
+    @functools.cached_property
+    def _rows_of_part(self) -> list[int]:
+        size = self.config.microbatch_size
+        slices = sharding(self.mesh, ("batch",)).addressable_devices_indices_map((size,)).values()
+        return sorted({row for (rows,) in slices for row in range(size)[rows]})
+
     def put_batch(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """A host batch (A*B, T) as device arrays (A, B, T); each device gets its own sequences only."""
-        parts = self.config.accumulation
-        return tuple(jax.device_put(x.reshape(parts, -1, x.shape[-1]), self.batch_sharding) for x in batch)
+        """This process's `rows` of a batch as device arrays (A, B, T) of the whole batch; each device gets its own
+        sequences only."""
+        parts, size = self.config.accumulation, self.config.microbatch_size
+        return tuple(
+            jax.make_array_from_process_local_data(
+                self.batch_sharding, x.reshape(parts, -1, x.shape[-1]), (parts, size, x.shape[-1])
+            )
+            for x in batch
+        )
+
+    def put_evaluation(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """A batch (B, T) that every process has read, as device arrays."""
+        return tuple(_put(x, sharding(self.mesh, ("batch", None))) for x in batch)
 
     @functools.cached_property
     def train_step(self) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -173,10 +198,13 @@ class Program:
     @functools.cached_property
     def is_finite(self) -> Callable[[TrainState], jax.Array]:
         """The jitted function (state) -> whether every number of the state is finite."""
-        return jax.jit(lambda state: jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state)])))
+        return jax.jit(
+            lambda state: jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state)])),
+            out_shardings=self._replicated,
+        )
 
-    def compile_train_step(self) -> jax.stages.Compiled:
-        """The train step, compiled from shapes alone, in any thread."""
+    def compile_train_step(self, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
+        """The train step, compiled from shapes alone, in any thread, with these of XLA's options."""
         config = self.config
         with self._own_x64():
             # Not inside `set_mesh`: optax computes a scalar eagerly, and the devices of a topology description can't.
@@ -185,7 +213,7 @@ class Program:
             tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self.batch_sharding)
             rate = jax.ShapeDtypeStruct((), self.definition.execution.param_dtype)
             with jax.set_mesh(self.mesh):
-                return self.train_step.lower(state, tokens, tokens, rate).compile()
+                return self.train_step.lower(state, tokens, tokens, rate).compile(options and dict(options))
 
     def compile_eval_step(self) -> jax.stages.Compiled:
         """The evaluation of as many sequences as a train step computes at once, compiled likewise."""
@@ -273,6 +301,11 @@ def _sum_over_parts(of_part: Callable[[Any], Any], parts: Any) -> Any:
         return jax.lax.scan(add, zeros, parts)[0]
     total, _ = jax.lax.scan(add, zeros, jax.tree.map(lambda x: x[:last], parts))
     return add(*jax.lax.optimization_barrier((total, jax.tree.map(lambda x: x[last], parts))))[0]
+
+
+def _put(array: np.ndarray, where: NamedSharding) -> jax.Array:
+    """An array that every process has, sharded: a device gets its own part only."""
+    return jax.make_array_from_callback(array.shape, where, array.__getitem__)
 
 
 def _whole(logical_axes: Mapping[str, Axes]) -> dict[str, Axes]:

@@ -234,8 +234,7 @@ class Trainer:
             block_size=config.model.block_size,
             batch_size=config.batch_size,
             seed=config.seed,
-            process=rank,
-            processes=processes,
+            rows=range(rank, config.batch_size, processes),
         )
         peak = peak_flops(device_name(device), config.precision)
         peak = peak and peak * processes

@@ -31,6 +31,11 @@ def from_yaml(path: Path) -> TrainConfig:
         raise UserError(f"{path}: {error}") from error
 
 
+def from_yaml_text(text: str) -> TrainConfig:
+    """The configuration that `to_yaml` gave this text of."""
+    return from_dict(yaml_value(text, "a run's configuration"))
+
+
 def from_dict(values: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**{k: GROUPS[k](**v) if k in GROUPS else v for k, v in values.items()})
 

@@ -54,11 +54,11 @@ class Windows:
 
 
 class TrainingBatches:
-    """`batches[step]` is this process's part of the batch of `step`, the same in any process at any time.
+    """`batches[step]` is the batch of `step`, or this process's part of it: the same in any process at any time.
 
-    `batch_size` counts all processes' sequences. The stream is shuffled and repeated first and split over the processes
-    afterwards, so that together they read exactly the sequences that one process would. `tokens` may be a plain array
-    of ids too, which is then the only shard.
+    `rows` are the places in a batch of the sequences that this process reads, in its order (None: all). Together the
+    processes read exactly the sequences that one would. `tokens` may be a plain array of ids too, which is then the
+    only shard.
     """
 
     def __init__(
@@ -68,8 +68,7 @@ class TrainingBatches:
         block_size: int,
         batch_size: int,
         seed: int,
-        process: int = 0,
-        processes: int = 1,
+        rows: Sequence[int] | None = None,
     ) -> None:
         sources = _sources(tokens)
         streams = [
@@ -77,21 +76,17 @@ class TrainingBatches:
             grain.MapDataset.source(Windows(source, block_size)).seed((seed + number) % (1 << 32)).shuffle().repeat()
             for number, source in enumerate(sources)
         ]
-        stream = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, [s.weight for s in sources])
-        self._windows = stream[process::processes]
-        self._process, self._processes = process, processes
-        self._batch_size = batch_size // processes
+        self._windows = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, [s.weight for s in sources])
+        self._batch_size = batch_size
+        self._rows = range(batch_size) if rows is None else rows
         self._vocab_size = sources[0].vocab_size
 
     def sequences(self, step: int) -> list[int]:
         """Places of this process's sequences of a step in the stream that all processes share."""
-        return [self._process + self._processes * number for number in self._numbers(step)]
-
-    def _numbers(self, step: int) -> range:
-        return range(step * self._batch_size, (step + 1) * self._batch_size)
+        return [step * self._batch_size + row for row in self._rows]
 
     def __getitem__(self, step: int) -> Batch:
-        numbers = list(self._numbers(step))
+        numbers = self.sequences(step)
         # What Grain's own batch() would do with batched reads, for which this version has no option: reading windows
         # one by one takes three times as long.
         windows = np.stack(self._windows._getitems(numbers))

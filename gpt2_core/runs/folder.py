@@ -424,6 +424,11 @@ def recent_training_loss(rows: list[dict[str, Any]], step: int) -> float:
     return sum(losses) / len(losses) if losses else math.nan
 
 
+def last_losses(path: Path) -> list[float]:
+    """The last RECENT training losses of a metrics.jsonl, or as many as there are."""
+    return [row["loss"] for row in read_metrics(path) if row["split"] == "train"][-RECENT:]
+
+
 def _cut_metrics(path: Path, step: int, *, evaluated: bool) -> None:
     """Keep what happened before the checkpoint of `step`; the evaluation of that very step precedes its checkpoint."""
     last = {"train": step - 1, "val": step if evaluated else step - 1}

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gpt2_core.config import ResolvedConfig
 from gpt2_core.errors import DivergedError, RunError
 from gpt2_core.files import write_atomically
-from gpt2_core.runs.folder import RECENT, RunFolder, read_metrics
+from gpt2_core.runs.folder import RECENT, RunFolder, last_losses, read_metrics
 from gpt2_core.runs.summary import model_table
 from gpt2_core.runs.trackers import Tracker, open_tracker
 
@@ -50,6 +50,8 @@ def is_update(loss: float, grad_norm: float) -> bool:
 class RunLog:
     """Logs a run from `start_step` on. With `enabled=False` (all processes but the first) it writes nothing.
 
+    `logged` are the losses that the run has logged before; None: those in metrics.jsonl. All processes must have the
+    same, to agree on whether the target loss is reached.
     `peak_flops` is that of all devices together; with None no MFU is logged.
     """
 
@@ -61,12 +63,14 @@ class RunLog:
         start_step: int,
         peak_flops: float | None = None,
         enabled: bool = True,
+        logged: Sequence[float] | None = None,
     ) -> None:
         self._folder, self._config, self._peak_flops, self._enabled = folder, config, peak_flops, enabled
         self._console = Console(markup=False, quiet=not enabled, highlight=False, soft_wrap=True)
         self._last_step, self._last_time = start_step - 1, time.perf_counter()
         self._last_drawn = self._last_time
         self._val_loss: float | None = None
+        self._logged = logged
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._skipped = self._skipped_in_a_row = 0
         self._unwritten = b""
@@ -83,8 +87,7 @@ class RunLog:
         self._task = self._progress.add_task("", total=config.steps, completed=start_step, status="")
 
     def __enter__(self) -> "RunLog":
-        # Read by every process: all must agree on whether the target loss is reached.
-        self._recent.extend(row["loss"] for row in read_metrics(self._folder.metrics) if row["split"] == "train")
+        self._recent.extend(last_losses(self._folder.metrics) if self._logged is None else self._logged)
         if self._enabled:
             self._tracker = open_tracker(self._folder.path, self._config)
             self._file = self._folder.metrics.open("ab", buffering=0)

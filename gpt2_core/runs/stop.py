@@ -36,9 +36,12 @@ class StopRequest:
         self._by = self._by or by
 
     def check(self, advice: str = "give the same command again") -> None:
-        """Raise Stopped if the run was told to stop."""
+        """Raise Stopped if the run is to stop."""
         if self:
-            raise Stopped(f"stopped by {self._by}; {advice}")
+            raise self._stopped(advice)
+
+    def _stopped(self, advice: str = "give the same command again") -> Stopped:
+        return Stopped(f"stopped by {self._by}; {advice}")
 
     def checked(self, items: Iterable[T]) -> Iterator[T]:
         """The items; raises Stopped between two of them if the run is told to stop."""
@@ -48,9 +51,14 @@ class StopRequest:
 
     def result(self, future: Future[T]) -> T:
         """The result of `future`; raises Stopped if the run is told to stop before there is one."""
-        while not wait([future], timeout=_SECONDS_BETWEEN_LOOKS).done:
+        while not self._done(future):
             self.check()
         return future.result()
+
+    @staticmethod
+    def _done(future: Future[T]) -> bool:
+        """Whether there is a result, after waiting a moment for it."""
+        return bool(wait([future], timeout=_SECONDS_BETWEEN_LOOKS).done)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -70,13 +78,13 @@ class StopRequest:
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         if not self._deferred:
-            self.check()
+            raise self._stopped()
 
 
 @contextlib.contextmanager
-def stopped_by_signals() -> Iterator[StopRequest]:
-    """The signals of this block. It must run in the process's main thread."""
-    request = StopRequest()
+def stopped_by_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
+    """The signals of this block, noted in `request`. It must run in the process's main thread."""
+    request = StopRequest() if request is None else request
     with _handled(request._note):
         yield request
 

@@ -116,8 +116,7 @@ def training_batches(text: Text, config: TrainConfig, seed: int, process: int = 
         block_size=config.model.block_size,
         batch_size=config.batch_size,
         seed=seed,
-        process=process,
-        processes=processes,
+        rows=range(process, config.batch_size, processes),
     )
 
 

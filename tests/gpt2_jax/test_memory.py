@@ -18,7 +18,7 @@ def limit(monkeypatch):
     """Make devices as small as told."""
 
     def limit(available):
-        monkeypatch.setattr(memory, "bytes_available", lambda mesh: available)
+        monkeypatch.setattr(memory, "bytes_available", lambda mesh, processes: available)
 
     return limit
 

@@ -124,7 +124,7 @@ def test_samples_do_not_depend_on_the_mesh(make_config):
 def test_a_model_that_cannot_be_held_leaves_no_folder(make_config, monkeypatch, mesh, fits):
     model = dataclasses.replace(make_config().model, n_embd=64)
     # Of parameters and moments, on each of eight devices: a little more than an eighth, and so less than a quarter.
-    monkeypatch.setattr(memory, "bytes_available", lambda mesh: 3 * 4 * model.parameter_count // 7)
+    monkeypatch.setattr(memory, "bytes_available", lambda mesh, processes: 3 * 4 * model.parameter_count // 7)
     config = make_config(model=model, mesh=mesh, steps=0)
     if fits:
         train(config)

@@ -47,7 +47,7 @@ def two_shards():
 @pytest.mark.parametrize("tokens", [TOKENS, (two_shards(),), (two_shards(), Source((TOKENS,), ("",), 2.0))])
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_together_see_the_batch_that_one_would(processes, tokens):
-    parts = [batches(tokens, process=p, processes=processes, batch_size=8) for p in range(processes)]
+    parts = [batches(tokens, rows=range(p, 8, processes), batch_size=8) for p in range(processes)]
     for step in range(14):
         union = [start for part in parts for start in starts(part[step])]
         assert sorted(union) == sorted(starts(batches(tokens, batch_size=8)[step]))

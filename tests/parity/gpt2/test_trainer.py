@@ -111,8 +111,8 @@ def test_orders_and_processes_are_looked_at(setting):
     def unseeded(*arguments, seed, **options):
         return real(*arguments, seed=0, **options)
 
-    def all_to_each(*arguments, process, **options):
-        return real(*arguments, process=0, **options)
+    def all_to_each(*arguments, rows, **options):
+        return real(*arguments, rows=[row - rows[0] for row in rows], **options)
 
     for wrong, words in ((unseeded, "two seeds"), (all_to_each, "two processes")):
         with mock.patch.object(plain_loop, "TrainingBatches", wrong):
