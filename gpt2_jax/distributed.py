@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed
-from jaxlib import _jax
 
 from gpt2_core.errors import STOPPED, Stopped, UserError, reason, report
 from gpt2_core.runs.stop import StopRequest, stopped_by_signals
@@ -137,6 +135,10 @@ class _Several(Processes):
 
     def connect(self) -> None:
         """Find the other processes; raises UserError if they don't come."""
+        # Not public, so a run of one process doesn't need them. jax.distributed.initialize would run the service here.
+        from jax._src import distributed
+        from jaxlib import _jax
+
         if self.is_first:
             self._service = _start_service(self._address, self.count)
         client = _jax.get_distributed_runtime_client(

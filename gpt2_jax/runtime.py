@@ -18,7 +18,9 @@ from gpt2_jax.mesh import parse_mesh
 _MOST_VIRTUAL_DEVICES = 1024
 
 
-def configure(precision: str, mesh: int | str | None = None, processes: int = 1) -> None:
+def configure(
+    precision: str, mesh: int | str | None = None, processes: int = 1, *, deterministic: bool = False
+) -> None:
     """Prepare JAX for one of the `processes` that compute in `precision` on `mesh`. Call it before anything touches a
     device, and after the processes are connected.
 
@@ -29,6 +31,10 @@ def configure(precision: str, mesh: int | str | None = None, processes: int = 1)
     Raises UserError for a precision that this machine doesn't have.
     """
     _take_gpu_memory()
+    if deterministic:
+        # Read when XLA first compiles. What it has no deterministic kernel for is then an error.
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_exclude_nondeterministic_ops=true"
+        os.environ["XLA_FLAGS"] = flags.strip()
     cpu_devices = 1 if mesh is None else math.prod(parse_mesh(mesh).values()) // processes
     jax.config.update("jax_num_cpu_devices", min(cpu_devices, _MOST_VIRTUAL_DEVICES))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # between processes; one has none

@@ -21,6 +21,7 @@ from gpt2_core.runs.due import Due, due_after, due_at_start, is_logged
 from gpt2_core.runs.folder import SAVE_AGAIN, RunFolder, RunPlan, last_losses, metadata_of, plan_run
 from gpt2_core.runs.log import RunLog, peak_flops
 from gpt2_core.runs.stop import StopRequest, stopped_by_signals
+from gpt2_core.runs.watchdog import Watchdog, watching
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
 from gpt2_core.weights import Weights
@@ -134,8 +135,10 @@ def _train(
                 f"{folder.path}" + (f", from step {plan.step}" if plan.checkpoint else ""),
                 plan.warnings,
             )
-            loop = _Loop(program, tokens, folder, log, processes, stop, train_step_future, eval_step_future)
-            with processes.closing(), stop.deferred():
+            with processes.closing(), stop.deferred(), watching(config.hang_timeout) as watchdog:
+                loop = _Loop(
+                    program, tokens, folder, log, processes, stop, watchdog, train_step_future, eval_step_future
+                )
                 loop.run(state, plan)
     return folder
 
@@ -174,11 +177,12 @@ class _Loop:
         log: RunLog,
         processes: Processes,
         stop: StopRequest,
+        watchdog: Watchdog,
         train_step_future: Future[tuple[jax.stages.Compiled, float]] | None,
         eval_step_future: Future[jax.stages.Compiled],
     ) -> None:
         self.program, self.config, self.tokens, self.folder = program, program.config, tokens, folder
-        self.log, self.processes, self.stop = log, processes, stop
+        self.log, self.processes, self.stop, self.watchdog = log, processes, stop, watchdog
         self.unchecked: list[tuple[int, Metrics]] = []
         """Steps whose loss and gradient norm haven't been fetched."""
         self.unsaved: SaveError | None = None
@@ -214,6 +218,7 @@ class _Loop:
                 state, metrics = train_step(state, *batch, self.scalar(rate))
                 self.unchecked.append((step, metrics))
                 updates = step + 1
+                self.watchdog.progress()
                 if updates < config.steps:
                     batch = self.put(updates)
                 pending = self.log_metrics(pending)
@@ -277,6 +282,7 @@ class _Loop:
 
     def do(self, due: Due, state: TrainState, updates: int) -> None:
         """What is due after so many updates."""
+        self.watchdog.progress()
         with self.log.untimed():
             with contextlib.suppress(Stopped):  # given up; due_at_start makes up for it
                 if due.evaluate:
@@ -299,6 +305,7 @@ class _Loop:
         )
         for batch in self.stop.checked(batches):
             losses.append(eval_step(state.params, *self.program.put_evaluation(batch)))
+            self.watchdog.progress()
             count += int((batch.targets != IGNORE_INDEX).sum())
         self.log.evaluation(updates, math.fsum(map(float, losses)) / count)
 

@@ -78,6 +78,14 @@ def set_matmul_precision(precision: str) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
+def set_deterministic() -> None:
+    """Have this process use kernels that compute the same bits in every run, before its first use of a device; what has
+    none raises an error."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants for it
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 @contextlib.contextmanager
 def process_group(processes: int, device: torch.device) -> Iterator[None]:
     """The process group of a run by several processes; all of them leave it together."""

@@ -23,6 +23,7 @@ from gpt2_core.runs.due import Due, due_after, due_at_start, is_logged
 from gpt2_core.runs.folder import SAVE_AGAIN, RunFolder, RunPlan, metadata_of, plan_run
 from gpt2_core.runs.log import RunLog, peak_flops
 from gpt2_core.runs.stop import StopRequest, stopped_by_signals
+from gpt2_core.runs.watchdog import watching
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
 from gpt2_core.weights import Weights
@@ -32,7 +33,14 @@ from gpt2_torch.generate import generate
 from gpt2_torch.memory import check_memory, memory_errors
 from gpt2_torch.model import GPT2
 from gpt2_torch.optimizer import make_optimizer
-from gpt2_torch.runtime import device_name, pick_device, process_group, resolve, set_matmul_precision
+from gpt2_torch.runtime import (
+    device_name,
+    pick_device,
+    process_group,
+    resolve,
+    set_deterministic,
+    set_matmul_precision,
+)
 from gpt2_torch.weights import to_state_dict
 
 T = TypeVar("T")
@@ -145,6 +153,8 @@ def train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None] =
     device = pick_device(asked.device)
     config = resolve(asked, device, processes)
     set_matmul_precision(config.precision)
+    if config.deterministic:
+        set_deterministic()
     with stopped_by_signals() as stop, memory_errors(config, device, processes), process_group(processes, device):
         start = open_run(config, initial, device, rank, processes)
         Trainer(start, stop, device, rank, processes).run()
@@ -249,7 +259,7 @@ class Trainer:
                 f"{self.tokens.source}; run {self.folder.path}" + (f", from step {first}" if resumed else ""),
                 self.plan.warnings,
             )
-            with self.stop.deferred():
+            with self.stop.deferred(), watching(config.hang_timeout) as self.watchdog:
                 try:
                     updates = self.loop(first)
                 except DivergedError as error:
@@ -315,6 +325,7 @@ class Trainer:
                 self.told_to_stop()
             self.stop.check()
             yield item
+            self.watchdog.progress()
 
     def told_to_stop(self) -> bool:
         """Whether the run was told to stop, by a signal to any of its processes: the same answer in all of them.
@@ -348,6 +359,7 @@ class Trainer:
             autocast=self.autocast,
         )
         self.unchecked.append((step, loss, grad_norm))
+        self.watchdog.progress()
         if is_logged(step, config):
             outcomes, self.unchecked = self.unchecked, []
             self.log.check_updates((number, loss.item(), norm.item()) for number, loss, norm in outcomes)
@@ -355,6 +367,7 @@ class Trainer:
 
     def do(self, due: Due, updates: int) -> None:
         """What is due after so many updates; the first process does it for all, if the model isn't split."""
+        self.watchdog.progress()
         if not self.takes_part:
             return
         with self.log.untimed():

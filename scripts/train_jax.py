@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     from gpt2_jax.runtime import configure
 
     with joined(place) as processes:
-        configure(config.precision, config.mesh, processes.count)
+        configure(config.precision, config.mesh, processes.count, deterministic=config.deterministic)
 
         from gpt2_convert import read_initial_weights
         from gpt2_jax.train import train

@@ -175,6 +175,12 @@ class TrainConfig:
     max_skipped_steps: int = 10
     """An update is left out where the loss or the gradient norm isn't finite; more than this many in a row end the
     run."""
+    hang_timeout: float | None = None
+    """End the process, to be resumed, when nothing has finished for so many seconds: no step, no batch of an
+    evaluation, no save. Give more than compiling takes, and a whole evaluation. Left out: wait for ever."""
+    deterministic: bool = False
+    """Have GPUs compute the same bits in every run of one program on the same devices, with slower kernels where the
+    fast ones add in any order. On CPUs runs are equal without it."""
     reference_curve: dict[int, float] | None = None
     """A published run's training losses by step, drawn beside this run's in curves.png."""
 
@@ -183,7 +189,7 @@ class TrainConfig:
         require_positive("", self, "checkpoint_interval", "keep_checkpoints", "sample_tokens")
         require_nonnegative("", self, "steps", "sample_interval", "max_skipped_steps")
         check_seed(self.seed)
-        require_above_zero("", self, "epochs", "target_loss", "batch_tokens", "device_batch_size")
+        require_above_zero("", self, "epochs", "target_loss", "batch_tokens", "device_batch_size", "hang_timeout")
         if self.batch_tokens is not None:
             block = self.model.block_size
             refuse_unless(

@@ -23,6 +23,9 @@ from gpt2_core.weights import Weights
 # Number of logged training losses whose mean ranks checkpoints and is compared with the target: one batch is noisy.
 RECENT = 10
 
+# Number of logged training losses that the next is compared with, to see a spike.
+WINDOW = 50
+
 # What to do when the last checkpoint of a run couldn't be written.
 SAVE_AGAIN = (
     "make room or set the permissions right, and continue with --resume from the newest checkpoint that is there"
@@ -425,8 +428,8 @@ def recent_training_loss(rows: list[dict[str, Any]], step: int) -> float:
 
 
 def last_losses(path: Path) -> list[float]:
-    """The last RECENT training losses of a metrics.jsonl, or as many as there are."""
-    return [row["loss"] for row in read_metrics(path) if row["split"] == "train"][-RECENT:]
+    """The last WINDOW training losses of a metrics.jsonl, or as many as there are."""
+    return [row["loss"] for row in read_metrics(path) if row["split"] == "train"][-WINDOW:]
 
 
 def _cut_metrics(path: Path, step: int, *, evaluated: bool) -> None:

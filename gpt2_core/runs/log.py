@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gpt2_core.config import ResolvedConfig
 from gpt2_core.errors import DivergedError, RunError
 from gpt2_core.files import write_atomically
-from gpt2_core.runs.folder import RECENT, RunFolder, last_losses, read_metrics
+from gpt2_core.runs.folder import RECENT, WINDOW, RunFolder, last_losses, read_metrics
 from gpt2_core.runs.summary import model_table
 from gpt2_core.runs.trackers import Tracker, open_tracker
 
@@ -30,6 +31,10 @@ _PEAK_BFLOAT16_FLOPS = {
     "H100": 989.4e12,
     "H200": 989.4e12,
 }
+
+# A logged training loss is a spike where it is more than so many standard deviations above the mean of up to WINDOW
+# logged before it. One of batches that differ no more than usual is that high once in a billion.
+SPIKE, LEAST_BEFORE_SPIKE = 6.0, 20
 
 # Drawing the curves takes a second, as long as many steps of a small model.
 SECONDS_BETWEEN_DRAWINGS = 30.0
@@ -72,6 +77,7 @@ class RunLog:
         self._val_loss: float | None = None
         self._logged = logged
         self._recent: deque[float] = deque(maxlen=RECENT)
+        self._window: deque[float] = deque(maxlen=WINDOW)
         self._skipped = self._skipped_in_a_row = 0
         self._unwritten = b""
         self._tracker: Tracker | None = None
@@ -87,7 +93,9 @@ class RunLog:
         self._task = self._progress.add_task("", total=config.steps, completed=start_step, status="")
 
     def __enter__(self) -> "RunLog":
-        self._recent.extend(last_losses(self._folder.metrics) if self._logged is None else self._logged)
+        logged = last_losses(self._folder.metrics) if self._logged is None else self._logged
+        self._recent.extend(logged)
+        self._window.extend(logged)
         if self._enabled:
             self._tracker = open_tracker(self._folder.path, self._config)
             self._file = self._folder.metrics.open("ab", buffering=0)
@@ -129,10 +137,13 @@ class RunLog:
         mfu = flops / self._peak_flops if self._peak_flops else None
         if not is_update(loss, grad_norm):
             return
+        spike = self._spike(step, loss)
         self._recent.append(loss)
+        self._window.append(loss)
         skipped = {"skipped": self._skipped} if self._skipped else {}
         self._write(
             skipped
+            | spike
             | {
                 "step": step,
                 "split": "train",
@@ -151,6 +162,19 @@ class RunLog:
         else:
             val = "" if self._val_loss is None else f"  val {self._val_loss:.4f}"
             self._progress.update(self._task, completed=step + 1, status=words + val)
+
+    def _spike(self, step: int, loss: float) -> dict[str, float]:
+        """By how many standard deviations a loss is above the mean of those before it, where that is a spike."""
+        if len(self._window) < LEAST_BEFORE_SPIKE:
+            return {}
+        deviations = (loss - statistics.fmean(self._window)) / max(statistics.pstdev(self._window), 1e-12)
+        if deviations <= SPIKE:
+            return {}
+        self.say(
+            f"warning: step {step} has loss {loss:.4f}, {deviations:.1f} standard deviations above the mean of the "
+            f"{len(self._window)} logged before it"
+        )
+        return {"spike": round(deviations, 2)}
 
     def check_updates(self, outcomes: Iterable[tuple[int, float, float]]) -> None:
         """Count the updates that were left out among consecutive steps, each (step, loss, gradient norm).
@@ -275,6 +299,8 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, reference: dict[int, flo
     axes = figure.subplots(2, 2).ravel()
     steps = [row["step"] for row in train]
     axes[0].plot(steps, [row["loss"] for row in train], color="tab:blue", linewidth=1, label="training")
+    if spikes := [(row["step"], row["loss"]) for row in train if "spike" in row]:
+        axes[0].plot(*zip(*spikes, strict=True), "v", color="tab:red", label="spike")
     if val:
         axes[0].plot(
             [row["step"] for row in val],

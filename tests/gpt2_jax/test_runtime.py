@@ -82,6 +82,18 @@ def test_jax_gets_most_of_a_gpus_memory_unless_the_user_says_how_much(monkeypatc
         assert found == (0.92 if theirs is None else 0.5)
 
 
+def test_deterministic_kernels_are_asked_of_xla_beside_the_users_flags(monkeypatch):
+    code = (
+        "import os, jax\nfrom gpt2_jax.runtime import configure\nconfigure('float32', deterministic=True)\n"
+        "print(jax.jit(lambda x: x + 1)(1), os.environ['XLA_FLAGS'])"  # XLA ends at a flag that it doesn't know
+    )
+    env = os.environ | {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout == "2 --xla_cpu_enable_fast_math=false --xla_gpu_exclude_nondeterministic_ops=true\n", (
+        done.stderr
+    )
+
+
 @pytest.mark.parametrize(("precision", "of_dots"), [("tf32", "HIGH"), ("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
 def test_every_product_of_a_step_lowered_for_a_gpu_has_the_precision_asked_for(precision, of_dots):
     definition = define(ModelConfig(1, 2, 16, 16, 31), Execution(dtype_of(precision), "recompute"))

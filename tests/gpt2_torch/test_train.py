@@ -26,6 +26,8 @@ from gpt2_torch.optimizer import make_optimizer
 from gpt2_torch.runtime import pick_device, resolve_precision, set_matmul_precision
 from gpt2_torch.train import accumulate_gradients, train, train_step
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 
 def losses(folder, split="train"):
     return [row["loss"] for row in read_metrics(folder.metrics) if row["split"] == split]
@@ -290,6 +292,18 @@ def test_a_model_that_cannot_be_held_leaves_no_folder(make_config):
     with pytest.raises(UserError, match="out of memory: the model's .* parameters and the optimizer's state need"):
         train(config)
     assert not Path(config.run_dir).exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_a_deterministic_run_is_the_same_to_the_bit_again(make_config, device):
+    try:
+        runs = [train(make_config(name, device=device, deterministic=True)) for name in ("one", "two")]
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses(runs[0]) == losses(runs[1])
+    states = [(run.checkpoints / "6" / "model.safetensors").read_bytes() for run in runs]
+    assert states[0] == states[1]
 
 
 def test_a_device_that_is_not_here_is_refused():

@@ -1,6 +1,8 @@
 import json
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -74,6 +76,30 @@ def test_a_run_killed_at_random_and_resumed_is_the_run_never_killed(script, time
     for split in ("train", "val"):
         assert rows(tmp_path / "killed", split) == rows(tmp_path / "whole", split)
     assert kills == times
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["train_jax.py", "train_torch.py"])
+def test_a_run_that_hangs_ends_to_be_resumed(script, environment, recipe, root, tmp_path):
+    package = {"train_jax.py": "gpt2_jax", "train_torch.py": "gpt2_torch"}[script]
+    # Batches that never come: a file system that doesn't answer.
+    program = (
+        "import sys, time, gpt2_core.data.batches as batches\n"
+        "read = batches.TrainingBatches.__getitem__\n"
+        "def hang(self, step):\n"
+        "    return read(self, step) if step < 7 else time.sleep(1000)\n"
+        "batches.TrainingBatches.__getitem__ = hang\n"
+        f"sys.path.insert(0, {str(root / 'scripts')!r})\n"
+        f"import {script.removesuffix('.py')} as script\n"
+        "from gpt2_core.cli import run\n"
+        "run(script.main)\n"
+    )
+    command = [sys.executable, "-c", program, "--config", str(recipe), "--run_dir", "r", "--hang_timeout", "5"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.endswith("nothing has finished for 5 s (--hang_timeout); continue with --resume\n")
+    assert "in hang" in done.stderr and f"{package}/train.py" in done.stderr
+    assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir() if p.name.isdigit()] == ["5"]
 
 
 @pytest.mark.long

@@ -115,6 +115,28 @@ def test_a_target_is_reached_by_the_mean_of_ten_logged_losses_across_a_resume(ma
         assert not log.reached_target
 
 
+def test_a_spike_of_the_loss_is_named_marked_and_seen_after_a_resume_too(make_config, folder, capsys):
+    def losses(first, last):
+        return {step: 2.0 + 0.01 * (step % 3) for step in range(first, last)}
+
+    def logged(values, start):
+        with RunLog(folder, make_config(), start_step=start) as log:
+            for step, loss in values.items():
+                log.train(step, loss=loss, learning_rate=1e-4, grad_norm=1.0)
+
+    logged(losses(0, 10) | {10: 9.0}, 0)  # too few before it to say
+    assert "standard deviations" not in capsys.readouterr().out
+    folder.metrics.write_text("")
+    logged(losses(0, 40), 0)
+    logged({40: 2.02, 41: 1.0, 42: 2.2}, 40)  # the second is low, and widens what is usual
+    assert "standard deviations" not in capsys.readouterr().out
+    folder.metrics.write_text("")
+    logged(losses(0, 40), 0)
+    logged({40: 2.2}, 40)
+    assert "warning: step 40 has loss 2.2000, 23" in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(folder.metrics) if "spike" in row] == [40]
+
+
 def test_a_published_curve_is_drawn_beside_the_runs_own(make_config, folder, monkeypatch):
     import matplotlib.figure
 
