@@ -76,14 +76,16 @@ def torch_session(spec: dict[str, Any]) -> Session:
     from gpt2_torch import checkpoints
 
     def read(checkpoint: Path) -> None:
-        checkpoints.restore(checkpoint, training.model, training.optimizer)
+        checkpoints.restore_model(checkpoint, training.model)
+        checkpoints.restore_optimizer(checkpoint, training.optimizer)
 
     with tempfile.TemporaryDirectory() as path:
         folder = RunFolder(Path(path))
 
         def write(step: int) -> Callable[[], None]:
             metadata = metadata_of(training.config, step, "torch", "")
-            checkpoints.save(folder.checkpoints / str(step), training.model.state_dict(), metadata, training.optimizer)
+            state, moments = training.model.state_dict(), training.optimizer.state_dict()
+            checkpoints.save(folder.checkpoints / str(step), state, metadata, moments)
             folder.remove_obsolete(1)
             return lambda: None
 

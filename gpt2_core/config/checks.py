@@ -28,14 +28,14 @@ def require_positive(group: str, config: Any, *names: str) -> None:
 
 
 def require_nonnegative(group: str, config: Any, *names: str) -> None:
-    """Raise UserError unless these settings are from 0 to LARGEST."""
+    """Raise UserError unless these settings are finite and 0 or greater, and no whole number beyond LARGEST."""
     for name in names:
         value = getattr(config, name)
         _refuse_unless_within(f"--{group}{name}", value, value >= 0, "must be 0 or greater")
 
 
 def require_above_zero(group: str, config: Any, *names: str) -> None:
-    """Raise UserError unless these settings are above 0 and at most LARGEST; one that is None isn't given."""
+    """Raise UserError unless these settings are finite and above 0; one that is None isn't given."""
     for name in names:
         value = getattr(config, name)
         if value is not None:
@@ -43,9 +43,10 @@ def require_above_zero(group: str, config: Any, *names: str) -> None:
 
 
 def _refuse_unless_within(option: str, value: float, condition: bool, message: str) -> None:
-    """Raise UserError unless the condition holds and the value isn't greater than any that can be computed with."""
+    """Raise UserError unless the condition holds, and the value is finite, and no whole number beyond LARGEST."""
     refuse_unless(condition and value < math.inf, f"{option} {in_short(value)}: {message}")
-    refuse_unless(value <= LARGEST, f"{option} {in_short(value)}: must be at most {LARGEST}")
+    is_exact = isinstance(value, float) or value <= LARGEST
+    refuse_unless(is_exact, f"{option} {in_short(value)}: must be at most {LARGEST}")
 
 
 def in_short(value: Any) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_core.config import ResolvedConfig, TrainConfig, parse_mixture
+from gpt2_core.config.checks import LARGEST
 from gpt2_core.data import token_files
 from gpt2_core.data.corpora import get_corpus
 from gpt2_core.data.prepare import SPLITS, VERSION, Settings, is_unfinished, prepare
@@ -98,8 +99,10 @@ def with_steps(config: ResolvedConfig, tokens: TokenFolder) -> ResolvedConfig:
         return config
     if len(tokens.train) > 1:
         raise UserError(f"--epochs {config.epochs}: a mixture has no epochs of its own; give --steps")
-    windows = tokens.train[0].windows(config.model.block_size)
-    return dataclasses.replace(config, steps=math.ceil(config.epochs * windows / config.batch_size))
+    steps = config.epochs * tokens.train[0].windows(config.model.block_size) / config.batch_size
+    if steps > LARGEST:
+        raise UserError(f"--epochs {config.epochs}: {steps:.3g} steps; at most {LARGEST} can be counted")
+    return dataclasses.replace(config, steps=math.ceil(steps))
 
 
 def _of_corpus(config: TrainConfig) -> TokenFolder:

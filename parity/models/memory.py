@@ -6,18 +6,24 @@ import os
 import sys
 from pathlib import Path
 
-LARGE = 2**31
-"""Bytes of a process from which it is worth the tenth of a second that it takes."""
+GROWTH = 1 << 29
+"""Bytes by which a process has grown since it last gave memory back, from which on it is worth the time: a tenth of a
+second, and more where the process holds much else."""
+
+_before = 0
 
 
 def give_back_memory() -> None:
+    """Free what nothing refers to, and return it to the system, if the process has grown since the last time."""
+    global _before
     if sys.platform != "linux":
         gc.collect()
-    elif resident() > LARGE:
+    elif resident() > _before + GROWTH:
         gc.collect()  # JAX lets go of the arrays that it was given when Python collects
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc, which keeps what is freed
         if trim is not None:
             trim(0)
+        _before = resident()
 
 
 def resident() -> int:

@@ -7,7 +7,7 @@ from benchmarks.hlo_cost import COPY
 from gpt2_core.errors import UserError
 
 # Rates at which FLOPs, bytes and exchanged bytes are easily told apart.
-GPU = gpu.Gpu("test", (9, 0), product_flops=1e6, float32_flops=1e4, bandwidth=1e9, link_bandwidth=1e6)
+GPU = gpu.Gpu("test", (9, 0), product_flops=1e6, float32_flops=1e4, bandwidth=1e9, link_bandwidth=1e6, memory=10**9)
 CUBLAS = 'custom_call_target="__cublas$lt$matmul"'
 DIMENSIONS = '"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}'
 

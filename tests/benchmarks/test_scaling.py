@@ -12,7 +12,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_step_is_measured_at_each_size(tmp_path, capsys):
     options = ["--axes", "vocabulary", "--factors", "1,8", "--frameworks", "jax", "--json", str(tmp_path / "o.json")]
     scaling.main([*SMALL, *options])

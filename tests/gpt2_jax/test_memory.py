@@ -23,7 +23,7 @@ def limit(monkeypatch):
     return limit
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_too_large_a_batch_ends_with_what_would_fit_and_it_does(mesh_config, limit, tmp_path):
     model = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257)
     config = mesh_config(model=model, batch_size=96, mesh=2)

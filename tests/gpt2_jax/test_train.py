@@ -110,7 +110,7 @@ def test_samples_are_written(make_config):
     assert len((folder.samples / "2.txt").read_text(errors="replace")) >= 10
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_mesh(make_config):
     # One sequence can't be split over two devices; asked to, XLA ends a float64 process.
     settings = {"steps": 1, "sample_interval": 1, "sample_tokens": 12, "precision": "float64"}

@@ -79,7 +79,7 @@ def test_a_run_killed_at_random_and_resumed_is_the_run_never_killed(script, time
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("script", ["train_jax.py", "train_torch.py"])
+@pytest.mark.parametrize("script", ["train_torch.py", pytest.param("train_jax.py", marks=pytest.mark.slow)])
 def test_a_run_that_hangs_ends_to_be_resumed(script, environment, recipe, root, tmp_path):
     package = {"train_jax.py": "gpt2_jax", "train_torch.py": "gpt2_torch"}[script]
     # Batches that never come: a file system that doesn't answer.
@@ -127,7 +127,7 @@ def test_the_run_folder_holds_what_it_should(run, recipe, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("script", ["train_jax.py", "train_torch.py"])
+@pytest.mark.parametrize("script", ["train_torch.py", pytest.param("train_jax.py", marks=pytest.mark.slow)])
 def test_a_run_of_no_steps_can_be_resumed_and_trained_on(script, run, recipe, tmp_path):
     for more in (("--steps", "0"), ("--steps", "0", "--resume"), ("--steps", "2", "--resume")):
         code, _, err = run(script, "--config", recipe, "--run_dir", "r", *more)

@@ -106,6 +106,12 @@ def test_damaged_token_folders_are_refused_by_name(make_config):
         open_tokens(make_config())
 
 
+def test_more_epochs_than_steps_can_be_counted_are_refused(make_config):
+    config = make_config(epochs=1e308)
+    with pytest.raises(UserError, match=r"--epochs 1e\+308: .* steps; at most"):
+        with_steps(config, open_tokens(config))
+
+
 def prepared(make_config, **data):
     """A prepared folder, by the way of training on a corpus."""
     return open_tokens(make_config(data=dataclasses.replace(make_config().data, **data)))

@@ -21,7 +21,10 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def test_every_constant_that_is_a_size_has_its_case():
-    modules = [importlib.import_module(f"gpt2_jax.{m.name}") for m in pkgutil.iter_modules(gpt2_jax.__path__)]
+    # Where and by whom something is computed decides no number.
+    machine = ("distributed", "runtime", "compilation_cache")
+    names = [m.name for m in pkgutil.iter_modules(gpt2_jax.__path__) if m.name not in machine]
+    modules = [importlib.import_module(f"gpt2_jax.{name}") for name in names]
     found = {
         f"{module.__name__.removeprefix('gpt2_jax.')}.{name}"
         for module in modules

@@ -188,8 +188,8 @@ def test_a_run_is_interrupted_resumed_and_silent(case, setting, capfd):
         ),
         (
             gpt2_core.data.batches.TrainingBatches,
-            "_numbers",
-            lambda self, step: range(step * self._batch_size + 1, (step + 1) * self._batch_size + 1),
+            "sequences",
+            lambda self, step: list(range(step * 4 + 1, (step + 1) * 4 + 1)),
             ["what is kept to study"],
         ),
     ],
