@@ -5,7 +5,7 @@ from typing import Any
 
 from parity.engine.errors import EngineError
 from parity.engine.results import Skipped, guarded
-from parity.models.memory import give_back_memory
+from parity.models.memory import begin_comparison, give_back_memory
 from parity.pair import checks as available
 from parity.pair import outputs
 from parity.pair.comparison import opened
@@ -62,6 +62,7 @@ def compare(
         raise EngineError(f"mode {mode!r}: expected 'eval' or 'train'")
     if weights not in ("random", "own"):
         raise EngineError(f"weights {weights!r}: expected 'random' or 'own'")
+    begin_comparison()
     comparison = opened(
         reference,
         candidate,
