@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -22,8 +23,8 @@ def rows(path: Path, split: str = "train") -> list[tuple[int, float]]:
 def seen(process) -> tuple[int, int, int]:
     """Resident memory in bytes, threads and open files of a process that runs."""
     status = Path(f"/proc/{process.pid}/status").read_text()
-    values = {line.split(":")[0]: line.split(":")[1].split()[0] for line in status.splitlines() if ":" in line}
-    return 1024 * int(values["VmRSS"]), int(values["Threads"]), len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+    values = {name: int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1]) for name in ("VmRSS", "Threads")}
+    return 1024 * values["VmRSS"], values["Threads"], len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
 
 
 def checkpoints(run: Path) -> list[Path]:
