@@ -17,7 +17,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from gpt2_core.config import GROUPS, NEWEST, PRESETS, TrainConfig
+from gpt2_core.config import GROUPS, NEWEST, PRESETS, TrainConfig, recipes
 from gpt2_core.config.checks import in_short
 from gpt2_core.config.io import to_yaml
 from gpt2_core.data.tokenizer import vocab_size
@@ -26,8 +26,6 @@ from gpt2_core.parsing import read_text, yaml_value
 from gpt2_core.runs.trackers import require as require_tracker
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -153,7 +151,7 @@ def parse_train_config(
     print_config = "--print_config" in arguments
     arguments = [a for a in arguments if a != "--print_config"]
 
-    recipe = recipe or DEFAULT_RECIPE
+    recipe = recipes.find(recipes.DEFAULT if recipe is None else recipe)
     in_recipe = read_recipe(recipe)
     sizes = [f"--model.{name}={value}" for name, value in PRESETS[preset].items()] if preset else []
     # A recipe's mesh is JAX's, and PyTorch runs don't record it.
@@ -203,7 +201,11 @@ def train_parser(command: str, framework: str, launch: type | None = None) -> Pa
         description=f"Train GPT-2 with {framework}. Settings come from GPT-2's defaults, then the recipe (--config), "
         "then --preset, then the other options, wherever each stands on the line.",
     )
-    parser.add_argument("--config", action="config", help=f"Recipe (YAML). Left out: configs/{DEFAULT_RECIPE.name}.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"Recipe, by its path or by a name that `gpt2 recipes` lists. Left out: {recipes.DEFAULT}.",
+    )
     parser.add_argument(
         "--preset",
         choices=list(PRESETS),
@@ -215,7 +217,7 @@ def train_parser(command: str, framework: str, launch: type | None = None) -> Pa
     return parser
 
 
-def _split_arguments(arguments: list[str]) -> tuple[list[str], Path | None, str | None]:
+def _split_arguments(arguments: list[str]) -> tuple[list[str], str | None, str | None]:
     """Take out `--config` and `--preset`, whose precedence doesn't follow from their position on the line."""
     taken: dict[str, str | None] = {"--config": None, "--preset": None}
     rest: list[str] = []
@@ -237,14 +239,28 @@ def _split_arguments(arguments: list[str]) -> tuple[list[str], Path | None, str 
     preset = taken["--preset"]
     if preset is not None and preset not in PRESETS:
         raise UserError(f"--preset {preset}: no such preset; use {', '.join(PRESETS)}")
-    return rest, Path(taken["--config"]) if taken["--config"] is not None else None, preset
+    return rest, taken["--config"], preset
+
+
+def with_sizes(arguments: list[str], sizes: dict[str, int]) -> list[str]:
+    """The arguments with the options that `--preset` stands for, or without one those of `sizes`, put first: options on
+    the command line override them."""
+    rest: list[str] = []
+    queue = list(arguments)
+    while queue:
+        option, equals, value = queue.pop(0).partition("=")
+        if option == "--preset":
+            preset = value if equals or not queue else queue.pop(0)
+            if preset not in PRESETS:
+                raise UserError(f"--preset {preset}: no such preset; use {', '.join(PRESETS)}")
+            sizes = PRESETS[preset]
+        else:
+            rest.append(option + equals + value)
+    return [*(f"--model.{name}={value}" for name, value in sizes.items()), *rest]
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """What a recipe sets; raises UserError if it isn't there, isn't YAML, or sets something that doesn't exist."""
-    if not path.is_file():
-        known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
-        raise UserError(f"--config {path}: no such file" + (f"; the recipes here are {known}" if known else ""))
+    """What a recipe sets; raises UserError if it isn't YAML, or sets something that doesn't exist."""
     values = yaml_value(read_text(path, f"--config {path}"), f"--config {path}")
     if values is None:
         return {}

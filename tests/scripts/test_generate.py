@@ -84,7 +84,9 @@ def test_a_tokenizer_is_the_recorded_one_and_must_fit(root, tmp_path, weights, t
 def test_without_weights_the_option_is_named_and_what_it_takes(run):
     code, out, err = run("generate.py")
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert err.startswith("error: --weights is required (a path in any format that convert.py reads, ") and "add" in err
+    assert (
+        err.startswith("error: --weights is required (a path in any format that gpt2 convert reads, ") and "add" in err
+    )
 
 
 @pytest.mark.parametrize(
