@@ -1,21 +1,15 @@
-"""gpt2 generate: text from a trained model."""
+"""gpt2 generate: text from a trained model, streamed as it comes."""
 
-import functools
-import itertools
 import sys
-from collections.abc import Callable, Iterator
 from typing import Literal
 
-import numpy as np
-
-from gpt2_convert import read_weights
 from gpt2_core.cli import Parser
 from gpt2_core.config import check_seed
-from gpt2_core.data.tokenizer import NAMES, Tokenizer, get_tokenizer, stream_text, vocab_size
+from gpt2_core.data.tokenizer import NAMES
 from gpt2_core.errors import UserError
+from gpt2_core.language_model import PRECISIONS, LanguageModel
 from gpt2_core.memory import keep_freed_memory
-from gpt2_core.sampling import Sampling, uniforms
-from gpt2_core.weights import Weights
+from gpt2_core.sampling import Sampling
 
 
 def main(arguments: list[str], command: str = "gpt2 generate") -> None:
@@ -23,92 +17,45 @@ def main(arguments: list[str], command: str = "gpt2 generate") -> None:
     options = parser(command).parse(arguments)
     if options.max_new_tokens < 1 or options.num_samples < 1:
         raise UserError("--max_new_tokens and --num_samples: must be 1 or more")
+    # What is wrong with these is said before the weights are read.
     check_seed(options.seed)
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.greedy)
+    Sampling(options.temperature, options.top_k, options.top_p, options.greedy)
 
-    if options.backend == "jax":
-        if options.device is not None:
-            raise UserError("--device: chooses PyTorch's device; with --backend jax set JAX_PLATFORMS=cpu for the CPU")
-        from gpt2_jax.runtime import configure
-
-        configure(options.precision)
-    weights = read_weights(options.weights, options.checkpoint)
-    tokenizer = choose_tokenizer(weights, options.tokenizer)
-    try:
-        prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
-    except UnicodeEncodeError as error:
-        raise UserError("--prompt: not UTF-8 text") from error
-
-    end_of_text = tokenizer.end_of_text if options.stop_at_end_of_text else None
-    generate = _jax(weights, options, end_of_text) if options.backend == "jax" else _torch(weights, options)
+    model = _load(options)
     for number in range(options.num_samples):
+        pieces = model.stream(
+            options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            greedy=options.greedy,
+            seed=options.seed,
+            sample=number,
+            stop_at_end_of_text=options.stop_at_end_of_text,
+        )
         if options.num_samples > 1:
             print(f"--- sample {number + 1} of {options.num_samples}", flush=True)
         sys.stdout.write(options.prompt)
-        drawn = uniforms(options.seed, number, options.max_new_tokens)[None]
-        tokens = (row[0] for row in generate([prompt], drawn, sampling))
-        for text in stream_text(tokenizer, itertools.takewhile(lambda token: token != end_of_text, tokens)):
+        for text in pieces:
             sys.stdout.write(text)
             sys.stdout.flush()
         print(flush=True)
 
 
-def choose_tokenizer(weights: Weights, asked: str | None) -> Tokenizer:
-    """The tokenizer that is recorded with the weights; if none is, the one asked for, else GPT-2's.
+def _load(options) -> LanguageModel:
+    given = {"checkpoint": options.checkpoint, "tokenizer": options.tokenizer, "precision": options.precision}
+    if options.backend == "torch":
+        import gpt2_torch
 
-    Raises UserError if one is recorded and another is asked for, and if it has more ids than the model.
-    """
-    if asked and weights.tokenizer not in (None, asked):
-        raise UserError(
-            f"--tokenizer {asked}: {weights.source} was trained with the tokenizer {weights.tokenizer}; leave "
-            "--tokenizer out"
-        )
-    name, ids = asked or weights.tokenizer or "gpt2", weights.config.vocab_size
-    if vocab_size(name) > ids:
-        says = f"--tokenizer {asked}: " if asked else ""
-        unknown = "" if asked or weights.tokenizer else " doesn't say which tokenizer it was trained with, and"
-        fitting = [known for known in NAMES if vocab_size(known) <= ids]
-        use = f"use --tokenizer {' or '.join(fitting)}" if fitting else "no tokenizer that --tokenizer takes has so few"
-        raise UserError(
-            f"{says}{weights.source}{unknown} has {ids} ids, too few for the {vocab_size(name)} of the tokenizer "
-            f"{name}; {use}"
-        )
-    return get_tokenizer(name)
+        return gpt2_torch.load(options.weights, device=options.device or "auto", **given)
+    if options.device is not None:
+        raise UserError("--device: chooses PyTorch's device; with --backend jax set JAX_PLATFORMS=cpu for the CPU")
+    import gpt2_jax
+    from gpt2_jax.runtime import configure
 
-
-Generate = Callable[[list[list[int]], np.ndarray, Sampling], Iterator[list[int]]]
-
-
-def _jax(weights: Weights, options, end_of_text: int | None) -> Generate:
-    import jax
-
-    from gpt2_jax.definition import define
-    from gpt2_jax.generate import Generator
-    from gpt2_jax.model import Execution
-    from gpt2_jax.runtime import resolve_precision
-    from gpt2_jax.weights import from_canonical
-
-    execution = Execution(resolve_precision(options.precision))
-    params = jax.device_put(from_canonical(weights, execution.param_dtype))
-    return functools.partial(Generator(define(weights.config, execution)), params, end_of_text=end_of_text)
-
-
-def _torch(weights: Weights, options) -> Generate:
-    import torch
-
-    from gpt2_torch.generate import generate
-    from gpt2_torch.runtime import pick_device, resolve_precision
-    from gpt2_torch.weights import build
-
-    device = pick_device(options.device or "auto")
-    precision = resolve_precision(options.precision, device)
-    model = build(weights.astype(np.float64 if precision == "float64" else np.float32)).to(device)
-
-    def run(prompts, drawn, sampling):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            yield from generate(model, prompts, drawn, sampling)
-
-    return run
+    configure(options.precision)
+    return gpt2_jax.load(options.weights, **given)
 
 
 def parser(command: str) -> Parser:
@@ -132,7 +79,7 @@ def parser(command: str) -> Parser:
         "--temperature",
         type=float,
         default=1.0,
-        help="Divides the logits: below 1 the text is more predictable, above 1 more random.",
+        help="Divides the logits: below 1 the text is more predictable, above 1 more random; 0 is --greedy.",
     )
     made.add_argument("--top_k", type=int, help="Keep the k most likely tokens. Left out: all.")
     made.add_argument(
@@ -154,7 +101,7 @@ def parser(command: str) -> Parser:
     )
     made.add_argument(
         "--precision",
-        type=Literal["auto", "float32", "bfloat16", "float64"],
+        type=Literal[PRECISIONS],
         default="auto",
         help="Dtype of the matrix products; auto is bfloat16 on an accelerator and float32 on CPU.",
     )

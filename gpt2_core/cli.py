@@ -6,6 +6,7 @@ Precedence, wherever each stands on the line: defaults < recipe (`--config`) < `
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -113,10 +114,52 @@ class Parser(ArgumentParser):
         return sentence if sentence[1:2].isupper() else sentence[0].lower() + sentence[1:]
 
     def _suggestion(self, option: str) -> str:
-        known = [name for action in self._actions for name in action.option_strings]
-        close = [name for name in known if name.endswith("." + option.lstrip("-"))][:1]
-        close = close or difflib.get_close_matches(option, known, n=1)
-        return f"; did you mean {close[0]}?" if close else ""
+        """Which option is meant: the same one in another group, the one that other projects call so, or a close one."""
+        known = [name[2:] for action in self._actions for name in action.option_strings if name.startswith("--")]
+        last = {name.rpartition(".")[2]: name for name in reversed(known)}
+        name = option.lstrip("-").replace("-", "_").rpartition(".")[2]
+        if name in _TURNED_OFF_BY and _TURNED_OFF_BY[name] in known:
+            return f"; that is the default, which --{_TURNED_OFF_BY[name]} turns off"
+        named = [last.get(name), *_CALLED_ELSEWHERE.get(name, ())]
+        close = [one for one in named if one in known]
+        close = close or [last[one] for one in difflib.get_close_matches(name, last, n=1)]
+        return f"; did you mean --{close[0]}?" if close else ""
+
+
+# What nanoGPT, llm.c, Hugging Face's and OpenAI's programs call our options: the first of these that a command has.
+_CALLED_ELSEWHERE = {
+    "lr": ("optimizer.learning_rate",),
+    "max_lr": ("optimizer.learning_rate",),
+    "min_lr": ("optimizer.final_fraction",),
+    "warmup_iters": ("optimizer.warmup_steps",),
+    "grad_clip": ("optimizer.clip_norm",),
+    "max_grad_norm": ("optimizer.clip_norm",),
+    "num_layers": ("model.n_layer",),
+    "num_heads": ("model.n_head",),
+    "d_model": ("model.n_embd",),
+    "hidden_size": ("model.n_embd",),
+    "sequence_length": ("model.block_size",),
+    "max_iters": ("steps",),
+    "max_steps": ("steps",),
+    "num_iterations": ("steps",),
+    "num_epochs": ("epochs",),
+    "num_train_epochs": ("epochs",),
+    "grad_accum_steps": ("accumulation",),
+    "gradient_accumulation_steps": ("accumulation",),
+    "micro_batch_size": ("device_batch_size",),
+    "dtype": ("precision",),
+    "out_dir": ("run_dir", "out"),
+    "output_dir": ("run_dir", "out"),
+    "dataset": ("data.corpus",),
+    "length": ("max_new_tokens", "model.block_size"),
+    "max_length": ("max_new_tokens", "model.block_size"),
+    "max_tokens": ("max_new_tokens", "steps"),
+    "model": ("weights",),
+    "nsamples": ("num_samples",),
+    "num_return_sequences": ("num_samples",),
+    "start": ("prompt",),
+}
+_TURNED_OFF_BY = {"do_sample": "greedy"}
 
 
 def _type_in_words(expected: str) -> str:
@@ -151,7 +194,9 @@ def parse_train_config(
     print_config = "--print_config" in arguments
     arguments = [a for a in arguments if a != "--print_config"]
 
-    recipe = recipes.find(recipes.DEFAULT if recipe is None else recipe)
+    arguments, resumed = _resumed(arguments) if recipe is None else (arguments, None)
+    is_default = recipe is None and resumed is None
+    recipe = resumed or recipes.find(recipes.DEFAULT if recipe is None else recipe)
     in_recipe = read_recipe(recipe)
     sizes = [f"--model.{name}={value}" for name, value in PRESETS[preset].items()] if preset else []
     # A recipe's mesh is JAX's, and PyTorch runs don't record it.
@@ -171,6 +216,8 @@ def parse_train_config(
     if print_config:
         print(to_yaml(config), end="")
         sys.exit(0)
+    if is_default and os.environ.get("RANK", "0") == "0":  # once, and not in each of torchrun's processes
+        print(f"note: without --config the recipe is {recipes.DEFAULT}; gpt2 recipes lists all", file=sys.stderr)
     return (config, launched) if launch else config
 
 
@@ -257,6 +304,33 @@ def with_sizes(arguments: list[str], sizes: dict[str, int]) -> list[str]:
         else:
             rest.append(option + equals + value)
     return [*(f"--model.{name}={value}" for name, value in sizes.items()), *rest]
+
+
+def _resumed(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """The configuration of the run that `--resume` continues, which serves as its recipe; None if the line doesn't say
+    which run, or there is none. With the path of a run or its checkpoint, that run's folder is --run_dir too."""
+    given = _values(arguments)
+    source = given.get("resume")
+    if source is None:
+        return arguments, None
+    if source == NEWEST:
+        folder = given.get("run_dir")
+        found = None if folder is None else Path(folder) / "config.yaml"
+        return arguments, found if found is not None and found.is_file() else None
+    for folder in (Path(source), Path(source).parent.parent):
+        if (folder / "config.yaml").is_file():
+            return arguments if "run_dir" in given else [*arguments, f"--run_dir={folder}"], folder / "config.yaml"
+    return arguments, None
+
+
+def _values(arguments: list[str]) -> dict[str, str]:
+    """The value of each option on the line, by its name."""
+    values = {}
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        if argument.startswith("--"):
+            option, equals, value = argument[2:].partition("=")
+            values[option] = value if equals else following
+    return values
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
