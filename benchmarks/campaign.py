@@ -14,11 +14,11 @@ from rich.console import Console
 
 from benchmarks import requirements
 from benchmarks.campaign_report import render
-from benchmarks.harness import add_options, configuration, with_sizes
+from benchmarks.harness import add_options, configuration
 from benchmarks.measure import description, positive
 from benchmarks.runner import Outcome, run_stage
 from benchmarks.stages import GROUPS, Settings, Stage, stages
-from gpt2_core.cli import Parser
+from gpt2_core.cli import Parser, with_sizes
 from gpt2_core.config import PRESETS
 from gpt2_core.errors import RunError, UserError
 from gpt2_core.files import write_atomically

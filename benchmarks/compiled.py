@@ -12,18 +12,17 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import gpu
 from benchmarks.compiler_env import ROOT, environment
-from benchmarks.harness import with_sizes
 from benchmarks.hlo_account import Account, account
 from benchmarks.hlo_cost import COPY, Collective
 from benchmarks.measure import positive, write_json
-from gpt2_core.cli import Parser
+from gpt2_core.cli import Parser, with_sizes
 from gpt2_core.config import PRESETS, ModelConfig, TrainConfig
 from gpt2_core.errors import RunError, UserError
 from gpt2_core.files import write_atomically
 from gpt2_core.runs.log import peak_flops
 from gpt2_jax.mesh import check_option
+from gpt2_jax.planning import gpus
 
 # Without a GPU nothing can be autotuned, and Triton's matrix products would get arbitrary tiles.
 _FLAGS = ("--xla_gpu_enable_triton_gemm=false",)
@@ -51,7 +50,7 @@ class Program:
 def main(arguments: list[str]) -> None:
     options = _parser().parse(["--model.vocab_size=50304", *with_sizes(arguments, PRESETS["gpt2"])])
     positive(options, "batch", "accumulation", "top")
-    target = gpu.load(options.target)
+    target = gpus.load(options.target)
     earlier = _read_earlier(options.against) if options.against else None
     console = Console(markup=False, soft_wrap=True, highlight=False, width=max(_WIDTH, Console(markup=False).width))
     if options.read:
@@ -112,8 +111,8 @@ def compile_program(config: TrainConfig, target: str, flags: Sequence[str], cons
     python = environment(console)
     spec = {
         "config": dataclasses.asdict(config),
-        "target": gpu.description(target),
-        "capability": gpu.load(target).capability,
+        "target": gpus.description(target),
+        "capability": gpus.load(target).capability,
     }
     # JAX's own settings (of the tests, say) are not the trainer's.
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
@@ -139,7 +138,7 @@ def _failure(said: str, flags: Sequence[str]) -> UserError:
     return RunError(f"the step can't be compiled: {(errors or lines)[-1]}")
 
 
-def mfu_at_most(found: Account, config: TrainConfig, target: gpu.Gpu) -> float:
+def mfu_at_most(found: Account, config: TrainConfig, target: gpus.Gpu) -> float:
     """Model FLOPs utilisation of a step that takes the lower bound: the floor and the exposed collectives."""
     devices = found.devices
     peak = devices * peak_flops(target.name, config.precision)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gpt2_core.cli import Parser
-from gpt2_core.config import PRESETS, ModelConfig, TrainConfig
+from gpt2_core.config import ModelConfig, TrainConfig
 from gpt2_core.data.batches import Batch
 from gpt2_core.errors import UserError
 from gpt2_core.weights.layouts import JAX
@@ -131,23 +131,6 @@ def add_options(parser: Parser, *, preset: str | None, batch: int, device: str =
 def add_json(parser: Parser) -> None:
     """Add the option --json."""
     parser.add_argument("--json", type=str, help="File to write the results to, with command, machine and versions.")
-
-
-def with_sizes(arguments: list[str], sizes: dict[str, int]) -> list[str]:
-    """The arguments with the options that `--preset` stands for, or without one those of `sizes`, put first: options on
-    the command line override them."""
-    rest: list[str] = []
-    queue = list(arguments)
-    while queue:
-        option, equals, value = queue.pop(0).partition("=")
-        if option == "--preset":
-            preset = value if equals or not queue else queue.pop(0)
-            if preset not in PRESETS:
-                raise UserError(f"--preset {preset}: no such preset; use {', '.join(PRESETS)}")
-            sizes = PRESETS[preset]
-        else:
-            rest.append(option + equals + value)
-    return [*(f"--model.{name}={value}" for name, value in sizes.items()), *rest]
 
 
 def configuration(options: Any) -> TrainConfig:

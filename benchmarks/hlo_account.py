@@ -8,10 +8,10 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 
-from benchmarks.gpu import Gpu
 from benchmarks.hlo import Module, parse, source
 from benchmarks.hlo_cost import COLLECTIVES, FREE, Collective, Launch, Part, exchange_cost, kernel_cost
 from gpt2_core.errors import UserError
+from gpt2_jax.planning.gpus import Gpu
 
 
 @dataclasses.dataclass(frozen=True)

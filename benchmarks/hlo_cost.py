@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Literal
 
-from benchmarks.gpu import Gpu
 from benchmarks.hlo import ITEM_BYTES, Computation, Instruction, Module, source
+from gpt2_jax.planning.gpus import Gpu
 
 # Instructions that launch nothing and move nothing.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}

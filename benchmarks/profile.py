@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu
 from benchmarks.harness import JaxTraining, TorchTraining
 from benchmarks.hlo_account import account
 from benchmarks.kernels import Kernel, from_chrome_trace, from_xspace, profile, sources_of
@@ -15,6 +14,7 @@ from benchmarks.runner import Skip
 from gpt2_core.config.io import from_dict
 from gpt2_core.errors import RunError
 from gpt2_core.files import write_atomically
+from gpt2_jax.planning import gpus
 
 # Steps before the first that is timed, and how many of the largest groups are kept.
 _WARM, _TOP = 5, 40
@@ -66,12 +66,12 @@ def floor(spec: dict[str, Any]) -> dict[str, Any]:
 
     training = JaxTraining(from_dict(spec["config"]), cached=True)
     device = jax.devices()[0].device_kind
-    target = gpu.target_of(device)
+    target = gpus.target_of(device)
     if target is None:
-        raise Skip(f"benchmarks/targets has no description of {device}")
+        raise Skip(f"gpt2_jax/planning/targets has no description of {device}")
     text = training.step.as_text()
     write_atomically(Path(spec["program"]), text)
-    found = account(text, gpu.load(target))
+    found = account(text, gpus.load(target))
     found = dataclasses.replace(found, groups=found.groups[:_TOP], products=found.products[:_TOP])
     seconds = _seconds_a_step(training, spec["steps"])
     return {"device": device, "step_ms": 1e3 * seconds} | dataclasses.asdict(found)

@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import add_json, add_options, configuration, with_sizes
+from benchmarks.harness import add_json, add_options, configuration
 from benchmarks.measure import interleave, positive, sides, write_json
-from gpt2_core.cli import Parser
+from gpt2_core.cli import Parser, with_sizes
 from gpt2_core.config import TrainConfig
 from gpt2_core.errors import UserError
 

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import JaxTraining, TorchTraining, add_json, add_options, configuration, with_sizes
+from benchmarks.harness import JaxTraining, TorchTraining, add_json, add_options, configuration
 from benchmarks.measure import Session, interleave, positive, ratio, sides, write_json
 from benchmarks.rates import jax_matmul, torch_matmul
-from gpt2_core.cli import Parser
+from gpt2_core.cli import Parser, with_sizes
 from gpt2_core.config import PRESETS, TrainConfig
 from gpt2_core.config.io import from_dict
 from gpt2_core.errors import UserError

@@ -26,7 +26,7 @@ def read(source: Source) -> Weights:
     tensors, metadata = source.safetensors
     if metadata.get("format") != _FORMAT:
         raise UserError(
-            f"{path}: a safetensors file without this project's metadata; expected one that scripts/convert.py wrote"
+            f"{path}: a safetensors file without this project's metadata; expected one that gpt2 convert wrote"
         )
     config = model_from_dict(json_object(metadata.get("model", ""), f"{path}: its metadata 'model'"), str(path))
     arrays = CANONICAL.decode(tensors, config, str(path))
@@ -43,7 +43,7 @@ def write(weights: Weights, path: Path) -> None:
 FORMAT = Format(
     layout=CANONICAL,
     holds=~Holds(0),
-    described="a .safetensors file of scripts/convert.py",
+    described="a .safetensors file of gpt2 convert",
     help="one file with GPT-2's own names and shapes",
     detect=detect,
     read=read,

@@ -6,6 +6,7 @@ Precedence, wherever each stands on the line: defaults < recipe (`--config`) < `
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from gpt2_core.config import GROUPS, NEWEST, PRESETS, TrainConfig
+from gpt2_core.config import GROUPS, NEWEST, PRESETS, TrainConfig, recipes
 from gpt2_core.config.checks import in_short
 from gpt2_core.config.io import to_yaml
 from gpt2_core.data.tokenizer import vocab_size
@@ -26,8 +27,6 @@ from gpt2_core.parsing import read_text, yaml_value
 from gpt2_core.runs.trackers import require as require_tracker
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -115,10 +114,52 @@ class Parser(ArgumentParser):
         return sentence if sentence[1:2].isupper() else sentence[0].lower() + sentence[1:]
 
     def _suggestion(self, option: str) -> str:
-        known = [name for action in self._actions for name in action.option_strings]
-        close = [name for name in known if name.endswith("." + option.lstrip("-"))][:1]
-        close = close or difflib.get_close_matches(option, known, n=1)
-        return f"; did you mean {close[0]}?" if close else ""
+        """Which option is meant: the same one in another group, the one that other projects call so, or a close one."""
+        known = [name[2:] for action in self._actions for name in action.option_strings if name.startswith("--")]
+        last = {name.rpartition(".")[2]: name for name in reversed(known)}
+        name = option.lstrip("-").replace("-", "_").rpartition(".")[2]
+        if name in _TURNED_OFF_BY and _TURNED_OFF_BY[name] in known:
+            return f"; that is the default, which --{_TURNED_OFF_BY[name]} turns off"
+        named = [last.get(name), *_CALLED_ELSEWHERE.get(name, ())]
+        close = [one for one in named if one in known]
+        close = close or [last[one] for one in difflib.get_close_matches(name, last, n=1)]
+        return f"; did you mean --{close[0]}?" if close else ""
+
+
+# What nanoGPT, llm.c, Hugging Face's and OpenAI's programs call our options: the first of these that a command has.
+_CALLED_ELSEWHERE = {
+    "lr": ("optimizer.learning_rate",),
+    "max_lr": ("optimizer.learning_rate",),
+    "min_lr": ("optimizer.final_fraction",),
+    "warmup_iters": ("optimizer.warmup_steps",),
+    "grad_clip": ("optimizer.clip_norm",),
+    "max_grad_norm": ("optimizer.clip_norm",),
+    "num_layers": ("model.n_layer",),
+    "num_heads": ("model.n_head",),
+    "d_model": ("model.n_embd",),
+    "hidden_size": ("model.n_embd",),
+    "sequence_length": ("model.block_size",),
+    "max_iters": ("steps",),
+    "max_steps": ("steps",),
+    "num_iterations": ("steps",),
+    "num_epochs": ("epochs",),
+    "num_train_epochs": ("epochs",),
+    "grad_accum_steps": ("accumulation",),
+    "gradient_accumulation_steps": ("accumulation",),
+    "micro_batch_size": ("device_batch_size",),
+    "dtype": ("precision",),
+    "out_dir": ("run_dir", "out"),
+    "output_dir": ("run_dir", "out"),
+    "dataset": ("data.corpus",),
+    "length": ("max_new_tokens", "model.block_size"),
+    "max_length": ("max_new_tokens", "model.block_size"),
+    "max_tokens": ("max_new_tokens", "steps"),
+    "model": ("weights",),
+    "nsamples": ("num_samples",),
+    "num_return_sequences": ("num_samples",),
+    "start": ("prompt",),
+}
+_TURNED_OFF_BY = {"do_sample": "greedy"}
 
 
 def _type_in_words(expected: str) -> str:
@@ -153,7 +194,9 @@ def parse_train_config(
     print_config = "--print_config" in arguments
     arguments = [a for a in arguments if a != "--print_config"]
 
-    recipe = recipe or DEFAULT_RECIPE
+    arguments, resumed = _resumed(arguments) if recipe is None else (arguments, None)
+    is_default = recipe is None and resumed is None
+    recipe = resumed or recipes.find(recipes.DEFAULT if recipe is None else recipe)
     in_recipe = read_recipe(recipe)
     sizes = [f"--model.{name}={value}" for name, value in PRESETS[preset].items()] if preset else []
     # A recipe's mesh is JAX's, and PyTorch runs don't record it.
@@ -173,6 +216,8 @@ def parse_train_config(
     if print_config:
         print(to_yaml(config), end="")
         sys.exit(0)
+    if is_default and os.environ.get("RANK", "0") == "0":  # once, and not in each of torchrun's processes
+        print(f"note: without --config the recipe is {recipes.DEFAULT}; gpt2 recipes lists all", file=sys.stderr)
     return (config, launched) if launch else config
 
 
@@ -203,7 +248,11 @@ def train_parser(command: str, framework: str, launch: type | None = None) -> Pa
         description=f"Train GPT-2 with {framework}. Settings come from GPT-2's defaults, then the recipe (--config), "
         "then --preset, then the other options, wherever each stands on the line.",
     )
-    parser.add_argument("--config", action="config", help=f"Recipe (YAML). Left out: configs/{DEFAULT_RECIPE.name}.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"Recipe, by its path or by a name that `gpt2 recipes` lists. Left out: {recipes.DEFAULT}.",
+    )
     parser.add_argument(
         "--preset",
         choices=list(PRESETS),
@@ -215,7 +264,7 @@ def train_parser(command: str, framework: str, launch: type | None = None) -> Pa
     return parser
 
 
-def _split_arguments(arguments: list[str]) -> tuple[list[str], Path | None, str | None]:
+def _split_arguments(arguments: list[str]) -> tuple[list[str], str | None, str | None]:
     """Take out `--config` and `--preset`, whose precedence doesn't follow from their position on the line."""
     taken: dict[str, str | None] = {"--config": None, "--preset": None}
     rest: list[str] = []
@@ -237,14 +286,55 @@ def _split_arguments(arguments: list[str]) -> tuple[list[str], Path | None, str 
     preset = taken["--preset"]
     if preset is not None and preset not in PRESETS:
         raise UserError(f"--preset {preset}: no such preset; use {', '.join(PRESETS)}")
-    return rest, Path(taken["--config"]) if taken["--config"] is not None else None, preset
+    return rest, taken["--config"], preset
+
+
+def with_sizes(arguments: list[str], sizes: dict[str, int]) -> list[str]:
+    """The arguments with the options that `--preset` stands for, or without one those of `sizes`, put first: options on
+    the command line override them."""
+    rest: list[str] = []
+    queue = list(arguments)
+    while queue:
+        option, equals, value = queue.pop(0).partition("=")
+        if option == "--preset":
+            preset = value if equals or not queue else queue.pop(0)
+            if preset not in PRESETS:
+                raise UserError(f"--preset {preset}: no such preset; use {', '.join(PRESETS)}")
+            sizes = PRESETS[preset]
+        else:
+            rest.append(option + equals + value)
+    return [*(f"--model.{name}={value}" for name, value in sizes.items()), *rest]
+
+
+def _resumed(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """The configuration of the run that `--resume` continues, which serves as its recipe; None if the line doesn't say
+    which run, or there is none. With the path of a run or its checkpoint, that run's folder is --run_dir too."""
+    given = _values(arguments)
+    source = given.get("resume")
+    if source is None:
+        return arguments, None
+    if source == NEWEST:
+        folder = given.get("run_dir")
+        found = None if folder is None else Path(folder) / "config.yaml"
+        return arguments, found if found is not None and found.is_file() else None
+    for folder in (Path(source), Path(source).parent.parent):
+        if (folder / "config.yaml").is_file():
+            return arguments if "run_dir" in given else [*arguments, f"--run_dir={folder}"], folder / "config.yaml"
+    return arguments, None
+
+
+def _values(arguments: list[str]) -> dict[str, str]:
+    """The value of each option on the line, by its name."""
+    values = {}
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        if argument.startswith("--"):
+            option, equals, value = argument[2:].partition("=")
+            values[option] = value if equals else following
+    return values
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """What a recipe sets; raises UserError if it isn't there, isn't YAML, or sets something that doesn't exist."""
-    if not path.is_file():
-        known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
-        raise UserError(f"--config {path}: no such file" + (f"; the recipes here are {known}" if known else ""))
+    """What a recipe sets; raises UserError if it isn't YAML, or sets something that doesn't exist."""
     values = yaml_value(read_text(path, f"--config {path}"), f"--config {path}")
     if values is None:
         return {}

@@ -39,7 +39,7 @@ def out_of_memory(
         choices += [] if accumulation is None else [f"--accumulation {accumulation}"]
         return UserError(f"{words}; expected to fit: {' or '.join(choices)}")
     return UserError(
-        f"{words}; not even one sequence fits: use a smaller model or block_size, or with train_jax.py --remat true "
+        f"{words}; not even one sequence fits: use a smaller model or block_size, or with gpt2 train --remat true "
         "or a --mesh with fsdp"
     )
 
@@ -53,7 +53,7 @@ def check_state(config: ResolvedConfig, *, num_shards: int, available: int, devi
         each = f" on each of {num_shards} devices" if num_shards > 1 else ""
         raise UserError(
             f"out of memory: the model's {count:,} parameters and the optimizer's state need {_gigabytes(needed)}{each}"
-            f", and there are {_gigabytes(available)} on {device}; use a smaller model, or with train_jax.py a --mesh "
+            f", and there are {_gigabytes(available)} on {device}; use a smaller model, or with gpt2 train a --mesh "
             "with more fsdp"
         )
 

@@ -24,7 +24,7 @@ from gpt2_core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; raises UserError for settings out of range."""
+    """How the next token is chosen; raises UserError for settings out of range. A temperature of 0 is greedy."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -32,9 +32,11 @@ class Sampling:
     greedy: bool = False
 
     def __post_init__(self) -> None:
-        if not 1e-3 <= self.temperature < math.inf:
+        if self.temperature == 0:
+            object.__setattr__(self, "greedy", True)  # the limit, which neither sampler divides by
+        elif not 1e-3 <= self.temperature < math.inf:
             raise UserError(
-                f"--temperature {self.temperature}: must be 0.001 or more; for the most likely token use --greedy"
+                f"--temperature {self.temperature}: must be 0.001 or more, or 0 for the most likely token (--greedy)"
             )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"--top_k {self.top_k}: must be 1 or more")

@@ -239,7 +239,7 @@ class _Loop:
                 self.log_metrics(pending)
                 self.save_unless_saved(state, updates)
             self.end_saving(state, updates)
-            log.end()
+            log.end(updates, "gpt2 train")
         except DivergedError as error:
             # Updates were left out, so the state is the one before them.
             module = first_not_finite(self.program, state.params, self.batches[error.step])

@@ -287,7 +287,7 @@ class Trainer:
             self.save(updates)
         if self.unsaved:
             raise RunError(f"{self.unsaved}: the state after step {updates} is lost; {SAVE_AGAIN}")
-        log.end()
+        log.end(updates, "gpt2 train-torch")
         return updates
 
     def keep_for_study(self, step: int) -> None:

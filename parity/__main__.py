@@ -1,4 +1,4 @@
-"""Any two models: python -m parity compare A B --inputs I, python -m parity capture A --inputs I --out FILE.
+"""Any two models: parity compare A B --inputs I, parity capture A --inputs I --out FILE; python -m parity is the same.
 
 Exit codes: 0 the two are the same, 1 they differ or it can't be told, 2 it can't be done as asked.
 """
@@ -19,14 +19,16 @@ from rich.console import Console
 
 from parity.engine.errors import EngineError
 
-USAGE = "python -m parity compare REFERENCE CANDIDATE | capture MODEL; --help after either says more"
+USAGE = "parity compare REFERENCE CANDIDATE | capture MODEL; --help after either says more"
+# A sentence, and no command of this file, which knows no GPT-2.
+GPT2 = "The suite that proves this project's own GPT-2, with its weights or yours, is `gpt2 parity`."
 
 
 def main(arguments: list[str]) -> None:
     commands = {"compare": _compare, "capture": _capture}
     if not arguments or arguments[0] not in commands:
         if arguments in (["--help"], ["-h"]):
-            print(USAGE)
+            print(f"{USAGE}\n{GPT2}")
             return
         raise EngineError(f"{arguments[0] if arguments else 'no command'}: expected {USAGE}")
     commands[arguments[0]](arguments[1:])
@@ -116,7 +118,8 @@ def _whole_number(text: str) -> int:
 
 def _compare_parser() -> _Parser:
     parser = _Parser(
-        prog="python -m parity compare", description="Whether two models, of PyTorch or JAX, compute the same."
+        prog="parity compare",
+        description=f"Whether two models, of PyTorch or JAX, compute the same. {GPT2}",
     )
     models = (
         "module:name of a model, or of a function without arguments that makes one (importable from here), or a file "
@@ -151,7 +154,7 @@ def _compare_parser() -> _Parser:
 
 
 def _capture_parser() -> _Parser:
-    parser = _Parser(prog="python -m parity capture", description="Write what a model computes, to compare elsewhere.")
+    parser = _Parser(prog="parity capture", description="Write what a model computes, to compare elsewhere.")
     parser.add_argument("model", help="module:name of a model, or of a function that makes one.")
     parser.add_argument("--inputs", required=True, help="module:name, or a file in .safetensors, .npz or .npy.")
     parser.add_argument("--out", required=True, help="The file to write, in .safetensors.")

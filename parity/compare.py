@@ -1,4 +1,4 @@
-"""Compare the JAX and the PyTorch model: python parity/compare.py --help
+"""Compare the JAX and the PyTorch model: gpt2 parity --help, or python parity/compare.py --help
 
 Exit codes: 0 every check passed, 1 one failed, 2 it can't be done as asked.
 """
@@ -20,15 +20,15 @@ from parity.engine.errors import EngineError
 from parity.gpt2.suite import CANNOT_SEE, CHECKS, RESTS_ON
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], command: str = "python parity/compare.py") -> None:
     try:
-        _compare(arguments)
+        _compare(arguments, command)
     except EngineError as error:
         raise UserError(str(error)) from error
 
 
-def _compare(arguments: list[str]) -> None:
-    options = _parser().parse(arguments)
+def _compare(arguments: list[str], command: str) -> None:
+    options = parser(command).parse(arguments)
     chosen = _chosen(options.checks)
     if options.steps is not None and options.steps < 1:
         raise UserError(f"--steps {options.steps}: must be 1 or more")
@@ -51,7 +51,6 @@ def _compare(arguments: list[str]) -> None:
     weights = read_weights(options.weights, options.checkpoint) if options.weights else random_weights(small)
     level = "quick" if options.quick else "full" if options.full else "default"
     case = Case(weights, real_text(weights), level, options.steps)
-    command = shlex.join(["python", "parity/compare.py", *arguments])
     console = Console(markup=False, soft_wrap=True, highlight=False)
     console.print(f"{weights.source}: {weights.config.parameter_count:,} parameters")
 
@@ -59,7 +58,8 @@ def _compare(arguments: list[str]) -> None:
         from parity.gpt2.faults import case_of
 
         case = case_of()
-    found = report.Report(NAMES, case.weights.source, command, RESTS_ON, CANNOT_SEE)
+    typed = shlex.join([*command.split(), *arguments])
+    found = report.Report(NAMES, case.weights.source, typed, RESTS_ON, CANNOT_SEE)
     tasks = _tasks(chosen, options)
     parameters = case.weights.config.parameter_count
     several = processes.count(parameters, len(tasks), options.device)
@@ -188,51 +188,49 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="compare.py",
+def parser(command: str) -> Parser:
+    made = Parser(
+        prog=command,
         description="Prove that the JAX and the PyTorch model are the same, on a small random model or on weights of "
         f"yours. The checks are {', '.join(CHECKS)}; docs/parity.md says what each compares.",
     )
-    parser.add_argument(
+    made.add_argument(
         "--weights",
         type=str,
-        help="Weights to compare on: a path in any format that convert.py reads, or a name of the Hugging Face Hub "
+        help="Weights to compare on: a path in any format that gpt2 convert reads, or a name of the Hugging Face Hub "
         "(gpt2). Left out: a small random model.",
     )
-    parser.add_argument(
+    made.add_argument(
         "--checkpoint", type=str, default="latest", help="Which checkpoint of a run folder: latest, best or a step."
     )
-    parser.add_argument(
+    made.add_argument(
         "--against",
         type=str,
         help="Compare --weights with other weights (a path), or with your own implementation (module:name of a model "
         "of either framework, of a function that makes one, or of a function from token ids to logits) that holds "
         "them, instead of the checks.",
     )
-    parser.add_argument(
+    made.add_argument(
         "--device",
         type=Literal["cpu", "gpu"],
         default="cpu",
         help="Where both frameworks compute; gpu adds the kernels that training uses there, in `precision`.",
     )
-    parser.add_argument("--report", type=str, default="parity_report", help="Folder for report.json and index.html.")
-    parser.add_argument("--checks", type=str, help="Names of checks to run, comma between. Left out: all.")
-    parser.add_argument(
+    made.add_argument("--report", type=str, default="parity_report", help="Folder for report.json and index.html.")
+    made.add_argument("--checks", type=str, help="Names of checks to run, comma between. Left out: all.")
+    made.add_argument(
         "--steps", type=int, help="Length of the loss curve, in steps. Left out: 200; quick 40, full 1000."
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="One real case of every check: about a minute on two cores."
-    )
-    parser.add_argument(
+    made.add_argument("--quick", action="store_true", help="One real case of every check: about a minute on two cores.")
+    made.add_argument(
         "--full", action="store_true", help="GPT-2 at 124M parameters and a loss curve of 1,000 steps besides."
     )
-    parser.add_argument(
+    made.add_argument(
         "--prove",
         action="store_true",
         help="Plant every mistake of parity/gpt2/faults in a tiny model and see each caught; without, it must pass.",
     )
-    return parser
+    return made
 
 
 def _chosen(names: str | None) -> list[str]:

@@ -1,6 +1,11 @@
 """Measure speed: python scripts/bench.py train|generate|data|checkpoint|scaling|start|compiled|campaign --help"""
 
 import importlib
+import sys
+from pathlib import Path
+
+# The package benchmarks isn't installed: it measures a clone, and this is the one.
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.requirements import ESSENTIAL, require_or_exit
 from gpt2_core.errors import UserError

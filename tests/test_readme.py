@@ -13,10 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def _blocks() -> list[tuple[str, str]]:
+    """The README's blocks, each with its language."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
 def _commands() -> list[str]:
     """The lines of the README's blocks that name no language, without comments and continued lines joined."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    commands = "\n".join(content for language, content in blocks if not language)
+    commands = "\n".join(content for language, content in _blocks() if not language)
     lines = re.sub(r"\\\n\s*", "", commands).splitlines()
     return [line for line in (re.sub(r"\s+#.*", "", line).strip() for line in lines) if line]
 
@@ -76,6 +80,15 @@ def test_the_demos_run_has_all_that_the_readme_promises(checkout):
 def test_a_command_does_what_it_says(checkout, command):
     done = _run(checkout, command)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_lines_of_python_do_what_they_say(checkout):
+    (code,) = (content for language, content in _blocks() if language == "python" and "gpt2_jax.load" in content)
+    for ours in (code, code.replace("gpt2_jax", "gpt2_torch")):
+        done = _run(checkout, f"python -c {shlex.quote(ours + 'print(logits.shape)')}")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("def ") and done.stdout.endswith("\n(4, 257)\n")
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ class DataConfig:
     field: str = "text"
     """Where the text is in a line of JSONL or a row of Parquet."""
     tokens: str | None = None
-    """Token files instead of a text: a folder that prepare_data.py wrote, or one (a file, a pattern) of nanoGPT's,
+    """Token files instead of a text: a folder that gpt2 prepare wrote, or one (a file, a pattern) of nanoGPT's,
     llm.c's or datatrove's, read as they are."""
     mixture: dict[str, float] | str | None = None
     """Several token folders or files, each with a weight: FOLDER=0.7,OTHER=0.3, or a mapping in a recipe."""
@@ -152,7 +152,7 @@ class TrainConfig:
     """Continue from a checkpoint: alone, the newest of the run folder; or the path of a checkpoint of the same
     configuration, whose run continues in run_dir."""
     init_from: str | None = None
-    """Start from these weights (a path in any format that convert.py reads, or a name of the Hugging Face Hub, like
+    """Start from these weights (a path in any format that gpt2 convert reads, or a name of the Hugging Face Hub, like
     gpt2) instead of random ones; a resumed run continues from its checkpoint."""
     log_interval: int = 10
     """Steps between two logged steps."""

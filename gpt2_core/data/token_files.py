@@ -69,7 +69,7 @@ def find(where: str, tokenizer_name: str) -> dict[str, list[TokenFile]]:
         found = matching(where)
     if not found:
         raise UserError(
-            f"--data.tokens {where}: no token files there; expected a folder that prepare_data.py wrote, or .bin files "
+            f"--data.tokens {where}: no token files there; expected a folder that gpt2 prepare wrote, or .bin files "
             "of nanoGPT or llm.c, or .ds files of datatrove"
         )
     splits: dict[str, list[TokenFile]] = {"train": [], "val": []}

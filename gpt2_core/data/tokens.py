@@ -121,7 +121,7 @@ def _named(name: str, config: TrainConfig) -> TokenFolder:
     if (path / "index.json").is_file():
         return _open(path, config)
     if is_unfinished(path):
-        raise UserError(f"--data.tokens {path}: prepare_data.py hasn't finished it; run its command again first")
+        raise UserError(f"--data.tokens {path}: gpt2 prepare hasn't finished it; run its command again first")
     return _foreign(name, config)
 
 

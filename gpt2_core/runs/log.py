@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shlex
 import statistics
 import time
 from collections import deque
@@ -72,6 +73,7 @@ class RunLog:
     ) -> None:
         self._folder, self._config, self._peak_flops, self._enabled = folder, config, peak_flops, enabled
         self._console = Console(markup=False, quiet=not enabled, highlight=False, soft_wrap=True)
+        self._first_step = start_step
         self._last_step, self._last_time = start_step - 1, time.perf_counter()
         self._last_drawn = self._last_time
         self._val_loss: float | None = None
@@ -119,7 +121,7 @@ class RunLog:
     def introduce(self, message: str, warnings: Sequence[str] = ()) -> None:
         """Print how the run computes, what a person should know of how it continues, and the table of its model."""
         self.say(message)
-        for warning in warnings:
+        for warning in (*warnings, *self._config_warnings()):
             self.say(f"warning: {warning}")
         self._console.print(model_table(self._config))
 
@@ -240,13 +242,33 @@ class RunLog:
         yield
         self._last_time += time.perf_counter() - start
 
-    def end(self) -> None:
-        """Print why a run ends before its last step, if it does."""
+    def _config_warnings(self) -> Iterator[str]:
+        steps, warmup = self._config.steps, self._config.optimizer.warmup_steps
+        if 0 < steps < warmup:
+            yield (
+                f"--optimizer.warmup_steps {warmup}: the run has only {steps} steps, so the learning rate rises to "
+                f"{steps / warmup:.0%} of its peak and never falls; give fewer, or more --steps"
+            )
+
+    def end(self, updates: int, command: str) -> None:
+        """Print why a run ends after so many updates, where its results are and what can be done with them; nothing if
+        it was told to stop. `command` is the one that continues it."""
+        if updates < self._config.steps and not self.reached_target:
+            return
         if self.reached_target:
             self.say(
                 f"the mean of the last {RECENT} logged training losses is {sum(self._recent) / RECENT:.4f}, at most "
                 f"--target_loss {self._config.target_loss}: the run ends here"
             )
+        elif 0 < self._config.steps == self._first_step:
+            self.say(f"the run had made its {updates} steps before; --steps with a larger number trains it further")
+        folder = shlex.quote(str(self._folder.path))
+        samples = ", samples" if self._folder.samples.is_dir() else ""
+        self.say(f"results are in {folder}: checkpoints, curves.png, metrics.jsonl{samples}, config.yaml")
+        self.say(f"  a text of it:     gpt2 generate --weights {folder}")
+        self.say(f"  prove it:         gpt2 parity --quick --weights {folder}")
+        if not self.reached_target:
+            self.say(f"  train it further: {command} --resume --run_dir {folder} --steps {2 * max(1, updates)}")
 
     def update_curves(self) -> None:
         """Draw the curves of the run so far, if they were not drawn lately; at its end they are drawn in any case."""

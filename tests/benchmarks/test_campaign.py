@@ -226,7 +226,7 @@ def test_a_toy_campaign_on_cpu(tmp_path, capsys):
     assert found["train-auto"]["results"]["ratio"]["median"] > 0 and torch["peak_bytes"] > 1e7
     assert found["train-auto"]["commit"] == "abc" and "jax" in found["train-auto"]["versions"]
     report = (out / "campaign.md").read_text()
-    assert "## A step" in report and "benchmarks/targets has no description of cpu" in report
+    assert "## A step" in report and "gpt2_jax/planning/targets has no description of cpu" in report
     assert "not done: floor" in capsys.readouterr().out
     begin = time.monotonic()
     main(["--out", str(out), "--stages", "environment,train", "--minutes", "4", *TOY])

@@ -6,19 +6,20 @@ from collections import Counter
 import pytest
 from rich.console import Console
 
-from benchmarks import compiled, gpu
+from benchmarks import compiled
 from benchmarks.compiler_env import environment
 from benchmarks.hlo import parse
 from benchmarks.hlo_account import Account, account
 from gpt2_core.config import PRESETS, ModelConfig, TrainConfig
 from gpt2_core.errors import RunError, UserError
 from gpt2_jax.loss import CHUNK_BYTES
+from gpt2_jax.planning import gpus
 from gpt2_jax.sharding import TABLE_PIECES
 
 LAYERS = 2
 BLOCK = 1024
 GPT2 = ModelConfig(**PRESETS["gpt2"] | {"n_layer": LAYERS}, vocab_size=50304, block_size=BLOCK)
-H200 = gpu.load("h200")
+H200 = gpus.load("h200")
 KERNELS = {"attention": "cudnn", "norm_kernel": "triton"}
 
 
@@ -130,7 +131,7 @@ SMALL = 64_000
 def test_a_step_compiles_for_every_target(target):
     model = ModelConfig(n_layer=1, n_head=2, n_embd=128, block_size=128, vocab_size=1024)
     config = TrainConfig(model=model, batch_size=2, mesh=1, precision="bfloat16", **KERNELS)
-    found = account(compiled.compile_program(config, target, [], Console(quiet=True)).text, gpu.load(target))
+    found = account(compiled.compile_program(config, target, [], Console(quiet=True)).text, gpus.load(target))
     assert found.parts_ms["products"] > 0 and found.parts_ms["attention"] > 0
 
 

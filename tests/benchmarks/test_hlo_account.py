@@ -1,13 +1,13 @@
 import pytest
 
-from benchmarks import gpu
 from benchmarks.hlo import parse
 from benchmarks.hlo_account import Account, account
 from benchmarks.hlo_cost import COPY
 from gpt2_core.errors import UserError
+from gpt2_jax.planning import gpus
 
 # Rates at which FLOPs, bytes and exchanged bytes are easily told apart.
-GPU = gpu.Gpu("test", (9, 0), product_flops=1e6, float32_flops=1e4, bandwidth=1e9, link_bandwidth=1e6, memory=10**9)
+GPU = gpus.Gpu("test", (9, 0), product_flops=1e6, float32_flops=1e4, bandwidth=1e9, link_bandwidth=1e6, memory=10**9)
 CUBLAS = 'custom_call_target="__cublas$lt$matmul"'
 DIMENSIONS = '"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}'
 
@@ -277,7 +277,7 @@ def test_what_cannot_be_accounted_for_is_refused():
 
 
 def test_rates_come_from_the_description_of_the_chip():
-    h200, a100 = gpu.load("h200"), gpu.load("a100")
+    h200, a100 = gpus.load("h200"), gpus.load("a100")
     assert (h200.capability, a100.capability) == ((9, 0), (8, 0))
     # Of the datasheets: 67 and 19.5 TFLOP/s in float32, 4.8 and 2.0 TB/s.
     assert h200.float32_flops == pytest.approx(67e12, rel=0.01) and a100.float32_flops == pytest.approx(
@@ -285,4 +285,4 @@ def test_rates_come_from_the_description_of_the_chip():
     )
     assert h200.bandwidth == 4.8e12 and a100.bandwidth == pytest.approx(2.04e12, rel=0.01)
     with pytest.raises(UserError, match="--target b200: no such GPU; use h200, h100, a100"):
-        gpu.load("b200")
+        gpus.load("b200")

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+from gpt2_commands.generate import parser as generate_parser
 from gpt2_core.cli import Parser, parse_train_config, train_parser
 from gpt2_core.config import PRESETS, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from gpt2_core.config.io import to_yaml
 from gpt2_core.errors import UserError
 from gpt2_jax.mesh import check_option
 
@@ -65,6 +67,44 @@ def test_of_two_ways_to_say_one_thing_the_command_line_overrules_the_recipes(rec
         parse("--config", str(recipe), "--steps", "7", "--epochs", "1")
 
 
+def test_a_recipe_of_this_project_goes_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse("--config", "shakespeare_char")
+    assert (config.model.n_embd, config.run_dir) == (384, "runs/shakespeare_char-jax")
+    for typed in ("shakespeare_chars", "configs/shakespeare_char.yaml"):
+        with pytest.raises(
+            UserError, match=f"--config {typed}: no such file, and no recipe .*did you mean shakespeare_c"
+        ):
+            parse("--config", typed)
+    (tmp_path / "gpt2").write_text("steps: 3\n")  # a file that is there comes first
+    assert parse("--config", "gpt2").steps == 3
+
+
+def test_without_a_recipe_the_default_one_is_named_once(capsys, monkeypatch):
+    parse("--steps", "3")
+    assert capsys.readouterr().err == "note: without --config the recipe is quickstart; gpt2 recipes lists all\n"
+    parse("--config", "quickstart")
+    monkeypatch.setenv("RANK", "1")
+    parse("--steps", "3")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_resumed_run_is_configured_by_its_own_file(recipe, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    before = parse("--config", recipe, "--run_dir", str(folder), "--seed", "7")
+    (folder / "config.yaml").write_text(to_yaml(before))
+    capsys.readouterr()
+    resumed = dataclasses.replace(before, resume="newest")
+    assert parse("--resume", "--run_dir", str(folder)) == resumed
+    assert parse(f"--run_dir={folder}", "--steps=9", "--resume") == dataclasses.replace(resumed, steps=9)
+    for source in (folder, folder / "checkpoints" / "5"):
+        assert parse("--resume", str(source)) == dataclasses.replace(before, resume=str(source))
+        assert parse("--resume", str(source), "--run_dir", "new").run_dir == "new"
+    assert capsys.readouterr().err == ""
+    assert parse("--resume", "--run_dir", str(folder), "--config", recipe).seed == 1337  # the recipe that is given
+
+
 def test_resume_may_stand_alone(recipe):
     assert parse("--resume", "--steps", "3").resume == "newest"
     assert parse("--steps", "3", "--resume").resume == "newest"
@@ -94,7 +134,15 @@ def test_every_setting_has_a_help_text():
     ("arguments", "words"),
     [
         (("--model.n_lay", "3"), "--model.n_lay: no such option; did you mean --model.n_layer"),
-        (("--n_layer", "3"), "did you mean --model.n_layer"),
+        (("--n_layer", "3"), "did you mean --model.n_layer?"),
+        (("--n_layers", "3"), "did you mean --model.n_layer?"),
+        (("--lr", "1e-3"), "--lr: no such option; did you mean --optimizer.learning_rate?"),
+        (("--optimizer.lr", "1e-3"), "--optimizer.lr: no such option; did you mean --optimizer.learning_rate?"),
+        (("--max_iters=5",), "--max_iters: no such option; did you mean --steps?"),
+        (("--grad-accum-steps", "5"), "did you mean --accumulation?"),
+        (("--training.batch_size=16",), "did you mean --batch_size?"),
+        (("--max_length", "5"), "did you mean --model.block_size?"),
+        (("--zzz", "5"), "--zzz: no such option; see --help"),
         (("--steps", "three"), "--steps three: expected a whole number"),
         (("--compile", "maybe"), "--compile maybe: expected true or false"),
         (("--precision", "half"), "--precision half: expected one of auto, float32, tf32, bfloat16, float64"),
@@ -131,6 +179,22 @@ def test_a_wrong_recipe_is_refused_by_name(tmp_path, text, words):
     with pytest.raises(UserError, match="bad.yaml") as error:
         parse("--config", str(path))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--length", "; did you mean --max_new_tokens?"),
+        ("--max_length", "; did you mean --max_new_tokens?"),
+        ("--num_return_sequences", "; did you mean --num_samples?"),
+        ("--do_sample", "; that is the default, which --greedy turns off"),
+        ("--promt", "; did you mean --prompt?"),
+    ],
+)
+def test_what_other_programs_call_an_option_of_generate_is_understood(option, meant):
+    with pytest.raises(UserError) as error:
+        generate_parser("gpt2 generate").parse(["--weights", "gpt2", option, "1"])
+    assert str(error.value) == f"{option}: no such option{meant}; see --help"
 
 
 HELP = "add what is missing, or see --help"

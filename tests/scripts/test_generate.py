@@ -1,5 +1,4 @@
 import dataclasses
-import runpy
 
 import pytest
 
@@ -8,6 +7,7 @@ from gpt2_convert.canonical import write as write_safetensors
 from gpt2_convert.llmc import write as write_llmc
 from gpt2_core.config import ModelConfig
 from gpt2_core.errors import UserError
+from gpt2_core.language_model import choose_tokenizer
 from parity.gpt2.cases import random_weights
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=300)
@@ -35,8 +35,8 @@ def test_seeds_choose_the_text_and_greedy_needs_none(run, weights):
 
     texts = [text("--seed", seed) for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
-    greedy = [text("--greedy", "--seed", seed) for seed in ("1", "2")]
-    assert greedy[0] == greedy[1]
+    greedy = [text("--greedy", "--seed", "1"), text("--greedy", "--seed", "2"), text("--temperature", "0")]
+    assert greedy[0] == greedy[1] == greedy[2] != texts[0]
 
 
 @pytest.mark.long
@@ -62,8 +62,8 @@ def test_a_bytes_model_that_went_through_llmc_writes_its_text_again(run, weights
     assert again == run("generate.py", *options, *weights[:2]) and again[0] == 0
 
 
-def test_a_tokenizer_is_the_recorded_one_and_must_fit(root, tmp_path, weights, through_llmc):
-    choose = runpy.run_path(str(root / "scripts" / "generate.py"))["choose_tokenizer"]
+def test_a_tokenizer_is_the_recorded_one_and_must_fit(tmp_path, weights, through_llmc):
+    choose = choose_tokenizer
     recorded, unknown = read_weights(str(tmp_path / "w.safetensors")), read_weights(str(through_llmc))
     assert choose(recorded, None).name == choose(recorded, "bytes").name == choose(unknown, "bytes").name == "bytes"
     gpt2, tiny = (
@@ -84,14 +84,16 @@ def test_a_tokenizer_is_the_recorded_one_and_must_fit(root, tmp_path, weights, t
 def test_without_weights_the_option_is_named_and_what_it_takes(run):
     code, out, err = run("generate.py")
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert err.startswith("error: --weights is required (a path in any format that convert.py reads, ") and "add" in err
+    assert (
+        err.startswith("error: --weights is required (a path in any format that gpt2 convert reads, ") and "add" in err
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--weights", "nowhere"), "nowhere: no such file"),
-        (("--temperature", "0"), "--temperature 0.0: must be 0.001 or more; for the most likely token use --greedy"),
+        (("--temperature", "1e-9"), "--temperature 1e-09: must be 0.001 or more, or 0 for the most likely token"),
         (("--seed", "-1"), "--seed -1: must be from 0 to 4294967295"),
         (("--top_p", "1.5"), "--top_p 1.5"),
         (("--max_new_tokens", "0"), "must be 1 or more"),

@@ -139,7 +139,7 @@ def test_a_prepared_folder_is_trained_on_by_name(make_config):
 def test_an_unfinished_folder_is_refused(make_config, tmp_path):
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "progress.json").write_text("{}")
-    with pytest.raises(UserError, match="half: prepare_data.py hasn't finished it"):
+    with pytest.raises(UserError, match="half: gpt2 prepare hasn't finished it"):
         open_tokens(named(make_config, tmp_path / "half"))
 
 

@@ -2,6 +2,7 @@ import time
 
 import pytest
 
+from gpt2_core.config import OptimizerConfig
 from gpt2_core.errors import DivergedError, RunError
 from gpt2_core.runs.folder import RunFolder, plan_run, read_metrics
 from gpt2_core.runs.log import RunLog, peak_flops
@@ -155,3 +156,27 @@ def test_the_peak_is_known_for_the_gpus_we_build_for():
     tf32 = {"NVIDIA A100-SXM4-80GB": 156e12, "NVIDIA H100 PCIe": 378e12, "NVIDIA H200": 494.7e12}
     assert {name: peak_flops(name, "tf32") for name in tf32} == tf32
     assert peak_flops("cpu", "bfloat16") is None and peak_flops("NVIDIA H200", "float32") is None
+
+
+@pytest.mark.parametrize(("steps", "warns"), [(6, False), (7, True)])
+def test_a_warmup_longer_than_the_run_is_warned_of(make_config, folder, capsys, steps, warns):
+    config = make_config(steps=6, optimizer=OptimizerConfig(warmup_steps=steps))
+    with RunLog(folder, config, start_step=0) as log:
+        log.introduce("a run")
+    assert ("warning: --optimizer.warmup_steps" in capsys.readouterr().out) == warns
+
+
+@pytest.mark.parametrize(("start", "updates", "said"), [(0, 6, True), (3, 6, True), (6, 6, True), (0, 4, False)])
+def test_the_end_of_a_run_says_where_it_is_and_what_can_be_done_with_it(
+    make_config, folder, capsys, start, updates, said
+):
+    with RunLog(folder, make_config(steps=6), start_step=start) as log:
+        log.end(updates, "gpt2 train")
+    out = capsys.readouterr().out
+    assert ("the run had made its 6 steps before" in out) == (start == 6)
+    for line in (
+        f"results are in {folder.path}: checkpoints, ",
+        f"gpt2 generate --weights {folder.path}\n",
+        f"gpt2 train --resume --run_dir {folder.path} --steps 12\n",
+    ):
+        assert (line in out) == said  # a run that was told to stop says how it is continued, elsewhere

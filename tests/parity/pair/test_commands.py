@@ -34,8 +34,8 @@ def test_models_in_two_environments_are_compared_through_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "no command: expected python -m parity compare"),
-        (("judge",), "judge: expected python -m parity compare"),
+        ((), "no command: expected parity compare"),
+        (("judge",), "judge: expected parity compare"),
         (("compare", "tiny:make_torch", "tiny:make_jax"), "--inputs: is needed"),
         (("compare", "tiny", "tiny:make_jax", "--inputs", "tiny:TOKENS"), "model tiny: expected module:name"),
         (("compare", "tiny:no", "tiny:make_jax", "--inputs", "tiny:TOKENS"), "has no attribute 'no'"),

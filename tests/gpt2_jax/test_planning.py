@@ -9,17 +9,26 @@ import jax
 import pytest
 from rich.console import Console
 
-from benchmarks import gpu
 from benchmarks.compiled import compile_program
 from benchmarks.hlo_account import account
-from benchmarks.plan import main
-from benchmarks.planning import USABLE, Cluster, best_plan, exchanges, largest_device_batch, memory, plan, step_flops
+from gpt2_commands.plan import main
 from gpt2_core.config import PRESETS, ModelConfig, TrainConfig, resolved
 from gpt2_core.errors import UserError
 from gpt2_jax.mesh import parse_mesh
+from gpt2_jax.planning import gpus
+from gpt2_jax.planning.meshes import (
+    USABLE,
+    Cluster,
+    best_plan,
+    exchanges,
+    largest_device_batch,
+    memory,
+    plan,
+    step_flops,
+)
 from gpt2_jax.train_step import make_program
 
-H200 = Cluster(gpu.load("h200"), devices_per_node=8, interconnect=50e9)
+H200 = Cluster(gpus.load("h200"), devices_per_node=8, interconnect=50e9)
 SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=257)
 
 
@@ -75,7 +84,7 @@ def test_the_compiled_program_needs_within_a_tenth_what_the_formulas_say(config)
 @pytest.mark.parametrize("target", ["h200", "a100"])
 def test_the_chosen_mesh_fits_and_no_other_is_much_faster(preset, devices, target):
     config = config_of(None, preset, 1024)
-    cluster = dataclasses.replace(H200, gpu=gpu.load(target))
+    cluster = dataclasses.replace(H200, gpu=gpus.load(target))
     best = best_plan(config, devices, cluster)
     assert best.devices == devices
     assert best.memory.total <= USABLE * cluster.gpu.memory

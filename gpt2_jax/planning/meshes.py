@@ -1,7 +1,7 @@
 """What training a model on a mesh of GPUs takes (memory, arithmetic, bytes exchanged), and which mesh to use.
 
 Everything is computed by formula, from sizes alone, for the program of `gpt2_jax` in bfloat16 with cuDNN's attention
-and the Triton layer norm. The formulas follow what the compiled program keeps; tests/benchmarks/test_planning.py
+and the Triton layer norm. The formulas follow what the compiled program keeps; tests/gpt2_jax/test_planning.py
 compares them with programs that were compiled for these GPUs. Times are lower bounds.
 
 Shapes: T tokens of a sequence, D features, F width of the MLP, V rows of the vocabulary's table.
@@ -13,11 +13,11 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from benchmarks.gpu import Gpu
 from gpt2_core.config import VOCABULARY_MULTIPLE, ModelConfig, TrainConfig, divisors
 from gpt2_core.errors import UserError
 from gpt2_jax.loss import CHUNK_BYTES
 from gpt2_jax.mesh import MESH_AXES, check_mesh, format_mesh
+from gpt2_jax.planning.gpus import Gpu
 
 # Of a GPU's memory, what the trainer lets XLA have (gpt2_jax.runtime): the rest is CUDA's, its libraries' and NCCL's.
 USABLE = 0.92

@@ -1,21 +1,23 @@
-"""scripts/plan.py: memory, arithmetic and exchange of a training on a mesh of GPUs, and which mesh to use."""
+"""gpt2 plan: memory, arithmetic and exchange of a training on a mesh of GPUs, and which mesh to use."""
 
 import dataclasses
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import gpu
-from benchmarks.compiled import compile_program
-from benchmarks.harness import with_sizes
-from benchmarks.measure import positive, write_json
-from benchmarks.planning import USABLE, Cluster, Plan, best_plan, largest_device_batch, plan
-from gpt2_core.cli import Parser
+from gpt2_core.cli import Parser, with_sizes
 from gpt2_core.config import PRESETS, ModelConfig, TrainConfig
-from gpt2_core.config.checks import refuse_unless
+from gpt2_core.config.checks import refuse_unless, require_positive
 from gpt2_core.errors import UserError
+from gpt2_core.files import write_atomically
 from gpt2_jax.mesh import format_mesh, parse_mesh
+from gpt2_jax.planning import gpus
+from gpt2_jax.planning.meshes import USABLE, Cluster, Plan, best_plan, largest_device_batch, plan
 
 _LEFT_OUT = (
     "Times are lower bounds: of matrix products and attention at the rates that these GPUs attain, and of the bytes "
@@ -33,11 +35,25 @@ _HELD = {
 }
 
 
-def main(arguments: list[str]) -> None:
-    options = _parser().parse(with_sizes(arguments, PRESETS["gpt2"]))
-    positive(options, "batch_tokens", "devices_per_node", "interconnect")
+# A step of a configuration, compiled for the GPU of this name, that says how many bytes it needs.
+Compiler = Callable[[TrainConfig, str, Sequence[str], Console], Any]
+
+
+def main(arguments: list[str], command: str = "gpt2 plan", compiler: Compiler | None = None) -> None:
+    """`compiler` is what the option --compiled, which there is only with it, compiles by: a clone has one."""
+    made = parser(command)
+    if compiler is not None:
+        made.add_argument(
+            "--compiled",
+            type=bool,
+            default=False,
+            help="Compile the step of --mesh for the target and show its memory beside the formula's; makes an "
+            "environment of 0.5 GB once.",
+        )
+    options = made.parse(with_sizes(arguments, PRESETS["gpt2"]))
+    require_positive("", options, "batch_tokens", "devices_per_node", "interconnect")
     config = _configuration(options)
-    cluster = Cluster(gpu.load(options.target), options.devices_per_node, options.interconnect * 1e9)
+    cluster = Cluster(gpus.load(options.target), options.devices_per_node, options.interconnect * 1e9)
     counts = _counts(options.devices)
     console = Console(markup=False, soft_wrap=True, highlight=False, width=max(120, Console(markup=False).width))
     results: dict[str, Any] = {"config": dataclasses.asdict(config), "target": cluster.gpu.name}
@@ -47,12 +63,20 @@ def main(arguments: list[str]) -> None:
         f"{options.interconnect:g} GB/s from each device to other nodes"
     )
     if options.mesh is not None:
-        results["mesh"] = _show_mesh(console, config, parse_mesh(options.mesh), cluster, options)
+        results["mesh"] = _show_mesh(console, config, parse_mesh(options.mesh), cluster, options, compiler)
     found = {devices: best_plan(config, devices, cluster) for devices in counts}
     console.print(_table_of_meshes(found))
     results["chosen"] = {n: None if one is None else _facts(one) for n, one in found.items()}
     console.print(_LEFT_OUT)
-    write_json(options.json, ["plan", *arguments], results)
+    if options.json is not None:
+        _write(options.json, {"command": shlex.join([*command.split(), *arguments]), "results": results})
+
+
+def _write(path: str, written: dict[str, Any]) -> None:
+    try:
+        write_atomically(Path(path), json.dumps(written, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {path}: can't be written ({error.strerror})") from error
 
 
 def _configuration(options: Any) -> TrainConfig:
@@ -77,7 +101,14 @@ def _counts(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _show_mesh(console: Console, config: TrainConfig, mesh: dict[str, int], cluster: Cluster, options: Any) -> Any:
+def _show_mesh(
+    console: Console,
+    config: TrainConfig,
+    mesh: dict[str, int],
+    cluster: Cluster,
+    options: Any,
+    compiler: Compiler | None,
+) -> Any:
     found = plan(config, mesh, cluster)
     if found is None:
         raise UserError(
@@ -87,7 +118,7 @@ def _show_mesh(console: Console, config: TrainConfig, mesh: dict[str, int], clus
     facts = _facts(found) | {"largest_device_batch": largest}
     rows = [(_HELD[name], _gb(size)) for name, size in dataclasses.asdict(found.memory).items()]
     rows.append(("together", _gb(found.memory.total)))
-    if options.compiled:
+    if compiler is not None and options.compiled:
         step = dataclasses.replace(
             config,
             batch_tokens=None,
@@ -97,7 +128,7 @@ def _show_mesh(console: Console, config: TrainConfig, mesh: dict[str, int], clus
             attention="cudnn",
             norm_kernel="triton",
         )
-        program = compile_program(step, options.target, [], console)
+        program = compiler(step, options.target, [], console)
         facts["compiled_bytes"] = program.argument_bytes + program.temp_bytes
         rows.append(("by the compiled program", _gb(facts["compiled_bytes"])))
     console.print(
@@ -157,31 +188,24 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:,.2f}"
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="plan.py", description=__doc__.partition(": ")[2])
-    parser.add_class_arguments(ModelConfig, "model")
-    parser.add_argument("--preset", type=str, help="Sizes of a published model. Left out: gpt2.")
-    parser.add_argument("--batch_tokens", type=int, default=524288, help="Tokens a step, over all devices.")
-    parser.add_argument("--mesh", type=int | str | None, help="A mesh to look at: 8, or data=8,fsdp=8.")
-    parser.add_argument("--devices", type=str, default="1,8,64,512", help="Numbers of devices to choose a mesh for.")
-    parser.add_argument("--target", type=str, default="h200", help="The GPU: h200, h100 or a100.")
-    parser.add_argument("--devices_per_node", type=int, default=8, help="GPUs that NVLink connects.")
-    parser.add_argument(
+def parser(command: str) -> Parser:
+    made = Parser(prog=command, description=__doc__.partition(": ")[2])
+    made.add_class_arguments(ModelConfig, "model")
+    made.add_argument("--preset", type=str, help="Sizes of a published model. Left out: gpt2.")
+    made.add_argument("--batch_tokens", type=int, default=524288, help="Tokens a step, over all devices.")
+    made.add_argument("--mesh", type=int | str | None, help="A mesh to look at: 8, or data=8,fsdp=8.")
+    made.add_argument("--devices", type=str, default="1,8,64,512", help="Numbers of devices to choose a mesh for.")
+    made.add_argument("--target", type=str, default="h200", help="The GPU: h200, h100 or a100.")
+    made.add_argument("--devices_per_node", type=int, default=8, help="GPUs that NVLink connects.")
+    made.add_argument(
         "--interconnect", type=float, default=50.0, help="GB/s from a device to other nodes (400 Gbit/s: 50)."
     )
-    parser.add_argument("--remat", type=bool, default=False, help="Recompute activations.")
-    parser.add_argument(
+    made.add_argument("--remat", type=bool, default=False, help="Recompute activations.")
+    made.add_argument(
         "--gradient_exchange",
         type=Literal["float32", "bfloat16"],
         default="float32",
         help="Dtype in which devices exchange gradients.",
     )
-    parser.add_argument(
-        "--compiled",
-        type=bool,
-        default=False,
-        help="Compile the step of --mesh for the target and show its memory beside the formula's; makes an environment "
-        "of 0.5 GB once.",
-    )
-    parser.add_argument("--json", type=str, help="File to write everything to, with command, machine and versions.")
-    return parser
+    made.add_argument("--json", type=str, help="File to write everything to, with the command.")
+    return made

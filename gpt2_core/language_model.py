@@ -1,0 +1,135 @@
+"""A trained GPT-2 as Python sees it: text continued, and the logits of token ids. `gpt2_jax.load` and `gpt2_torch.load`
+make one."""
+
+import contextlib
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import numpy as np
+
+from gpt2_core.config import check_seed
+from gpt2_core.data.tokenizer import NAMES, Tokenizer, get_tokenizer, stream_text, vocab_size
+from gpt2_core.errors import UserError
+from gpt2_core.sampling import Sampling, uniforms
+from gpt2_core.weights import Weights
+
+T = TypeVar("T")
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float64")
+
+
+class LanguageModel(ABC):
+    """Weights that compute. Everything wrong that a caller can give is a UserError.
+
+    `config` is the architecture, `tokenizer` turns text into token ids and back, `source` says where the weights are
+    from.
+    """
+
+    def __init__(self, weights: Weights, tokenizer: str | None, precision: str) -> None:
+        if precision not in PRECISIONS:
+            raise UserError(f"precision {precision}: expected one of {', '.join(PRECISIONS)}")
+        self.config, self.source = weights.config, weights.source
+        self.tokenizer = choose_tokenizer(weights, tokenizer)
+
+    def generate(self, prompt: str = "", **options: Any) -> str:
+        """The prompt and its continuation; the options are those of `stream`."""
+        return prompt + "".join(self.stream(prompt, **options))
+
+    def stream(
+        self,
+        prompt: str = "",
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        greedy: bool = False,
+        seed: int = 0,
+        sample: int = 0,
+        stop_at_end_of_text: bool = False,
+    ) -> Iterator[str]:
+        """The continuation of a prompt (of "": a document from its start), in pieces as they come.
+
+        A function of its arguments: `sample` numbers the continuations of one seed, and both frameworks draw the same.
+        """
+        if max_new_tokens < 1:
+            raise UserError(f"--max_new_tokens {max_new_tokens}: must be 1 or more")
+        check_seed(seed)
+        sampling = Sampling(temperature, top_k, top_p, greedy)
+        try:
+            ids = self.tokenizer.encode(prompt).tolist() or [self.tokenizer.end_of_text]
+        except UnicodeEncodeError as error:
+            raise UserError("--prompt: not UTF-8 text") from error
+        end_of_text = self.tokenizer.end_of_text if stop_at_end_of_text else None
+        rows = self._continue([ids], uniforms(seed, sample, max_new_tokens)[None], sampling, end_of_text)
+        tokens = (row[0] for row in _within(self._computing, rows))
+        return stream_text(self.tokenizer, itertools.takewhile(lambda token: token != end_of_text, tokens))
+
+    def logits(self, ids: Sequence[int] | Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
+        """The logits (T, V) that follow each of the token ids (T,); (B, T, V) for (B, T)."""
+        given = np.asarray(ids)
+        tokens_BT = given[None] if given.ndim == 1 else given
+        if tokens_BT.ndim != 2 or not tokens_BT.size or not np.issubdtype(tokens_BT.dtype, np.integer):
+            raise UserError(f"ids: expected token ids (T,) or (B, T), not {given.dtype} of shape {given.shape}")
+        if not 0 <= tokens_BT.min() <= tokens_BT.max() < self.config.vocab_size:
+            wrong = next(int(i) for i in tokens_BT.flat if not 0 <= i < self.config.vocab_size)
+            raise UserError(f"ids: there is a {wrong}, and this model knows 0 to {self.config.vocab_size - 1}")
+        if tokens_BT.shape[1] > self.config.block_size:
+            raise UserError(
+                f"ids: {tokens_BT.shape[1]} are longer than this model's context of {self.config.block_size}; give the "
+                "last of them"
+            )
+        with self._computing():
+            logits_BTV = self._logits(tokens_BT)
+        return logits_BTV[0] if given.ndim == 1 else logits_BTV
+
+    @abstractmethod
+    def _continue(
+        self, prompts: list[list[int]], uniforms: np.ndarray, sampling: Sampling, end_of_text: int | None
+    ) -> Iterator[list[int]]:
+        """The next token of each prompt, as many times as `uniforms` has columns, or until the end of each text."""
+
+    @abstractmethod
+    def _logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+        """Logits (B, T, V), in float32 (in float64, float64)."""
+
+    def _computing(self) -> AbstractContextManager[Any]:
+        """What the framework is told while it computes with this model, and not while its caller does something."""
+        return contextlib.nullcontext()
+
+
+def choose_tokenizer(weights: Weights, asked: str | None) -> Tokenizer:
+    """The tokenizer that is recorded with the weights; if none is, the one asked for, else GPT-2's.
+
+    Raises UserError if one is recorded and another is asked for, and if it has more ids than the model.
+    """
+    if asked and weights.tokenizer not in (None, asked):
+        raise UserError(
+            f"--tokenizer {asked}: {weights.source} was trained with the tokenizer {weights.tokenizer}; leave "
+            "--tokenizer out"
+        )
+    name, ids = asked or weights.tokenizer or "gpt2", weights.config.vocab_size
+    if vocab_size(name) > ids:
+        says = f"--tokenizer {asked}: " if asked else ""
+        unknown = "" if asked or weights.tokenizer else " doesn't say which tokenizer it was trained with, and"
+        fitting = [known for known in NAMES if vocab_size(known) <= ids]
+        use = f"use --tokenizer {' or '.join(fitting)}" if fitting else "no tokenizer that --tokenizer takes has so few"
+        raise UserError(
+            f"{says}{weights.source}{unknown} has {ids} ids, too few for the {vocab_size(name)} of the tokenizer "
+            f"{name}; {use}"
+        )
+    return get_tokenizer(name)
+
+
+def _within(context: Callable[[], AbstractContextManager[Any]], items: Iterator[T]) -> Iterator[T]:
+    """The items, each computed inside the context: a `with` around the loop would last while the caller has an item."""
+    while True:
+        with context():
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item

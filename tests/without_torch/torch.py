@@ -1,0 +1,1 @@
+raise ImportError("torch is made unimportable by this test")
