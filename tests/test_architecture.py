@@ -64,7 +64,7 @@ def test_no_package_is_missing_from_the_distribution():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {
         str(p.parent.relative_to(ROOT)).replace(os.sep, ".")
-        for top in ("gpt2_core", "gpt2_jax", "gpt2_torch", "gpt2_convert", "parity", "benchmarks")
+        for top in ("gpt2_core", "gpt2_jax", "gpt2_torch", "gpt2_convert", "gpt2_evaluate", "parity", "benchmarks")
         for p in (ROOT / top).rglob("__init__.py")
     }
     assert set(settings["packages"]) == found
@@ -120,7 +120,7 @@ def _calls(folders: list[str]) -> Iterator[tuple[str, ast.Call, str]]:
 
 
 def test_files_that_users_give_are_parsed_in_one_place():
-    product = ["gpt2_core", "gpt2_convert", "gpt2_jax", "gpt2_torch", "scripts"]
+    product = ["gpt2_core", "gpt2_convert", "gpt2_evaluate", "gpt2_jax", "gpt2_torch", "scripts"]
     parsers = {"json.loads", "json.load", "yaml.safe_load", "yaml.load"}
     elsewhere = ("gpt2_core/parsing.py", "gpt2_core/weights/safetensors.py")  # the second: duplicates are refused too
     found = [f"{where}: {name}" for where, _, name in _calls(product) if name in parsers]
@@ -130,7 +130,7 @@ def test_files_that_users_give_are_parsed_in_one_place():
 def test_no_name_of_a_file_is_read_as_markup():
     # A file called x[/y].txt would end a print in an error, and out[v2] would be printed as out.
     for where, call, name in _calls(
-        ["gpt2_core", "gpt2_convert", "gpt2_jax", "gpt2_torch", "scripts", "benchmarks", "parity"]
+        ["gpt2_core", "gpt2_convert", "gpt2_evaluate", "gpt2_jax", "gpt2_torch", "scripts", "benchmarks", "parity"]
     ):
         fixed = all(isinstance(argument, ast.Constant) for argument in call.args)
         if name == "Console" or (name == "TextColumn" and (not fixed or "{" in call.args[0].value)):
