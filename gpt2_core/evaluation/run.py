@@ -1,6 +1,7 @@
 """From the names of tasks to their results."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_core.config import IGNORE_INDEX, DataConfig, ModelConfig, TrainConfig
-from gpt2_core.data.batches import Windows, evaluation_batches
+from gpt2_core.data.batches import Batch, Windows, evaluation_batches
 from gpt2_core.data.tokenizer import Tokenizer
 from gpt2_core.data.tokens import open_tokens
 from gpt2_core.errors import UserError
 from gpt2_core.evaluation.published import PUBLISHED, preset_of
-from gpt2_core.evaluation.scoring import ScoreBatch, perplexity, score
+from gpt2_core.evaluation.rows import read_rows
+from gpt2_core.evaluation.scoring import ScoreBatch, TokenScores, perplexity, score
 from gpt2_core.evaluation.tasks import GROUPS, TASKS, Figure, Row
 
 TOKENS = "validation tokens in windows of the block size, each token after what its window has before it"
@@ -55,13 +57,13 @@ class Evaluated:
     batch_size: int
 
 
-def chosen_tasks(names: str) -> list[str]:
-    """The tasks and folders of tokens that `--tasks` names, with commas between them; a group becomes its tasks."""
+def chosen_tasks(names: str, *, option: str = "--tasks", paths: bool = True) -> list[str]:
+    """The tasks that an option names, with commas between them, and `paths` of tokens; a group becomes its tasks."""
     chosen: list[str] = []
     for name in (part.strip() for part in names.split(",")):
-        if name not in TASKS and name not in GROUPS and not Path(name).exists():
-            known = ", ".join([*GROUPS, *TASKS])
-            raise UserError(f"--tasks {name}: no such task or folder of tokens; use {known}, or a path")
+        if name not in TASKS and name not in GROUPS and not (paths and name and Path(name).exists()):
+            known, or_path = ", ".join([*GROUPS, *TASKS]), " or a path of tokens" if paths else ""
+            raise UserError(f"{option} {name}: no such task; use one or more of {known}{or_path}")
         chosen += GROUPS.get(name, (name,))
     return list(dict.fromkeys(chosen))
 
@@ -108,6 +110,33 @@ def evaluate_tokens(model: Evaluated, path: str, limit: int | None, begin: Begin
         Figure("perplexity", perplexity(-total, count), "per token"),
     ]
     return [_result(model, path, TOKENS, figure, sequences) for figure in figures]
+
+
+Rows = dict[str, list[Row]]
+"""The rows of each task."""
+
+
+def open_tasks(config: TrainConfig) -> Rows:
+    """What a run is evaluated on beside its validation split; raises UserError for what can't be read."""
+    names = [] if config.eval_tasks is None else chosen_tasks(config.eval_tasks, option="--eval_tasks", paths=False)
+    read = functools.partial(read_rows, option="--eval_tasks", folder_option="--eval_data_dir")
+    return {name: read(name, TASKS[name].dataset, config.eval_data_dir, config.eval_examples) for name in names}
+
+
+def figures_of(model: Evaluated, rows: Rows, check: Callable[[], None]) -> dict[str, float]:
+    """The figures of these tasks by TASK/FIGURE; `check` is called before each batch, and may raise to give up."""
+
+    def score_batch(batch: Batch) -> TokenScores:
+        check()
+        return model.score_batch(batch)
+
+    checked = dataclasses.replace(model, score_batch=score_batch)
+    results = [result for name in rows for result in evaluate_task(checked, name, rows[name], _untold)]
+    return {f"{result.task}/{result.figure}": result.value for result in results}
+
+
+def _untold(task: str, total: int) -> Advance:
+    return lambda count: None
 
 
 def _result(model: Evaluated, task: str, variant: str, figure: Figure, examples: int) -> Result:

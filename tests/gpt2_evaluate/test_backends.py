@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+import gpt2_torch.score
 from gpt2_core.config import ModelConfig
+from gpt2_core.data.batches import Batch
 from gpt2_core.data.tokenizer import BytesTokenizer
 from gpt2_core.evaluation.run import Evaluated, evaluate_task
 from gpt2_core.evaluation.scoring import Request, rolling_requests, score
@@ -84,3 +86,14 @@ def test_a_tasks_figures_are_the_same_of_both(x64):
 
 def _untold(task, total):
     return lambda count: None
+
+
+@pytest.mark.parametrize("logits_bytes", [1, 3 * 4 * 257 * 48, 1 << 30], ids=["one", "three", "all"])
+def test_the_reference_computes_as_many_sequences_at_a_time_as_fit(monkeypatch, logits_bytes):
+    monkeypatch.setattr(gpt2_torch.score, "LOGITS_BYTES", logits_bytes)
+    backend = torch_scorer(random_weights(MODEL, dtype=np.float64), device="cpu", precision="float64")
+    generator = np.random.default_rng(0)
+    inputs_BT, targets_BT = generator.integers(0, 257, (2, 8, MODEL.block_size))
+    whole = backend(Batch(inputs_BT, targets_BT))
+    alone = [backend(Batch(inputs_BT[row : row + 1], targets_BT[row : row + 1])) for row in range(8)]
+    assert np.abs(whole.log_probs - np.concatenate([one.log_probs for one in alone])).max() <= 1e-12

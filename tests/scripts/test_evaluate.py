@@ -86,7 +86,7 @@ def test_a_table_states_variant_definition_and_what_is_published(run, files, env
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--tasks", "helaswag"), "--tasks helaswag: no such task or folder of tokens; use hellaswag, lambada, "),
+        (("--tasks", "helaswag"), "--tasks helaswag: no such task; use one or more of hellaswag, lambada, "),
         (("--tasks", "lambada", "--backend", "torch", "--mesh", "2"), "--mesh 2: --backend torch computes on one"),
         (("--tasks", "lambada", "--device", "cpu"), "--device: chooses PyTorch's device"),
         (("--tasks", "lambada", "--limit", "0"), "--limit: must be 1 or more"),

@@ -138,7 +138,7 @@ def test_groups_become_their_tasks_once(tmp_path):
     both = chosen_tasks(f"lambada, {tmp_path},lambada_openai,hellaswag")
     assert both == ["lambada_openai", "lambada_standard", str(tmp_path), "hellaswag_harness", "hellaswag_llmc"]
     assert all(task in TASKS for tasks in GROUPS.values() for task in tasks)
-    with pytest.raises(UserError, match=r"^--tasks hellaswagg: no such task or folder of tokens; use hellaswag, "):
+    with pytest.raises(UserError, match=r"^--tasks hellaswagg: no such task; use one or more of hellaswag, "):
         chosen_tasks("hellaswagg")
 
 
@@ -153,7 +153,11 @@ def test_groups_become_their_tasks_once(tmp_path):
         ("lambada_openai", "\n\n", r"^--tasks lambada_openai: its data set has no rows"),
         ("lambada_openai", '{"text"', r"line 1 isn't JSON"),
         ("hellaswag_llmc", '{"ctx": "a"}', r"line 1: expected text in the field activity_label"),
-        ("hellaswag_llmc", None, r"^--data_dir .*: no hellaswag_llmc\.jsonl or hellaswag\.jsonl there, which --tasks"),
+        (
+            "hellaswag_llmc",
+            None,
+            r"^--data_dir .*: no hellaswag_llmc\.jsonl or hellaswag\.jsonl there, which the task ",
+        ),
     ],
 )
 def test_a_local_file_that_is_no_data_set_is_a_sentence(tmp_path, task, content, words):

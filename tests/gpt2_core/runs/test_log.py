@@ -1,10 +1,11 @@
 import time
 
 import pytest
+from matplotlib.figure import Figure
 
 from gpt2_core.errors import DivergedError, RunError
 from gpt2_core.runs.folder import RunFolder, plan_run, read_metrics
-from gpt2_core.runs.log import RunLog, peak_flops
+from gpt2_core.runs.log import RunLog, draw_curves, peak_flops
 
 
 @pytest.fixture
@@ -133,3 +134,23 @@ def test_the_peak_is_known_for_the_gpus_we_build_for():
     tf32 = {"NVIDIA A100-SXM4-80GB": 156e12, "NVIDIA H100 PCIe": 378e12, "NVIDIA H200": 494.7e12}
     assert {name: peak_flops(name, "tf32") for name in tf32} == tf32
     assert peak_flops("cpu", "bfloat16") is None and peak_flops("NVIDIA H200", "float32") is None
+
+
+def test_curves_have_a_panel_of_accuracies_and_one_of_perplexities(tmp_path, monkeypatch):
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    train = {"step": 0, "split": "train", "loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1.0}
+    val = [{"step": step, "split": "val", "loss": 1.0} for step in range(3)]
+    tasks = {"hellaswag_llmc/acc_norm": 0.3, "lambada_openai/perplexity": 50.0, "wikitext103/bits_per_byte": 1.0}
+    draw_curves([train, *val], tmp_path / "curves.png")
+    draw_curves([train, val[0], *(row | tasks for row in val[1:])], tmp_path / "curves.png")
+    assert [len(figure.axes) for figure in drawn] == [4, 6]
+    accuracy, perplexity = drawn[1].axes[4:]
+    for axis, figure, published in (
+        (accuracy, "hellaswag_llmc/acc_norm", 0.2955),
+        (perplexity, "lambada_openai/perplexity", 40.06),
+    ):
+        curve, line = axis.lines
+        assert curve.get_label() == figure and list(curve.get_xdata()) == [1, 2]
+        assert set(line.get_ydata()) == {published} and line.get_label() == "OpenAI's gpt2"
