@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from gpt2_convert import read_weights
 from gpt2_core.data.tokenizer import Tokenizer
-from gpt2_core.errors import UserError
+from gpt2_core.errors import UserError, reason
 from gpt2_core.evaluation.scoring import Request, Score, encode_pair, rolling_requests, score
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.weights.tokenizer import choose_tokenizer
@@ -49,7 +49,13 @@ class GPT2JaxLM(LM):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise UserError(f"--batch_size {batch_size}: gpt2_jax takes a number of sequences, like 32")
-        configure(precision, mesh)
+        try:
+            configure(precision, mesh)
+        except RuntimeError as error:  # a script has used JAX before
+            raise UserError(
+                f"mesh={mesh}: JAX has been used in this process already, with other devices ({reason(error)}); make "
+                "the model before anything else computes with JAX"
+            ) from error
         opened = read_weights(weights, str(checkpoint))
         self._tokenizer = _WithMarkers(choose_tokenizer(opened, tokenizer))
         self._batch_size, self._block_size = int(batch_size), opened.config.block_size

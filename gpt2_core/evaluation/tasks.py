@@ -16,6 +16,8 @@ from gpt2_core.data.tokenizer import Tokenizer
 from gpt2_core.evaluation.scoring import Request, Score, encode_pair, perplexity, rolling_requests
 
 Row = dict[str, Any]
+Rows, Scores, Requests = Sequence[Row], Sequence[list[Score]], Sequence[list[Request]]
+"""Of a data set; the second and third are those of each row."""
 
 
 class Field(NamedTuple):
@@ -48,7 +50,7 @@ class Task(NamedTuple):
     dataset: Dataset
     variant: str
     requests: Callable[[Row, Tokenizer, int], list[Request]]
-    figures: Callable[[Sequence[Row], Sequence[list[Score]], Sequence[list[Request]]], list[Figure]]
+    figures: Callable[[Rows, Scores, Requests], list[Figure]]
 
 
 # --- HellaSwag (Zellers et al. 2019): which of four endings?
@@ -83,7 +85,7 @@ def _hellaswag_llmc(row: Row, tokenizer: Tokenizer, block_size: int) -> list[Req
     return [Request(context, tokenizer.encode(f" {ending}").tolist()) for ending in row["endings"]]
 
 
-def _accuracy(rows: Sequence[Row], scores: Sequence[list[Score]], lengths: Sequence[Sequence[float]]) -> float:
+def _accuracy(rows: Rows, scores: Scores, lengths: Sequence[Sequence[float]]) -> float:
     """How often the right ending has the highest log-probability for its length; of equals the first is taken."""
     log_probs = np.array([[score.log_prob for score in of_row] for of_row in scores])
     with np.errstate(divide="ignore"):  # an ending that cleaning left empty is infinitely improbable
@@ -91,7 +93,7 @@ def _accuracy(rows: Sequence[Row], scores: Sequence[list[Score]], lengths: Seque
     return _mean([choice == int(row["label"]) for choice, row in zip(chosen, rows, strict=True)])
 
 
-def _figures_of_hellaswag_harness(rows, scores, requests) -> list[Figure]:
+def _figures_of_hellaswag_harness(rows: Rows, scores: Scores, requests: Requests) -> list[Figure]:
     endings = [[_cleaned(ending) for ending in row["endings"]] for row in rows]
 
     def by(length: Callable[[str], int]) -> float:
@@ -104,7 +106,7 @@ def _figures_of_hellaswag_harness(rows, scores, requests) -> list[Figure]:
     ]
 
 
-def _figures_of_hellaswag_llmc(rows, scores, requests) -> list[Figure]:
+def _figures_of_hellaswag_llmc(rows: Rows, scores: Scores, requests: Requests) -> list[Figure]:
     tokens = [[len(request.continuation) for request in of_row] for of_row in requests]
     return [
         Figure("acc", _accuracy(rows, scores, [[1] * len(of_row) for of_row in tokens]), "highest log-probability"),
@@ -120,7 +122,7 @@ def _lambada(row: Row, tokenizer: Tokenizer, block_size: int) -> list[Request]:
     return [encode_pair(tokenizer, context, f" {word}")]
 
 
-def _figures_of_lambada(rows, scores, requests) -> list[Figure]:
+def _figures_of_lambada(rows: Rows, scores: Scores, requests: Requests) -> list[Figure]:
     words = [score for (score,) in scores]
     return [
         Figure("acc", _mean([word.is_greedy for word in words]), "every token of the last word is the likeliest"),
@@ -168,7 +170,7 @@ def _wikitext(row: Row, tokenizer: Tokenizer, block_size: int) -> list[Request]:
     return list(rolling_requests(ids, tokenizer.end_of_text, block_size))
 
 
-def _figures_of_wikitext(rows, scores, requests) -> list[Figure]:
+def _figures_of_wikitext(rows: Rows, scores: Scores, requests: Requests) -> list[Figure]:
     log_probs = [score.log_prob for of_row in scores for score in of_row]
     words = sum(len(re.split(r"\s+", row["page"])) for row in rows)
     size = sum(len(row["page"].encode()) for row in rows)

@@ -63,6 +63,7 @@ def test_a_scores_probabilities_add_up_to_one(x64):
     assert sum(answer.is_greedy for answer in scores) == 1
 
 
+@pytest.mark.long
 def test_few_programs_are_compiled():
     program, params = jax_program(random_weights(MODEL), mesh="2", precision="float32", batch_size=8)
     score([*requests(60), *rolling_requests(list(range(200)), 256, MODEL.block_size)], scorer(program, params), **SIZES)

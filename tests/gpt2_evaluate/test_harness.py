@@ -1,6 +1,7 @@
 """The harness gets from our model what it gets from its own on the same weights."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -23,18 +25,17 @@ from gpt2_core.evaluation.tasks import TASKS, _cleaned, _detokenised
 from gpt2_evaluate.backends import torch_scorer
 from parity.gpt2.cases import random_weights
 
-lm_eval = pytest.importorskip("lm_eval", reason="the extra `evaluate` isn't installed")
-pytest.importorskip("accelerate", reason="the harness's own model needs it")
-
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
-
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=50257)
-WEIGHTS = dataclasses.replace(random_weights(MODEL), tokenizer="gpt2")
 TOLERANCE = 1e-4
 
-pytestmark = pytest.mark.long
+# The harness takes seconds to import, so it is imported where it is used.
+MISSING = [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")]
+
+
+def weights():
+    return dataclasses.replace(random_weights(MODEL), tokenizer="gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def folder(tmp_path_factory):
     from transformers import GPT2TokenizerFast
 
     path = tmp_path_factory.mktemp("hf") / "model"
-    write_weights(WEIGHTS, path, "hf")
+    write_weights(weights(), path, "hf")
     vocabulary, merges = path / "vocab.json", path / "merges.txt"
     vocabulary.write_bytes(local_file("gpt2", "encoder.json"))
     merges.write_bytes(local_file("gpt2", "vocab.bpe"))
@@ -53,9 +54,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(folder):
+    import gpt2_evaluate.harness
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt2_evaluate.harness, "configure", lambda *_: None)  # other tests have used JAX before
+        return gpt2_evaluate.harness.GPT2JaxLM(str(folder), mesh="2", precision="float32", batch_size=8)
+
+
+def test_a_process_that_has_used_jax_with_other_devices_is_told_so(folder):
     from gpt2_evaluate.harness import GPT2JaxLM
 
-    return GPT2JaxLM(str(folder), mesh="2", precision="float32", batch_size=8)
+    assert jax.device_count() == 8
+    with pytest.raises(UserError, match="^mesh=3: JAX has been used in this process already"):
+        GPT2JaxLM(str(folder), mesh=3, precision="float32", batch_size=6)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +111,8 @@ def pairs():
 
 
 def asked(kind, arguments):
+    from lm_eval.api.instance import Instance
+
     return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]
 
 
@@ -190,6 +203,9 @@ ROWS = {
 @pytest.mark.parametrize("task", ROWS)
 def test_a_tasks_figures_are_the_harness_own(theirs, tmp_path, task):
     """Those of the harness's own task and its own model; all that differs is where the rows are."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
     name, make = ROWS[task]
     file, generator = tmp_path / f"{name}.jsonl", np.random.default_rng(4)
     file.write_text("".join(json.dumps(make(generator)) + "\n" for _ in range(12)))
@@ -206,7 +222,7 @@ def test_a_tasks_figures_are_the_harness_own(theirs, tmp_path, task):
         "local"
     ]
 
-    model = Evaluated(MODEL, get_tokenizer("gpt2"), torch_scorer(WEIGHTS, device="cpu", precision="float32"), 8)
+    model = Evaluated(MODEL, get_tokenizer("gpt2"), torch_scorer(weights(), device="cpu", precision="float32"), 8)
     results = evaluate_task(model, name, read_rows(name, TASKS[name].dataset, str(tmp_path), None), begin=_untold)
     ours = {result.figure: result.value for result in results}
     expected = {key.removesuffix(",none"): value for key, value in found.items() if key.removesuffix(",none") in ours}
