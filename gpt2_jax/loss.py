@@ -36,6 +36,28 @@ def summed_cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.A
     return jax.lax.scan(add, jnp.zeros((), _wide(x_BTD)), _chunks(x_BTD, targets_BT, len(head_VD)))[0]
 
 
+def log_probabilities(
+    x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Of each target log softmax(x head^T)[target], in float32 at least, and whether it is the likeliest token, of
+    equals the first; both (B, T), without a meaning where the target is IGNORE_INDEX."""
+    narrow_VD = _narrowed(head_VD, x_BTD.dtype)
+    x_nBCD, targets_nBC = _chunks(x_BTD, targets_BT, len(head_VD))
+    of_chunk = functools.partial(_chunk_log_probabilities, head_VD=narrow_VD, vocab_size=vocab_size)
+    both_nBC = jax.lax.map(lambda chunk: of_chunk(*chunk), (x_nBCD, targets_nBC))
+    B, T = targets_BT.shape
+    return tuple(array_nBC.transpose(1, 0, 2).reshape(B, -1)[:, :T] for array_nBC in both_nBC)
+
+
+def _chunk_log_probabilities(x_BCD: jax.Array, targets_BC: jax.Array, head_VD: jax.Array, vocab_size: int):
+    logits_BCV, is_target_BCV = _chunk_logits(x_BCD, targets_BC, head_VD, vocab_size)
+    normalizer_BC1, target_BC1 = _normalizer_and_target(logits_BCV, is_target_BCV)
+    # Not argmax: the partitioner can shard a maximum over the vocabulary, but no reduction to a pair.
+    is_largest_BCV = logits_BCV == logits_BCV.max(axis=-1, keepdims=True)
+    first_BC = jnp.where(is_largest_BCV, jnp.arange(len(head_VD)), len(head_VD)).min(axis=-1)
+    return (target_BC1 - normalizer_BC1)[..., 0], first_BC == targets_BC
+
+
 def _forward(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, vocab_size: int):
     """The loss, and its gradients by x and by the head."""
     narrow_VD = _narrowed(head_VD, x_BTD.dtype)
@@ -72,14 +94,8 @@ def _narrowed(head_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def _chunk_loss(x_BCD: jax.Array, targets_BC: jax.Array, head_VD: jax.Array, vocab_size: int):
     """The summed loss of a chunk, and a function that gives its gradient by the logits."""
-    head_VD = head_VD.astype(x_BCD.dtype)
-    logits_BCV = jnp.einsum("bcd,vd->bcv", x_BCD, head_VD, preferred_element_type=_wide(x_BCD))
-    logits_BCV = constrain(logits_BCV, "batch", None, "vocab")
-    ids_V = jnp.arange(len(head_VD))
+    logits_BCV, is_target_BCV = _chunk_logits(x_BCD, targets_BC, head_VD, vocab_size)
     counts_BC1 = (targets_BC != IGNORE_INDEX)[..., None]
-    # A comparison instead of an index: it fuses, and it needs no gather over a sharded vocabulary.
-    is_target_BCV = ids_V == targets_BC[..., None]
-    logits_BCV = jnp.where(ids_V < vocab_size, logits_BCV, -jnp.inf)
     normalizer_BC1, target_BC1 = _normalizer_and_target(logits_BCV, is_target_BCV)
     loss = jnp.sum(jnp.where(counts_BC1, normalizer_BC1 - target_BC1, 0.0))
 
@@ -87,6 +103,19 @@ def _chunk_loss(x_BCD: jax.Array, targets_BC: jax.Array, head_VD: jax.Array, voc
         return jnp.where(counts_BC1, jnp.exp(logits_BCV - normalizer_BC1) - is_target_BCV, 0.0)
 
     return loss, dlogits
+
+
+def _chunk_logits(
+    x_BCD: jax.Array, targets_BC: jax.Array, head_VD: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """The logits of a chunk (B, C, V), -inf in the padding, and which of them are the targets'."""
+    head_VD = head_VD.astype(x_BCD.dtype)
+    logits_BCV = jnp.einsum("bcd,vd->bcv", x_BCD, head_VD, preferred_element_type=_wide(x_BCD))
+    logits_BCV = constrain(logits_BCV, "batch", None, "vocab")
+    ids_V = jnp.arange(len(head_VD))
+    # A comparison instead of an index: it fuses, and it needs no gather over a sharded vocabulary.
+    is_target_BCV = ids_V == targets_BC[..., None]
+    return jnp.where(ids_V < vocab_size, logits_BCV, -jnp.inf), is_target_BCV
 
 
 def _times_head(dlogits_BCV: jax.Array, head_VD: jax.Array) -> jax.Array:

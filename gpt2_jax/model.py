@@ -20,7 +20,7 @@ from gpt2_jax.capture import is_tapping, scope, tap
 from gpt2_jax.dropout import dropout, site
 from gpt2_jax.einsum import einsum_f32
 from gpt2_jax.layers import Embedding, LayerNorm, Linear, RMSNorm, add_norm, rounded_once
-from gpt2_jax.loss import summed_cross_entropy
+from gpt2_jax.loss import log_probabilities, summed_cross_entropy
 from gpt2_jax.norm_kernels import NormKernel
 from gpt2_jax.rope import rotate
 from gpt2_jax.sharding import constrain
@@ -185,6 +185,10 @@ class GPT2(nnx.Module):
         """Summed cross-entropy of the targets that aren't IGNORE_INDEX, in float32 at least."""
         x_BTD = self.hidden(tokens_BT, dropout_keys_B=dropout_keys_B)
         return summed_cross_entropy(x_BTD, self._head(), targets_BT, self.config.vocab_size)
+
+    def log_probabilities(self, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of each target (B, T) its log-probability, in float32 at least, and whether it is the likeliest token."""
+        return log_probabilities(self.hidden(tokens_BT), self._head(), targets_BT, self.config.vocab_size)
 
     def hidden(self, tokens_BT: jax.Array, *, dropout_keys_B: jax.Array | None = None) -> jax.Array:
         """The input of the head: (B, T, D) after the last layer norm."""

@@ -17,6 +17,7 @@ from gpt2_core.data.batches import TrainingBatches, evaluation_batches
 from gpt2_core.data.tokenizer import get_tokenizer
 from gpt2_core.data.tokens import TokenFolder, open_tokens, with_steps
 from gpt2_core.errors import DivergedError, RunError, SaveError, Stopped, UserError
+from gpt2_core.evaluation.run import Evaluated, Rows, figures_of, open_tasks
 from gpt2_core.runs.due import Due, due_after, due_at_start, is_logged
 from gpt2_core.runs.folder import SAVE_AGAIN, RunFolder, RunPlan, last_losses, metadata_of, plan_run
 from gpt2_core.runs.log import RunLog, peak_flops
@@ -34,6 +35,7 @@ from gpt2_jax.memory import check_memory, check_state_fits, memory_errors
 from gpt2_jax.mesh import check_mesh, format_mesh
 from gpt2_jax.norm_kernels import choose_norm_kernel
 from gpt2_jax.runtime import resolve_mesh, resolve_precision
+from gpt2_jax.score import scorer
 from gpt2_jax.train_step import Metrics, Program, TrainState, make_program
 from gpt2_jax.weights import from_canonical
 
@@ -68,8 +70,9 @@ def train(
 
 def open_run(
     config: ResolvedConfig, initial: Callable[[TrainConfig], Weights | None], processes: Processes
-) -> tuple[RunPlan, TokenFolder, Weights | None]:
-    """The plan of the run, whose folder the first process takes; tokens and weights, opened in each process.
+) -> tuple[RunPlan, TokenFolder, Rows, Weights | None]:
+    """The plan of the run, whose folder the first process takes; tokens, the rows of its tasks and weights, opened in
+    each process.
 
     The first goes first, because it may have to write the tokens, and tells the others its plan.
     """
@@ -80,7 +83,7 @@ def open_run(
         return {"config": to_yaml(plan.config), "checkpoint": checkpoint, "continued": plan.continued}
 
     if processes.is_first:
-        tokens = open_tokens(config)
+        tokens, tasks = open_tokens(config), open_tasks(config)
         plan = plan_run(with_steps(config, tokens), framework="jax", data_digest=tokens.digest)
         check_state_fits(plan.config, processes.on_this_host)
         weights = initial(plan.config) if plan.checkpoint is None else None
@@ -91,14 +94,14 @@ def open_run(
         plan = RunPlan(config, RunFolder(Path(config.run_dir)), checkpoint, told["continued"])
     check_shared(plan.folder.path, processes)
     if not processes.is_first:
-        tokens = open_tokens(config)
+        tokens, tasks = open_tokens(config), open_tasks(config)
         weights = initial(config) if checkpoint is None else None
     if tokens.digest != processes.from_first(lambda: tokens.digest):
         raise UserError(
             f"process {processes.index} reads other tokens than process 0 ({tokens.path}); give all hosts the same "
             "text, or a --data.cache_dir that they share"
         )
-    return plan, tokens, weights
+    return plan, tokens, tasks, weights
 
 
 def _train(
@@ -107,7 +110,7 @@ def _train(
     processes: Processes,
     stop: StopRequest,
 ) -> RunFolder:
-    plan, tokens, weights = open_run(resolve(asked), initial, processes)
+    plan, tokens, tasks, weights = open_run(resolve(asked), initial, processes)
     config, folder, program = plan.config, plan.folder, make_program(plan.config)
     device, devices = jax.devices()[0].device_kind, program.mesh.size
     together = f" of {processes.count} processes" if processes.count > 1 else ""
@@ -136,9 +139,8 @@ def _train(
                 plan.warnings,
             )
             with processes.closing(), stop.deferred(), watching(config.hang_timeout) as watchdog:
-                loop = _Loop(
-                    program, tokens, folder, log, processes, stop, watchdog, train_step_future, eval_step_future
-                )
+                futures = train_step_future, eval_step_future
+                loop = _Loop(program, tokens, tasks, folder, log, processes, stop, watchdog, *futures)
                 loop.run(state, plan)
     return folder
 
@@ -173,6 +175,7 @@ class _Loop:
         self,
         program: Program,
         tokens: TokenFolder,
+        tasks: Rows,
         folder: RunFolder,
         log: RunLog,
         processes: Processes,
@@ -182,7 +185,7 @@ class _Loop:
         eval_step_future: Future[jax.stages.Compiled],
     ) -> None:
         self.program, self.config, self.tokens, self.folder = program, program.config, tokens, folder
-        self.log, self.processes, self.stop, self.watchdog = log, processes, stop, watchdog
+        self.tasks, self.log, self.processes, self.stop, self.watchdog = tasks, log, processes, stop, watchdog
         self.unchecked: list[tuple[int, Metrics]] = []
         """Steps whose loss and gradient norm haven't been fetched."""
         self.unsaved: SaveError | None = None
@@ -307,7 +310,14 @@ class _Loop:
             losses.append(eval_step(state.params, *self.program.put_evaluation(batch)))
             self.watchdog.progress()
             count += int((batch.targets != IGNORE_INDEX).sum())
-        self.log.evaluation(updates, math.fsum(map(float, losses)) / count)
+        loss = math.fsum(map(float, losses)) / count
+        model = Evaluated(
+            self.config.model,
+            get_tokenizer(self.config.data.tokenizer),
+            scorer(self.program, state.params),
+            self.config.microbatch_size,
+        )
+        self.log.evaluation(updates, loss, figures_of(model, self.tasks, self.stop.check))
 
     def write_sample(self, state: TrainState, updates: int) -> None:
         tokenizer = get_tokenizer(self.config.data.tokenizer)

@@ -103,13 +103,16 @@ class Program:
         shardings = self.state_shardings
         with jax.set_mesh(self.mesh):
             if params is not None:
-                params = {name: _put(np.asarray(params[name]), shardings.params[name]) for name in params}
-                return jax.jit(self._new_state, out_shardings=shardings)(params)
+                return jax.jit(self._new_state, out_shardings=shardings)(self.put_params(params))
             create = jax.jit(
                 lambda: self._new_state(self.definition.initialize(jax.random.key(self.config.seed))),
                 out_shardings=shardings,
             )
             return create()
+
+    def put_params(self, params: Mapping[str, np.ndarray]) -> Params:
+        """Parameters in this package's shapes as device arrays; each device gets its own part only."""
+        return {name: _put(np.asarray(params[name]), self.state_shardings.params[name]) for name in params}
 
     def _new_state(self, params: Params) -> TrainState:
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -193,6 +196,23 @@ class Program:
             lambda params, *batch: sharded_loss(self._gather(params), *batch),
             in_shardings=(self.state_shardings.params, *2 * [sharding(self.mesh, tokens)]),
             out_shardings=self._replicated,
+        )
+
+    @functools.cached_property
+    def score_step(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        """The jitted function (params, inputs_BT, targets_BT) -> of each target (B, T) its log-probability, and whether
+        it is the likeliest token. It compiles for each shape."""
+        tokens = ("batch", None)
+        sharded_scores = per_shard(
+            lambda params, *batch: self.definition.merge(params).log_probabilities(*batch),
+            self.mesh,
+            (_whole(self.definition.logical_axes), tokens, tokens),
+            (tokens, tokens),
+        )
+        return jax.jit(
+            lambda params, *batch: sharded_scores(self._gather(params), *batch),
+            in_shardings=(self.state_shardings.params, *2 * [sharding(self.mesh, tokens)]),
+            out_shardings=(self._replicated, self._replicated),
         )
 
     @functools.cached_property

@@ -19,6 +19,7 @@ from gpt2_core.data.batches import Batch, TrainingBatches, evaluation_batches
 from gpt2_core.data.tokenizer import get_tokenizer
 from gpt2_core.data.tokens import TokenFolder, open_tokens, with_steps
 from gpt2_core.errors import DivergedError, RunError, SaveError, Stopped, UserError
+from gpt2_core.evaluation.run import Evaluated, Rows, figures_of, open_tasks
 from gpt2_core.runs.due import Due, due_after, due_at_start, is_logged
 from gpt2_core.runs.folder import SAVE_AGAIN, RunFolder, RunPlan, metadata_of, plan_run
 from gpt2_core.runs.log import RunLog, peak_flops
@@ -41,6 +42,7 @@ from gpt2_torch.runtime import (
     set_deterministic,
     set_matmul_precision,
 )
+from gpt2_torch.score import scorer
 from gpt2_torch.weights import to_state_dict
 
 T = TypeVar("T")
@@ -162,10 +164,11 @@ def train(asked: TrainConfig, initial: Callable[[TrainConfig], Weights | None] =
 
 
 class Start(NamedTuple):
-    """What a run starts from: its plan, its tokens, and the weights it was given, if any."""
+    """What a run starts from: its plan, its tokens, the rows of its tasks, and the weights it was given, if any."""
 
     plan: RunPlan
     tokens: TokenFolder
+    tasks: Rows
     weights: Weights | None
 
 
@@ -184,11 +187,11 @@ def open_run(
     start, sent = None, [None]
     if rank == 0:
         try:
-            tokens = open_tokens(config)
+            tokens, tasks = open_tokens(config), open_tasks(config)
             # After the tokens: planning a step of a large model takes half a minute, a missing text is known at once.
             check_memory(config, device, processes)
             plan = plan_run(with_steps(config, tokens), framework="torch", data_digest=tokens.digest)
-            start = Start(plan, tokens, initial(plan.config) if plan.checkpoint is None else None)
+            start = Start(plan, tokens, tasks, initial(plan.config) if plan.checkpoint is None else None)
             plan.begin()
             sent = [dataclasses.replace(plan)]  # without the lock of the folder, which can't be pickled
         except UserError as error:
@@ -199,7 +202,8 @@ def open_run(
     if isinstance(plan, UserError):
         raise plan
     if start is None:
-        start = Start(plan, open_tokens(plan.config), initial(plan.config) if plan.checkpoint is None else None)
+        tokens, tasks = open_tokens(plan.config), open_tasks(plan.config)
+        start = Start(plan, tokens, tasks, initial(plan.config) if plan.checkpoint is None else None)
     return start
 
 
@@ -207,7 +211,7 @@ class Trainer:
     """One process of a run: everything is set up once, then `run` is the loop."""
 
     def __init__(self, start: Start, stop: StopRequest, device: torch.device, rank: int, processes: int) -> None:
-        self.plan, self.tokens, _ = start
+        self.plan, self.tokens, self.tasks, _ = start
         self.config, self.folder = config, folder = self.plan.config, self.plan.folder
         self.stop, self.device, self.rank, self.processes = stop, device, rank, processes
         self.stop_flag: tuple[Tensor, dist.Work] | None = None
@@ -321,11 +325,15 @@ class Trainer:
     def checked(self, items: Iterable[T]) -> Iterator[T]:
         """The items; raises Stopped between two of them if the run is told to stop, in all processes that take part."""
         for item in items:
-            if self.config.fsdp:
-                self.told_to_stop()
-            self.stop.check()
+            self.check()
             yield item
             self.watchdog.progress()
+
+    def check(self) -> None:
+        """Raise Stopped if the run is told to stop, in all processes that take part."""
+        if self.config.fsdp:
+            self.told_to_stop()
+        self.stop.check()
 
     def told_to_stop(self) -> bool:
         """Whether the run was told to stop, by a signal to any of its processes: the same answer in all of them.
@@ -389,7 +397,20 @@ class Trainer:
             sequences=self.config.eval_sequences,
         )
         batches = self.checked(validation)
-        self.log.evaluation(updates, evaluate(self.compiled, batches, self.device, self.autocast))
+        loss = evaluate(self.compiled, batches, self.device, self.autocast)
+        self.log.evaluation(updates, loss, self.task_figures())
+
+    def task_figures(self) -> dict[str, float]:
+        # The plain module: the compiled one would be compiled again for each length.
+        model = Evaluated(
+            self.config.model,
+            get_tokenizer(self.config.data.tokenizer),
+            scorer(self.model.eval(), self.device, self.autocast),
+            max(1, self.config.microbatch_size // self.processes),
+        )
+        figures = figures_of(model, self.tasks, self.check)
+        self.model.train()
+        return figures
 
     def write_sample(self, updates: int) -> None:
         tokenizer = get_tokenizer(self.config.data.tokenizer)

@@ -28,7 +28,7 @@ def _commands() -> list[str]:
 COMMANDS = _commands()
 # What sets up or goes through make; `make test` is this file's own command.
 MAKE = [c for c in COMMANDS if c.startswith(("make ", "source "))]
-NETWORK = [c for c in COMMANDS if "fineweb-edu-10b" in c or "convert.py gpt2 " in c]
+NETWORK = [c for c in COMMANDS if "fineweb-edu-10b" in c or "convert.py gpt2 " in c or "evaluate.py" in c]
 # They train a large model, on the user's text or on accelerators: here their options are read, and the recipe printed.
 LARGE = [c for c in COMMANDS if "FILE" in c or "fineweb_gpt2_124m" in c]
 HERE = [c for c in COMMANDS if c not in (*MAKE, *NETWORK, *LARGE)]

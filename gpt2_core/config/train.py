@@ -161,6 +161,12 @@ class TrainConfig:
     checkpoint too."""
     eval_sequences: int = 256
     """Sequences of the validation split that an evaluation reads, spread evenly over it; fewer if it has fewer."""
+    eval_tasks: str | None = None
+    """Tasks of evaluate.py, with commas between them, that are computed with each evaluation: hellaswag_llmc."""
+    eval_examples: int = 1000
+    """Examples of each of eval_tasks, the first of its data set; fewer if that has fewer."""
+    eval_data_dir: str | None = None
+    """Folder with the data sets of eval_tasks as TASK.jsonl, in the Hub's format. Left out: the Hugging Face Hub."""
     checkpoint_interval: int = 250
     """Steps between two checkpoints; there is one at the end too."""
     keep_checkpoints: int = 2
@@ -186,7 +192,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_positive("", self, "batch_size", "accumulation", "log_interval", "eval_interval", "eval_sequences")
-        require_positive("", self, "checkpoint_interval", "keep_checkpoints", "sample_tokens")
+        require_positive("", self, "eval_examples", "checkpoint_interval", "keep_checkpoints", "sample_tokens")
+        refuse_unless(
+            self.eval_tasks is None or self.data.validation_fraction > 0,
+            f"--eval_tasks {self.eval_tasks}: tasks are computed with the evaluations, which there are none of with "
+            "--data.validation_fraction 0; hold back a share",
+        )
         require_nonnegative("", self, "steps", "sample_interval", "max_skipped_steps")
         check_seed(self.seed)
         require_above_zero("", self, "epochs", "target_loss", "batch_tokens", "device_batch_size", "hang_timeout")

@@ -78,14 +78,10 @@ class Hub(Corpus):
         return self._read / self._total if self._total else None
 
     def _load(self, split: str) -> Any:
-        datasets = import_extra("datasets", f"the corpus {self.name}")
         where = self._where
-        no_network = None if datasets.config.HF_HUB_OFFLINE else network_error(datasets.config.HF_ENDPOINT)
-        try:
-            with _offline() if no_network else contextlib.nullcontext():
-                return datasets.load_dataset(where.dataset, where.config, split=split, streaming=where.streaming)
-        except Exception as error:  # what it raises without a network differs from version to version
-            raise self._unreachable(no_network or error) from error
+        return load_from_hub(
+            f"--data.corpus {self.name}", _ADVICE, where.dataset, where.config, split, streaming=where.streaming
+        )
 
     def _rows(self, data: Any) -> Iterator[str]:
         rows = iter(data)
@@ -95,16 +91,29 @@ class Hub(Corpus):
             except StopIteration:
                 return
             except Exception as error:
-                raise self._unreachable(error) from error
+                raise _unreachable(f"--data.corpus {self.name}", self._where.dataset, error, _ADVICE) from error
             self._read += 1
             yield text_of(row, "text", self.source)
 
-    def _unreachable(self, error: Exception) -> UnreachableError:
-        return UnreachableError(
-            f"--data.corpus {self.name}: {self._where.dataset} can't be read from the Hugging Face Hub "
-            f"({' '.join(str(error).split())[:200]}); check the network, or use your own text: --data.corpus "
-            f"{' or '.join(SUFFIXES)} with --data.path"
-        )
+
+_ADVICE = f"check the network, or use your own text: --data.corpus {' or '.join(SUFFIXES)} with --data.path"
+
+
+def load_from_hub(typed: str, advice: str, name: str, config: str | None, split: str, *, streaming: bool) -> Any:
+    """A split of a data set of the Hub, by the package `datasets`; raises UnreachableError, which begins with what was
+    `typed` and ends with the `advice`, if it can't be read."""
+    datasets = import_extra("datasets", f"data sets of the Hugging Face Hub ({typed})")
+    no_network = None if datasets.config.HF_HUB_OFFLINE else network_error(datasets.config.HF_ENDPOINT)
+    try:
+        with _offline() if no_network else contextlib.nullcontext():
+            return datasets.load_dataset(name, config, split=split, streaming=streaming)
+    except Exception as error:  # what it raises without a network differs from version to version
+        raise _unreachable(typed, name, no_network or error, advice) from error
+
+
+def _unreachable(typed: str, name: str, error: Exception, advice: str) -> UnreachableError:
+    said = " ".join(str(error).split())[:200]
+    return UnreachableError(f"{typed}: {name} can't be read from the Hugging Face Hub ({said}); {advice}")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import shlex
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gpt2_core.config import ResolvedConfig
 from gpt2_core.errors import DivergedError, RunError
+from gpt2_core.evaluation.published import PUBLISHED
 from gpt2_core.files import write_atomically
 from gpt2_core.runs.folder import RECENT, WINDOW, RunFolder, last_losses, read_metrics
 from gpt2_core.runs.summary import model_table
@@ -209,13 +210,16 @@ class RunLog:
             return False
         return sum(self._recent) / RECENT <= target
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Log the validation loss of the weights after `step` updates; raises RunError if it isn't finite."""
+    def evaluation(self, step: int, loss: float, figures: Mapping[str, float] | None = None) -> None:
+        """Log the validation loss of the weights after `step` updates, and the figures of tasks by TASK/FIGURE; raises
+        RunError if the loss isn't finite."""
         if not math.isfinite(loss):
             raise RunError(f"the validation loss of step {step} is {loss}: {self._advice()}")
         self._val_loss = loss
-        self._write({"step": step, "split": "val", "loss": loss})
-        self.say(f"step {step:>6}  val loss {loss:.4f}")
+        figures = dict(figures or {})
+        self._write({"step": step, "split": "val", "loss": loss} | figures)
+        words = "".join(f"  {name} {value:.4f}" for name, value in figures.items())
+        self.say(f"step {step:>6}  val loss {loss:.4f}{words}")
 
     def refuse_state(self, updates: int) -> NoReturn:
         """Raises RunError for a state after `updates` updates that isn't finite, instead of saving it."""
@@ -317,8 +321,9 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, reference: dict[int, flo
     val = [row for row in rows if row["split"] == "val"]
     if not train:
         return
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    axes = figure.subplots(2, 2).ravel()
+    tasks = sorted({key for row in val for key in row if "/" in key})
+    figure = Figure(figsize=(15 if tasks else 10, 6.5), layout="constrained")
+    axes = figure.subplots(2, 3 if tasks else 2).ravel()
     steps = [row["step"] for row in train]
     axes[0].plot(steps, [row["loss"] for row in train], color="tab:blue", linewidth=1, label="training")
     if spikes := [(row["step"], row["loss"]) for row in train if "spike" in row]:
@@ -335,11 +340,14 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, reference: dict[int, flo
         axes[0].plot(*zip(*sorted(reference.items()), strict=True), "k--", marker="x", linewidth=1, label="published")
     axes[0].legend(frameon=False)
     panels = [("learning rate", "lr"), ("gradient norm", "grad_norm"), ("tokens per second", "tokens_per_second")]
-    for axis, (title, key) in zip(axes[1:], panels, strict=True):
+    for axis, (title, key) in zip(axes[1:4], panels, strict=True):
         axis.plot(steps, [row[key] for row in train], color="tab:blue", linewidth=1)
         axis.set_title(title)
         axis.set_ylim(bottom=0)
     axes[0].set_title("loss (nats per token)")
+    if tasks:
+        _draw_tasks(axes[4], val, [name for name in tasks if "/acc" in name], "accuracy")
+        _draw_tasks(axes[5], val, [name for name in tasks if name.endswith("perplexity")], "perplexity")
     for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
@@ -347,3 +355,17 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, reference: dict[int, flo
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110)
     write_atomically(path, image.getvalue())
+
+
+def _draw_tasks(axis: Any, val: list[dict[str, Any]], names: Sequence[str], title: str) -> None:
+    """Figures of tasks over the steps, and OpenAI's gpt2 as a line where its figure is published."""
+    for number, name in enumerate(names):
+        points = [(row["step"], row[name]) for row in val if name in row]
+        axis.plot(*zip(*points, strict=True), color=f"C{number}", marker="o", label=name)
+        known = PUBLISHED.get(tuple(name.split("/")))
+        if known and "gpt2" in known.figures:
+            axis.axhline(known.figures["gpt2"], color=f"C{number}", linestyle="--", linewidth=1, label="OpenAI's gpt2")
+    axis.set_title(title)
+    axis.set_visible(bool(names))
+    if names:
+        axis.legend(frameon=False)

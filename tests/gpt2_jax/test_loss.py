@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import gpt2_jax.loss
 from gpt2_core.config import IGNORE_INDEX
-from gpt2_jax.loss import summed_cross_entropy
+from gpt2_jax.loss import log_probabilities, summed_cross_entropy
 from gpt2_jax.mesh import parse_mesh
 from gpt2_jax.sharding import make_mesh, sharding
 
@@ -169,3 +169,31 @@ def test_no_array_holds_all_logits():
     program = compiled(summed_cross_entropy).as_text()
     sizes = [int(np.prod([int(n) for n in dims.split(",")])) for dims in re.findall(r"\w+\[([\d,]+)\]", program)]
     assert max(sizes) < 8 * 1024 * 50304 / 3
+
+
+@pytest.mark.parametrize("mesh", ["1", "fsdp=8", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("chunk_bytes", [1 << 30, 4 * 128 * 8 * 5, 1], ids=["one chunk", "a few", "one place each"])
+def test_log_probabilities_are_pytorchs_in_any_chunks_on_any_mesh(monkeypatch, mesh, chunk_bytes):
+    monkeypatch.setattr(gpt2_jax.loss, "CHUNK_BYTES", chunk_bytes)
+    x_BTD, head_VD, targets_BT = inputs()
+    head_VD[7] = head_VD[3]  # of equally likely tokens the first counts
+    logits_BTV = torch.from_numpy(x_BTD @ head_VD[:V].T)
+    likeliest_BT = logits_BTV.argmax(dim=-1).numpy()
+    counts_BT = targets_BT != IGNORE_INDEX
+    targets_BT[1::2] = np.where(counts_BT[1::2], likeliest_BT[1::2], targets_BT[1::2])
+    x_BTD[2, 4] = 20 * head_VD[3]
+    targets_BT[2, 4:6] = 3, 7
+    x_BTD[2, 5] = x_BTD[2, 4]
+    logits_BTV = torch.from_numpy(x_BTD @ head_VD[:V].T)
+    ids_BT1 = torch.from_numpy(np.where(counts_BT, targets_BT, 0))[..., None]
+    expected_BT = logits_BTV.log_softmax(dim=-1).gather(-1, ids_BT1)[..., 0].numpy()
+    with jax.enable_x64(True):
+        devices = make_mesh(parse_mesh(mesh))
+        places = [sharding(devices, axes) for axes in (("batch", None, None), ("vocab", "embed"), ("batch", None))]
+        with jax.set_mesh(devices):
+            given = map(jax.device_put, (x_BTD, head_VD, targets_BT), places)
+            both = jax.jit(log_probabilities, static_argnums=3)(*given, V)
+            log_probs_BT, is_likeliest_BT = map(np.asarray, both)
+    assert np.abs(log_probs_BT - expected_BT)[counts_BT].max() <= 1e-12
+    assert (is_likeliest_BT == (logits_BTV.argmax(dim=-1).numpy() == targets_BT))[counts_BT].all()
+    assert is_likeliest_BT[2, 4] and not is_likeliest_BT[2, 5]

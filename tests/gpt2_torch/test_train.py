@@ -231,6 +231,25 @@ def test_a_model_split_over_two_processes_trains_as_one_and_is_resumed_by_one(ma
     assert losses(RunFolder(tmp_path / "back"), "train") == pytest.approx(losses(one, "train")[2:], rel=1e-12)
 
 
+@pytest.mark.slow
+def test_tasks_of_a_split_model_are_computed_as_by_one_process(make_config, tmp_path):
+    (tmp_path / "lambada_openai.jsonl").write_text('{"text": "she opened the door"}\n{"text": "no one came"}\n' * 3)
+    tasks = {"eval_tasks": "lambada_openai", "eval_data_dir": str(tmp_path)}
+    options = {"precision": "float64", "steps": 2, "checkpoint_interval": 2} | tasks
+    one = train(make_config("one", **options))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(make_config("split", fsdp=True, **options)))
+    by_two(recipe)
+    names = ("lambada_openai/perplexity", "lambada_openai/acc", "loss")
+    both = [
+        [[row[name] for name in names] for row in read_metrics(folder.metrics) if row["split"] == "val"]
+        for folder in (one, RunFolder(tmp_path / "split"))
+    ]
+    assert len(both[0]) == 2
+    for ours, theirs in zip(*both, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-12)
+
+
 def test_a_model_is_not_split_over_one_process(make_config):
     with pytest.raises(UserError, match="--fsdp true: splits a model over processes, and there is one"):
         train(make_config(fsdp=True))

@@ -129,6 +129,21 @@ def test_every_mesh_over_processes_gives_the_same_curve_and_samples(count, mesh,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("count", "mesh"), [(2, "data=2"), (4, "fsdp=2,tensor=2")])
+def test_tasks_are_computed_by_several_processes_as_by_one(count, mesh, start_all, run, recipe, tmp_path):
+    (tmp_path / "lambada_openai.jsonl").write_text('{"text": "she opened the door"}\n{"text": "no one came"}\n' * 3)
+    more = ("--steps", "2", "--eval_tasks", "lambada_openai", "--eval_data_dir", ".")
+    code, _, err = run("train_jax.py", "--config", recipe, "--precision", "float64", *more, "--run_dir", "one")
+    assert code == 0, err
+    succeeded(start_all(count, "--mesh", mesh, *more, "--run_dir", "several"))
+    both = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("one", "several")]
+    ours, theirs = ([row for row in of_one if row.pop("split") == "val"] for of_one in both)
+    assert len(ours) == 2 and "lambada_openai/perplexity" in ours[0]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-11)
+
+
+@pytest.mark.slow
 def test_what_four_processes_have_saved_one_and_two_resume(start_all, run, recipe, tmp_path):
     common = ("--mesh", "fsdp=4", *CURVE, "--checkpoint_interval", "4", "--keep_checkpoints", "9")
     succeeded(start_all(4, *common, "--run_dir", "four"))

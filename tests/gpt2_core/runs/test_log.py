@@ -1,11 +1,12 @@
 import time
 
 import pytest
+from matplotlib.figure import Figure
 
 from gpt2_core.config import OptimizerConfig
 from gpt2_core.errors import DivergedError, RunError
 from gpt2_core.runs.folder import RunFolder, plan_run, read_metrics
-from gpt2_core.runs.log import RunLog, peak_flops
+from gpt2_core.runs.log import RunLog, draw_curves, peak_flops
 
 
 @pytest.fixture
@@ -180,3 +181,23 @@ def test_the_end_of_a_run_says_where_it_is_and_what_can_be_done_with_it(
         f"gpt2 train --resume --run_dir {folder.path} --steps 12\n",
     ):
         assert (line in out) == said  # a run that was told to stop says how it is continued, elsewhere
+
+
+def test_curves_have_a_panel_of_accuracies_and_one_of_perplexities(tmp_path, monkeypatch):
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    train = {"step": 0, "split": "train", "loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1.0}
+    val = [{"step": step, "split": "val", "loss": 1.0} for step in range(3)]
+    tasks = {"hellaswag_llmc/acc_norm": 0.3, "lambada_openai/perplexity": 50.0, "wikitext103/bits_per_byte": 1.0}
+    draw_curves([train, *val], tmp_path / "curves.png")
+    draw_curves([train, val[0], *(row | tasks for row in val[1:])], tmp_path / "curves.png")
+    assert [len(figure.axes) for figure in drawn] == [4, 6]
+    accuracy, perplexity = drawn[1].axes[4:]
+    for axis, figure, published in (
+        (accuracy, "hellaswag_llmc/acc_norm", 0.2955),
+        (perplexity, "lambada_openai/perplexity", 40.06),
+    ):
+        curve, line = axis.lines
+        assert curve.get_label() == figure and list(curve.get_xdata()) == [1, 2]
+        assert set(line.get_ydata()) == {published} and line.get_label() == "OpenAI's gpt2"

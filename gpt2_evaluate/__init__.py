@@ -1,0 +1,1 @@
+"""Evaluation with either framework, and as a model of EleutherAI's lm-evaluation-harness."""
