@@ -26,7 +26,7 @@ COMMANDS = {
     "prepare": Command("gpt2_commands.prepare", "a corpus into token files"),
     "recipes": Command("gpt2_commands.recipes", "list the recipes that --config takes by name, or show one"),
     "plan": Command("gpt2_commands.plan", "what training takes on GPUs, without one"),
-    "parity": Command("parity.compare", "prove that the JAX and the PyTorch model are the same"),
+    "parity": Command("parity.gpt2.command", "prove that the JAX and the PyTorch model are the same"),
     "completion": Command("gpt2_commands.completion", "print what makes a shell complete these commands"),
 }
 

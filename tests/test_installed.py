@@ -241,3 +241,14 @@ def test_a_clones_scripts_find_the_benchmarks_which_are_not_installed(installed,
     line = [installed / "python", ROOT / "scripts" / script, *arguments]
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
+
+
+def test_no_command_takes_the_place_of_a_function_that_users_call():
+    # A submodule that is imported becomes an attribute of its package: parity/compare.py would hide parity.compare.
+    code = (
+        "import importlib, parity\nfrom gpt2_commands.__main__ import COMMANDS\n"
+        "for command in COMMANDS.values():\n    importlib.import_module(command.module)\n"
+        "print(type(parity.compare).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "function\n"
