@@ -14,7 +14,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_each_side_is_measured_beside_transformers(tmp_path, capsys):
     pytest.importorskip("transformers")
     sides = "jax;jax, no cache;transformers"

@@ -11,7 +11,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_both_frameworks_are_measured_and_compared(tmp_path, capsys):
     """PyTorch uncompiled only: its compiler would take longer than all else here."""
     train._sides, sides = lambda *a: [s for s in sides(*a) if "compiled" not in s[0]], train._sides

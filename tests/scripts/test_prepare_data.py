@@ -12,7 +12,7 @@ def lines(tmp_path):
     return path
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_corpus_is_prepared_once_and_trained_on_by_name(run, recipe, lines, tmp_path):
     arguments = (
         lines.name,

@@ -17,7 +17,7 @@ def rows(path, split="train"):
     return [(row["step"], row["loss"]) for row in found if row["split"] == split]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "meshes", [("data=2,fsdp=2,tensor=2",), pytest.param(("1", "8"), marks=pytest.mark.slow)], ids=["mixed", "1 and 8"]
 )
@@ -126,7 +126,7 @@ def test_the_run_folder_holds_what_it_should(run, recipe, tmp_path):
     assert code == 0 and rows(tmp_path / "again")[:5] == rows(folder)[:5], err
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_torch.py", pytest.param("train_jax.py", marks=pytest.mark.slow)])
 def test_a_run_of_no_steps_can_be_resumed_and_trained_on(script, run, recipe, tmp_path):
     for more in (("--steps", "0"), ("--steps", "0", "--resume"), ("--steps", "2", "--resume")):

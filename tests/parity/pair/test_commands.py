@@ -17,7 +17,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_models_in_two_environments_are_compared_through_a_file(tmp_path):
     np.save(tmp_path / "tokens.npy", np.arange(14).reshape(2, 7))
     done = run(tmp_path, "capture", "tiny:make_torch", "--inputs", "tokens.npy", "--out", "torch.safetensors")
