@@ -19,7 +19,7 @@ import numpy as np
 from gpt2_convert import hugging_face
 from gpt2_convert.format import GPT2, Format, Holds
 from gpt2_convert.source import Source
-from gpt2_core.errors import UserError
+from gpt2_core.errors import UserError, reason
 from gpt2_core.files import writing
 from gpt2_core.weights import DTYPES, LazyArrays, LazyTensor, Weights
 from gpt2_core.weights.layouts import Layout, Placement
@@ -113,8 +113,7 @@ def _open(path: Path) -> dict[str, LazyTensor]:
                 raise ValueError("there are bytes after its end")
     except Exception as error:
         # A damaged file can raise any exception.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a complete file of flax.serialization ({reason:.200})") from error
+        raise UserError(f"{path}: not a complete file of flax.serialization ({reason(error)})") from error
     for name, array in found.items():
         if not isinstance(array, LazyTensor):
             raise UserError(f"{path}: {name or 'the whole':.80} isn't an array")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from gpt2_convert.source import TORCH_ZIP
-from gpt2_core.errors import UserError
+from gpt2_core.errors import UserError, reason
 from gpt2_core.weights import DTYPES, LazyTensor
 from gpt2_core.weights.safetensors import lazy_tensor_at
 from gpt2_torch.weights import to_array
@@ -105,8 +105,7 @@ def _load(path: Path, *, fake: bool) -> Any:
         ) from error
     except Exception as error:
         # A damaged pickle can raise any exception.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a complete file of PyTorch ({reason:.200})") from error
+        raise UserError(f"{path}: not a complete file of PyTorch ({reason(error)})") from error
 
 
 def _check_entries(path: Path) -> None:

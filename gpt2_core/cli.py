@@ -55,8 +55,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     except OSError as error:
         # What a disk or permissions refuse where the command can't say it better.
         named = f"{error.filename}: " if error.filename else ""
-        print(f"error: {named}{error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(report(UserError(f"{named}{error.strerror or error}")))
 
 
 class Parser(ArgumentParser):

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from gpt2_core.errors import UserError
+from gpt2_core.errors import UserError, reason
 
 
 def read_text(path: Path, source: str | None = None) -> str:
@@ -28,7 +28,7 @@ def json_object(text: str | bytes, source: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} isn't JSON ({_first_line(error)})") from error
+        raise UserError(f"{source} isn't JSON ({reason(error)})") from error
     if not isinstance(value, dict):
         raise UserError(f"{source} isn't a JSON object")
     return value
@@ -46,7 +46,3 @@ def yaml_value(text: str, source: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         # ValueError and those after it: dates that don't exist, numbers that are too long, tags without their value.
         raise UserError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

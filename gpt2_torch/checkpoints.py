@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt2_core.errors import SaveError, UserError
+from gpt2_core.errors import SaveError, UserError, reason
 from gpt2_core.files import publish
 from gpt2_core.runs.folder import metadata_path
 from gpt2_core.runs.manifest import write_manifest
@@ -39,7 +39,7 @@ def save(
         publish(temporary, checkpoint)
     except (OSError, RuntimeError, SafetensorError) as error:  # what torch.save and safetensors make of a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        raise SaveError(f"checkpoint {checkpoint.name} can't be saved ({str(error).splitlines()[0]:.300})") from error
+        raise SaveError(f"checkpoint {checkpoint.name} can't be saved ({reason(error)})") from error
 
 
 def is_finite(state: dict[str, Tensor], optimizer_state: dict[str, Any]) -> bool:
@@ -66,5 +66,4 @@ def _read_errors(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a damaged one can raise any type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{checkpoint}: can't be restored ({reason:.300})") from error
+        raise UserError(f"{checkpoint}: can't be restored ({reason(error)})") from error

@@ -182,8 +182,8 @@ class TrainConfig:
     """An update is left out where the loss or the gradient norm isn't finite; more than this many in a row end the
     run."""
     hang_timeout: float | None = None
-    """End the process, to be resumed, when nothing has finished for so many seconds: no step, no batch of an
-    evaluation, no save. Give more than compiling takes, and a whole evaluation. Left out: wait for ever."""
+    """Seconds in which a step, or what is due between two steps, must finish; after them the process ends, and can be
+    resumed. Give more than compiling takes, and more than a whole evaluation with its tasks. Left out: no limit."""
     deterministic: bool = False
     """Have GPUs compute the same bits in every run of one program on the same devices, with slower kernels where the
     fast ones add in any order. On CPUs runs are equal without it."""

@@ -35,7 +35,7 @@ _PEAK_BFLOAT16_FLOPS = {
 }
 
 # A logged training loss is a spike where it is more than so many standard deviations above the mean of up to WINDOW
-# logged before it. One of batches that differ no more than usual is that high once in a billion.
+# logged before it. Of independent, normally distributed losses one in a billion is that high.
 SPIKE, LEAST_BEFORE_SPIKE = 6.0, 20
 
 # Drawing the curves takes a second, as long as many steps of a small model.
@@ -269,8 +269,8 @@ class RunLog:
         folder = shlex.quote(str(self._folder.path))
         samples = ", samples" if self._folder.samples.is_dir() else ""
         self.say(f"results are in {folder}: checkpoints, curves.png, metrics.jsonl{samples}, config.yaml")
-        self.say(f"  a text of it:     gpt2 generate --weights {folder}")
-        self.say(f"  prove it:         gpt2 parity --quick --weights {folder}")
+        self.say(f"  generate a text:  gpt2 generate --weights {folder}")
+        self.say(f"  check its parity: gpt2 parity --quick --weights {folder}")
         if not self.reached_target:
             self.say(f"  train it further: {command} --resume --run_dir {folder} --steps {2 * max(1, updates)}")
 

@@ -15,14 +15,14 @@ from gpt2_core.errors import STOPPED
 
 
 class Watchdog:
-    """Watches, in a thread of its own, the time since something was last reported to have finished."""
+    """Watches, in a separate thread, the time since something was last reported to have finished."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._last = seconds, time.monotonic()
         self._ended = threading.Event()
 
     def progress(self) -> None:
-        """Something that the run waits for has finished: a step, a batch of an evaluation, a token, a save."""
+        """Something that the run waits for has finished: a step, or a part of what is due between two steps."""
         self._last = time.monotonic()
 
     def _watch(self) -> None:
@@ -43,7 +43,7 @@ class Watchdog:
 
 @contextlib.contextmanager
 def watching(seconds: float | None) -> Iterator[Watchdog]:
-    """A watchdog over this block; None: it never bites."""
+    """A watchdog over this block; None: nothing is watched."""
     watchdog = Watchdog(seconds or 0.0)
     if seconds is None:
         yield watchdog

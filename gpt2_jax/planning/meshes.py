@@ -160,8 +160,10 @@ def step_flops(config: TrainConfig) -> tuple[float, float]:
     return products, halves * model.n_layer * model.block_size * model.n_embd * tokens
 
 
-def exchanges(config: TrainConfig, mesh: dict[str, int], device_batch: int, accumulation: int, cluster: Cluster):
-    """The collectives of a step, in bytes that a device sends."""
+def exchanges(
+    config: TrainConfig, mesh: dict[str, int], device_batch: int, accumulation: int, cluster: Cluster
+) -> Iterator[Exchange]:
+    """The collectives of a step."""
     model, (data, fsdp, tensor) = config.model, (mesh[axis] for axis in MESH_AXES)
     count, narrow = _parameters(model) / tensor, _narrow_parameters(model) / tensor
     width = 2 if config.gradient_exchange == "bfloat16" else 4
