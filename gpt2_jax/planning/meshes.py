@@ -16,7 +16,7 @@ from typing import NamedTuple
 from gpt2_core.config import VOCABULARY_MULTIPLE, ModelConfig, TrainConfig, divisors
 from gpt2_core.errors import UserError
 from gpt2_jax.loss import CHUNK_BYTES
-from gpt2_jax.mesh import MESH_AXES, check_mesh, format_mesh
+from gpt2_jax.mesh import MESH_AXES, check_mesh
 from gpt2_jax.planning.gpus import Gpu
 
 # Of a GPU's memory, what the trainer lets XLA have (gpt2_jax.runtime): the rest is CUDA's, its libraries' and NCCL's.
@@ -211,14 +211,8 @@ def plan(config: TrainConfig, mesh: dict[str, int], cluster: Cluster) -> Plan | 
 
     Raises UserError if the model or the batch can't be split over the mesh.
     """
-    shards = mesh["data"] * mesh["fsdp"]
-    if config.batch_size % shards:
-        raise UserError(
-            f"--mesh {format_mesh(mesh)}: a batch of {config.batch_size} sequences is not divisible by data x fsdp = "
-            f"{shards}"
-        )
     check_mesh(mesh, config)
-    share = config.batch_size // shards
+    share = config.batch_size // (mesh["data"] * mesh["fsdp"])
     for accumulation in divisors(share):
         device_batch = share // accumulation
         held = memory(config, mesh, device_batch, accumulation)

@@ -144,7 +144,7 @@ def test_the_command_prints_and_writes_the_plan(tmp_path, capsys):
     [
         (["--devices", "8,x"], "--devices 8,x: expected numbers of devices"),
         (["--target", "h900"], "--target h900: no such GPU; use h200"),
-        (["--mesh", "data=7"], "--mesh data=7,fsdp=1,tensor=1: a batch of 512 sequences is not divisible by"),
+        (["--mesh", "data=7"], "--mesh data=7: batch_size 512 is not divisible by data = 7; use 1, 2, 4"),
         (["--batch_tokens", "1000"], "--batch_tokens 1000: not a multiple of model.block_size 1024"),
         (["--model.n_layer=200", "--model.n_embd=12288", "--mesh", "8"], "not even one sequence fits"),
         (["--model.position", "alibi"], "planned for cuDNN's attention"),
