@@ -17,8 +17,9 @@ import tensorstore
 from gpt2_core.errors import SaveError, UserError, reason
 from gpt2_core.files import publish
 from gpt2_core.parsing import json_object
-from gpt2_core.runs.folder import RunFolder, metadata_of_weights
+from gpt2_core.runs.folder import RunFolder, losses_of, metadata_of_weights
 from gpt2_core.runs.manifest import write_manifest
+from gpt2_core.spikes import window
 from gpt2_core.weights import LazyTensor, Weights
 from gpt2_core.weights.layouts import JAX
 from gpt2_jax.distributed import ALONE, Processes
@@ -122,7 +123,11 @@ def restore(checkpoint: Path, abstract: TrainState) -> TrainState:
                 state=ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
             ),
         )
-    return TrainState(**restored.state)
+    losses = None
+    if (kind := abstract.losses) is not None:
+        stored = np.asarray(window(losses_of(checkpoint)), kind.dtype)
+        losses = jax.make_array_from_callback(stored.shape, kind.sharding, stored.__getitem__)
+    return TrainState(**restored.state, losses=losses)
 
 
 def write_weights(weights: Weights, checkpoint: Path) -> Path:
@@ -201,6 +206,7 @@ def _handler(**options: Any) -> ocp.CompositeCheckpointHandler:
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
+    # The losses are in the metadata: a run may be resumed with another --skip_spikes, and their number is small.
     return {"params": state.params, "opt_state": state.opt_state, "step": state.step}
 
 

@@ -21,15 +21,15 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.Gradien
 
 
 def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """optax.scale_by_adam with a further argument `is_finite`: where it is false, count and moments stay as they are.
+    """optax.scale_by_adam with a further argument `is_update`: where it is false, count and moments stay as they are.
 
     The update is computed from the moments that are returned, and not from others that a later selection would leave
     out: XLA can then write the new moments over the old.
     """
 
-    def update(grads, state, params=None, *, is_finite: jax.Array | bool = True):
+    def update(grads, state, params=None, *, is_update: jax.Array | bool = True):
         def kept(new, old):
-            return jax.tree.map(functools.partial(jnp.where, is_finite), new, old)
+            return jax.tree.map(functools.partial(jnp.where, is_update), new, old)
 
         count = kept(optax.safe_increment(state.count), state.count)
         mu = kept(optax.tree.update_moment(grads, state.mu, config.beta1, 1), state.mu)

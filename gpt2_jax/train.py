@@ -20,11 +20,12 @@ from gpt2_core.errors import DivergedError, RunError, SaveError, Stopped, UserEr
 from gpt2_core.evaluation.run import Evaluated, Rows, figures_of, open_tasks
 from gpt2_core.runs.due import Due, due_after, due_at_start, is_logged
 from gpt2_core.runs.folder import SAVE_AGAIN, RunFolder, RunPlan, last_losses, metadata_of, plan_run
-from gpt2_core.runs.log import RunLog, peak_flops
+from gpt2_core.runs.log import Outcome, RunLog, peak_flops
 from gpt2_core.runs.stop import StopRequest, stopped_by_signals
 from gpt2_core.runs.watchdog import Watchdog, watching
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
+from gpt2_core.spikes import known
 from gpt2_core.weights import Weights
 from gpt2_jax.attention import choose_kernel
 from gpt2_jax.checkpoints import CheckpointWriter, restore
@@ -278,10 +279,9 @@ class _Loop:
         step, rate = pending
         fetched = [one for one in self.unchecked if one[0] <= step]
         self.unchecked = self.unchecked[len(fetched) :]
-        outcomes = [(number, float(m.loss), float(m.grad_norm)) for number, m in jax.device_get(fetched)]
+        outcomes = [(number, Outcome(*map(float, jax.tree.leaves(m)))) for number, m in jax.device_get(fetched)]
         self.log.check_updates(outcomes)
-        _, loss, grad_norm = outcomes[-1]
-        self.log.train(step, loss=loss, learning_rate=rate, grad_norm=grad_norm)
+        self.log.train(step, outcomes[-1][1], learning_rate=rate)
 
     def do(self, due: Due, state: TrainState, updates: int) -> None:
         """What is due after so many updates."""
@@ -339,7 +339,8 @@ class _Loop:
         self.wait_for_save()
         self.unsaved = None
         with self.warning_of_saves():
-            self.writer.save(updates, state, metadata_of(self.config, updates, "jax", self.tokens.digest))
+            losses = None if state.losses is None else known(np.asarray(state.losses).tolist())
+            self.writer.save(updates, state, metadata_of(self.config, updates, "jax", self.tokens.digest, losses))
         self.log.update_curves()
 
     def wait_for_save(self) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt2_core.config import IGNORE_INDEX, ResolvedConfig, dtype_of
 from gpt2_core.data.batches import Batch
+from gpt2_core.spikes import NO_LOSS, WINDOW
 from gpt2_jax.definition import Definition, Params, define
 from gpt2_jax.mesh import parse_mesh
 from gpt2_jax.model import Execution
@@ -33,9 +34,14 @@ from gpt2_jax.sharding import (
     sharding,
     sum_over_shards,
 )
+from gpt2_jax.spikes import loss_limit, with_loss
+
+T = TypeVar("T")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step", "losses"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Everything that a step changes. `step` counts the steps made, int32, those whose update was left out too."""
@@ -43,17 +49,22 @@ class TrainState:
     params: Params
     opt_state: optax.OptState
     step: jax.Array
+    losses: jax.Array | None = None
+    """Of the steps before, as `gpt2_jax.spikes` compares the next loss with them; None where spikes aren't left out."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """Of one step: the mean loss and the gradient norm before clipping."""
+    """Of one step: the mean loss, the gradient norm before clipping, and the highest loss that isn't a spike.
+
+    The last is None where spikes aren't left out."""
 
     loss: jax.Array
     grad_norm: jax.Array
+    loss_limit: jax.Array | None = None
 
 
-jax.tree_util.register_dataclass(Metrics, data_fields=["loss", "grad_norm"], meta_fields=[])
+jax.tree_util.register_dataclass(Metrics, data_fields=["loss", "grad_norm", "loss_limit"], meta_fields=[])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,7 +87,7 @@ class Program:
             params,
             transform_non_params=lambda _: self._replicated,
         )
-        return TrainState(params, opt_state, self._replicated)
+        return TrainState(params, opt_state, self._replicated, self._if_spikes(self._replicated))
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -115,7 +126,12 @@ class Program:
         return {name: _put(np.asarray(params[name]), self.state_shardings.params[name]) for name in params}
 
     def _new_state(self, params: Params) -> TrainState:
-        return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
+        losses = self._if_spikes(jnp.full(WINDOW, NO_LOSS, self.definition.execution.param_dtype))
+        return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32), losses)
+
+    def _if_spikes(self, value: T) -> T | None:
+        """The value, where updates of spikes are left out."""
+        return None if self.config.skip_spikes is None else value
 
     @functools.cached_property
     def rows(self) -> list[int]:
@@ -167,18 +183,21 @@ class Program:
             loss, grads = sharded_loss_and_grads(self._gather(state.params), inputs_ABT, targets_ABT, keys_AB)
             grads = jax.lax.with_sharding_constraint(grads, self.state_shardings.params)
             grads, grad_norm = clip_by_global_norm(grads, config.optimizer.clip_norm)
-            # Decided on the device, so that the host needn't wait: an update that isn't finite is left out.
-            is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, is_finite=is_finite)
+            # Decided on the device, so that the host needn't wait.
+            is_update, limit, losses = jnp.isfinite(loss) & jnp.isfinite(grad_norm), None, None
+            if state.losses is not None:
+                limit, losses = loss_limit(state.losses, config.skip_spikes), with_loss(state.losses, loss)
+                is_update &= loss <= limit
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, is_update=is_update)
             params = jax.tree.map(
-                lambda p, u: jnp.where(is_finite, p - (learning_rate * u).astype(p.dtype), p), state.params, updates
+                lambda p, u: jnp.where(is_update, p - (learning_rate * u).astype(p.dtype), p), state.params, updates
             )
-            return TrainState(params, opt_state, state.step + 1), Metrics(loss, grad_norm)
+            return TrainState(params, opt_state, state.step + 1, losses), Metrics(loss, grad_norm, limit)
 
         return jax.jit(
             step,
             in_shardings=(self.state_shardings, self.batch_sharding, self.batch_sharding, self._replicated),
-            out_shardings=(self.state_shardings, Metrics(self._replicated, self._replicated)),
+            out_shardings=(self.state_shardings, self._replicated),
             donate_argnums=0,
         )
 

@@ -21,12 +21,13 @@ from gpt2_core.data.tokens import TokenFolder, open_tokens, with_steps
 from gpt2_core.errors import DivergedError, RunError, SaveError, Stopped, UserError
 from gpt2_core.evaluation.run import Evaluated, Rows, figures_of, open_tasks
 from gpt2_core.runs.due import Due, due_after, due_at_start, is_logged
-from gpt2_core.runs.folder import SAVE_AGAIN, RunFolder, RunPlan, metadata_of, plan_run
-from gpt2_core.runs.log import RunLog, peak_flops
+from gpt2_core.runs.folder import SAVE_AGAIN, RunFolder, RunPlan, losses_of, metadata_of, plan_run
+from gpt2_core.runs.log import Outcome, RunLog, peak_flops
 from gpt2_core.runs.stop import StopRequest, stopped_by_signals
 from gpt2_core.runs.watchdog import watching
 from gpt2_core.sampling import Sampling, uniforms
 from gpt2_core.schedule import learning_rate
+from gpt2_core.spikes import known, window
 from gpt2_core.weights import Weights
 from gpt2_torch import checkpoints, fsdp
 from gpt2_torch.divergence import first_not_finite
@@ -43,6 +44,7 @@ from gpt2_torch.runtime import (
     set_matmul_precision,
 )
 from gpt2_torch.score import scorer
+from gpt2_torch.spikes import loss_limit, with_loss
 from gpt2_torch.weights import to_state_dict
 
 T = TypeVar("T")
@@ -66,7 +68,7 @@ def accumulate_gradients(
     count = (targets_BT != IGNORE_INDEX).sum()
     if processes > 1:
         dist.all_reduce(count)
-    total = torch.zeros((), device=inputs_BT.device, dtype=torch.float64 if _is_float64(model) else torch.float32)
+    total = torch.zeros((), device=inputs_BT.device, dtype=loss_dtype(model))
     parts = list(zip(inputs_BT.chunk(accumulation), targets_BT.chunk(accumulation), strict=True))
     for number, (inputs, targets) in enumerate(parts, start=1):
         # DDP and FSDP exchange gradients after the last part only, and divide their sum by the number of processes.
@@ -99,20 +101,23 @@ def train_step(
     clip_norm: float,
     accumulation: int = 1,
     autocast: contextlib.AbstractContextManager | None = None,
+    loss_limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One update, left out if the loss or the gradient norm isn't finite. Returns the mean loss and the gradient norm
-    before clipping."""
+    """One update, left out if the loss or the gradient norm isn't finite, or the loss above its limit. Returns the mean
+    loss and the gradient norm before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     loss = accumulate_gradients(model, inputs_BT, targets_BT, accumulation=accumulation, autocast=autocast)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm if clip_norm > 0 else float("inf"))
     grad_norm = fsdp.whole(norm)
-    is_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+    is_update = torch.isfinite(loss) & torch.isfinite(grad_norm)
+    if loss_limit is not None:
+        is_update &= loss <= loss_limit
     if optimizer.defaults["fused"]:
         # Decided on the device, so that the host needn't wait.
-        optimizer.found_inf = fsdp.on_every_process(1.0 - is_finite.float(), norm)
+        optimizer.found_inf = fsdp.on_every_process(1.0 - is_update.float(), norm)
         optimizer.step()
-    elif is_finite:
+    elif is_update:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
@@ -138,8 +143,8 @@ def _to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     return tuple(torch.from_numpy(part).to(device, torch.long, non_blocking=True) for part in batch)
 
 
-def _is_float64(model: nn.Module) -> bool:
-    return next(model.parameters()).dtype == torch.float64
+def loss_dtype(model: nn.Module) -> torch.dtype:
+    return torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
 
 
 # --- a run
@@ -217,8 +222,8 @@ class Trainer:
         self.stop_flag: tuple[Tensor, dist.Work] | None = None
         self.unsaved: Exception | None = None
         """Why the last checkpoint that was due isn't there."""
-        self.unchecked: list[tuple[int, Tensor, Tensor]] = []
-        """Steps whose loss and gradient norm haven't been read."""
+        self.unchecked: list[tuple[int, tuple[Tensor, ...]]] = []
+        """Steps whose loss, gradient norm and loss limit haven't been read."""
 
         torch.manual_seed(config.seed)
         self.model = GPT2(config.model).to(dtype=torch.float64 if config.precision == "float64" else torch.float32)
@@ -233,6 +238,10 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config.optimizer)
         if self.plan.checkpoint is not None:
             checkpoints.restore_optimizer(self.plan.checkpoint, self.optimizer)
+        self.losses_W: Tensor | None = None
+        if config.skip_spikes is not None:
+            before = window(losses_of(self.plan.checkpoint) if self.plan.checkpoint else [])
+            self.losses_W = torch.tensor(before, dtype=loss_dtype(self.model), device=device)
 
         # Evaluation runs the compiled module and training its DDP wrapper. Both share the weights of `model`, which
         # stays the plain module that checkpoints and samples use.
@@ -357,6 +366,7 @@ class Trainer:
         config = self.config
         torch.manual_seed(dropout_seed(config.seed, step, self.rank, self.processes))
         rate = learning_rate(step, config.steps, config.optimizer)
+        limit = None if self.losses_W is None else loss_limit(self.losses_W, config.skip_spikes)
         loss, grad_norm = train_step(
             self.trained,
             self.optimizer,
@@ -365,13 +375,17 @@ class Trainer:
             clip_norm=config.optimizer.clip_norm,
             accumulation=config.accumulation,
             autocast=self.autocast,
+            loss_limit=limit,
         )
-        self.unchecked.append((step, loss, grad_norm))
+        if self.losses_W is not None:
+            self.losses_W = with_loss(self.losses_W, loss)
+        self.unchecked.append((step, (loss, grad_norm) if limit is None else (loss, grad_norm, limit)))
         self.watchdog.progress()
         if is_logged(step, config):
-            outcomes, self.unchecked = self.unchecked, []
-            self.log.check_updates((number, loss.item(), norm.item()) for number, loss, norm in outcomes)
-            self.log.train(step, loss=loss.item(), learning_rate=rate, grad_norm=grad_norm.item())
+            outcomes = [(number, Outcome(*(value.item() for value in values))) for number, values in self.unchecked]
+            self.unchecked = []
+            self.log.check_updates(outcomes)
+            self.log.train(step, outcomes[-1][1], learning_rate=rate)
 
     def do(self, due: Due, updates: int) -> None:
         """What is due after so many updates; the first process does it for all, if the model isn't split."""
@@ -431,7 +445,8 @@ class Trainer:
             return
         if not checkpoints.is_finite(state, optimizer_state):
             self.log.refuse_state(updates)
-        metadata = metadata_of(self.config, updates, "torch", self.tokens.digest)
+        losses = None if self.losses_W is None else known(self.losses_W.tolist())
+        metadata = metadata_of(self.config, updates, "torch", self.tokens.digest, losses)
         self.unsaved = None
         try:
             checkpoints.save(self.folder.checkpoints / str(updates), state, metadata, optimizer_state)

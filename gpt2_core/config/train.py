@@ -179,8 +179,11 @@ class TrainConfig:
     track: Literal["wandb", "tensorboard", "mlflow"] | None = None
     """Where metrics go in addition to the run folder; each needs its package: pip install 'gpt2-jax[wandb]'."""
     max_skipped_steps: int = 10
-    """An update is left out where the loss or the gradient norm isn't finite; more than this many in a row end the
-    run."""
+    """An update is left out where the loss or the gradient norm isn't finite, or the loss a spike (skip_spikes); more
+    than this many in a row end the run."""
+    skip_spikes: float | None = None
+    """Leave out the update too where the loss is more than this many standard deviations above the mean of the 50 steps
+    before it (of as many as there are, if they are 20 or more). Left out: spikes are only reported."""
     hang_timeout: float | None = None
     """Seconds in which a step, or what is due between two steps, must finish; after them the process ends, and can be
     resumed. Give more than compiling takes, and more than a whole evaluation with its tasks. Left out: no limit."""
@@ -201,6 +204,7 @@ class TrainConfig:
         require_nonnegative("", self, "steps", "sample_interval", "max_skipped_steps")
         check_seed(self.seed)
         require_above_zero("", self, "epochs", "target_loss", "batch_tokens", "device_batch_size", "hang_timeout")
+        require_above_zero("", self, "skip_spikes")
         if self.batch_tokens is not None:
             block = self.model.block_size
             refuse_unless(

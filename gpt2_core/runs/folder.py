@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,11 @@ from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically, writing
 from gpt2_core.parsing import json_object, read_text
 from gpt2_core.runs.manifest import damage
+from gpt2_core.spikes import WINDOW
 from gpt2_core.weights import Weights
 
 # Number of logged training losses whose mean ranks checkpoints and is compared with the target: one batch is noisy.
 RECENT = 10
-
-# Number of logged training losses that the next is compared with, to see a spike.
-WINDOW = 50
 
 # What to do when the last checkpoint of a run couldn't be written.
 SAVE_AGAIN = (
@@ -363,9 +361,13 @@ def _check_checkpoint(checkpoint: Path, framework: str, data_digest: str) -> Non
         )
 
 
-def metadata_of(config: ResolvedConfig, step: int, framework: str, data_digest: str) -> dict[str, Any]:
-    """The metadata that a checkpoint holds in addition to its arrays."""
-    return {
+def metadata_of(
+    config: ResolvedConfig, step: int, framework: str, data_digest: str, losses: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """The metadata that a checkpoint holds in addition to its arrays; `losses` are those by which the next spike is
+    seen."""
+    spikes = {} if losses is None else {"losses": list(losses)}
+    return spikes | {
         "framework": framework,
         "step": step,
         "data_digest": data_digest,
@@ -402,6 +404,19 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
     if metadata["framework"] not in ("jax", "torch") or not isinstance(metadata["model"], dict):
         raise UserError(f"{path}: not the metadata of a checkpoint of this project")
     return metadata
+
+
+def losses_of(checkpoint: Path) -> list[float]:
+    """The losses before a checkpoint's step, oldest first, by which the next spike is seen; none where the run that
+    saved it didn't leave spikes out. Raises UserError for anything else."""
+    losses = read_metadata(checkpoint).get("losses", [])
+    if not isinstance(losses, list) or len(losses) > WINDOW or not all(map(_is_loss, losses)):
+        raise UserError(f"{metadata_path(checkpoint)}: losses isn't a list of at most {WINDOW} numbers, 0 or more")
+    return losses
+
+
+def _is_loss(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

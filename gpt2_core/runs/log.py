@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,9 +21,10 @@ from gpt2_core.config import ResolvedConfig
 from gpt2_core.errors import DivergedError, RunError
 from gpt2_core.evaluation.published import PUBLISHED
 from gpt2_core.files import write_atomically
-from gpt2_core.runs.folder import RECENT, WINDOW, RunFolder, last_losses, read_metrics
+from gpt2_core.runs.folder import RECENT, RunFolder, last_losses, read_metrics
 from gpt2_core.runs.summary import model_table
 from gpt2_core.runs.trackers import Tracker, open_tracker
+from gpt2_core.spikes import DEVIATIONS, LEAST, SMALLEST_DEVIATION, WINDOW
 
 # Dense bfloat16 matrix rates from NVIDIA's datasheets, in FLOP/s, by what the driver calls the device. TF32's are half
 # as high in each of them (A100: 156, H100 PCIe: 378, H100 and H200: 494.7 TFLOP/s).
@@ -33,10 +34,6 @@ _PEAK_BFLOAT16_FLOPS = {
     "H100": 989.4e12,
     "H200": 989.4e12,
 }
-
-# A logged training loss is a spike where it is more than so many standard deviations above the mean of up to WINDOW
-# logged before it. Of independent, normally distributed losses one in a billion is that high.
-SPIKE, LEAST_BEFORE_SPIKE = 6.0, 20
 
 # Drawing the curves takes a second, as long as many steps of a small model.
 SECONDS_BETWEEN_DRAWINGS = 30.0
@@ -49,9 +46,28 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return share and peak and share * peak
 
 
-def is_update(loss: float, grad_norm: float) -> bool:
-    """Whether both trainers apply the update of a step with this loss and gradient norm: where both are finite."""
-    return math.isfinite(loss) and math.isfinite(grad_norm)
+class Outcome(NamedTuple):
+    """What a step's update was decided by, on the device and again here: the loss, the gradient norm before clipping,
+    and the highest loss that isn't a spike (infinite where spikes aren't left out)."""
+
+    loss: float
+    grad_norm: float
+    loss_limit: float = math.inf
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def is_update(self) -> bool:
+        """Whether both trainers apply the update."""
+        return self.is_finite and self.loss <= self.loss_limit
+
+    @property
+    def why_left_out(self) -> str:
+        if not self.is_finite:
+            return f"has loss {self.loss} and gradient norm {self.grad_norm}"
+        return f"has loss {self.loss:.4f}, a spike above {self.loss_limit:.4f} (--skip_spikes)"
 
 
 class RunLog:
@@ -126,11 +142,12 @@ class RunLog:
             self.say(f"warning: {warning}")
         self._console.print(model_table(self._config))
 
-    def train(self, step: int, *, loss: float, learning_rate: float, grad_norm: float) -> None:
+    def train(self, step: int, outcome: Outcome, *, learning_rate: float) -> None:
         """Log the batch of `step`: its loss and gradient norm before clipping, and the rate of the update it led to.
 
-        Of a batch whose update was left out `check_updates` has said so, and nothing is logged.
+        Of a batch whose update was left out `check_updates` has said so; one that isn't finite is no figure to log.
         """
+        loss, grad_norm, _ = outcome
         now = time.perf_counter()
         steps = step - self._last_step
         seconds = (now - self._last_time) / steps
@@ -138,12 +155,13 @@ class RunLog:
         tokens_per_second = self._config.tokens_per_step / seconds
         flops = tokens_per_second * self._config.model.training_flops_per_token
         mfu = flops / self._peak_flops if self._peak_flops else None
-        if not is_update(loss, grad_norm):
+        if not outcome.is_finite:
             return
         spike = self._spike(step, loss)
         self._recent.append(loss)
         self._window.append(loss)
         skipped = {"skipped": self._skipped} if self._skipped else {}
+        skipped |= {} if outcome.is_update else {"left_out": True}
         self._write(
             skipped
             | spike
@@ -168,10 +186,11 @@ class RunLog:
 
     def _spike(self, step: int, loss: float) -> dict[str, float]:
         """By how many standard deviations a loss is above the mean of those before it, where that is a spike."""
-        if len(self._window) < LEAST_BEFORE_SPIKE:
+        if len(self._window) < LEAST:
             return {}
-        deviations = (loss - statistics.fmean(self._window)) / max(statistics.pstdev(self._window), 1e-12)
-        if deviations <= SPIKE:
+        deviation = max(statistics.pstdev(self._window), SMALLEST_DEVIATION)
+        deviations = (loss - statistics.fmean(self._window)) / deviation
+        if deviations <= DEVIATIONS:
             return {}
         self.say(
             f"warning: step {step} has loss {loss:.4f}, {deviations:.1f} standard deviations above the mean of the "
@@ -179,26 +198,25 @@ class RunLog:
         )
         return {"spike": round(deviations, 2)}
 
-    def check_updates(self, outcomes: Iterable[tuple[int, float, float]]) -> None:
-        """Count the updates that were left out among consecutive steps, each (step, loss, gradient norm).
+    def check_updates(self, outcomes: Iterable[tuple[int, Outcome]]) -> None:
+        """Count the updates that were left out among consecutive steps.
 
         Raises DivergedError where they are more in a row than `max_skipped_steps`.
         """
-        for step, loss, grad_norm in outcomes:
-            if is_update(loss, grad_norm):
+        for step, outcome in outcomes:
+            if outcome.is_update:
                 self._skipped_in_a_row = 0
                 continue
             self._skipped += 1
             self._skipped_in_a_row += 1
             self.say(
-                f"warning: step {step} has loss {loss} and gradient norm {grad_norm}: its update is left out "
-                f"({self._skipped} of this run)"
+                f"warning: step {step} {outcome.why_left_out}: its update is left out ({self._skipped} of this run)"
             )
             if self._skipped_in_a_row > self._config.max_skipped_steps:
                 raise DivergedError(
-                    f"the loss or the gradient of step {step} isn't finite, and neither is that of the "
-                    f"{self._config.max_skipped_steps} steps before (--max_skipped_steps): {self._advice()}; the "
-                    f"batch, and where it stops being finite, are in {self._folder.diverged}",
+                    f"step {step} {outcome.why_left_out}, and the {self._config.max_skipped_steps} updates before were "
+                    f"left out too (--max_skipped_steps): {self._advice()}; the batch, and where it stops being "
+                    f"finite, are in {self._folder.diverged}",
                     step,
                 )
 
@@ -326,7 +344,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, reference: dict[int, flo
     axes = figure.subplots(2, 3 if tasks else 2).ravel()
     steps = [row["step"] for row in train]
     axes[0].plot(steps, [row["loss"] for row in train], color="tab:blue", linewidth=1, label="training")
-    if spikes := [(row["step"], row["loss"]) for row in train if "spike" in row]:
+    if spikes := [(row["step"], row["loss"]) for row in train if {"spike", "left_out"} & row.keys()]:
         axes[0].plot(*zip(*spikes, strict=True), "v", color="tab:red", label="spike")
     if val:
         axes[0].plot(

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from gpt2_core.config import OptimizerConfig
 from gpt2_core.errors import DivergedError, RunError
 from gpt2_core.runs.folder import RunFolder, plan_run, read_metrics
-from gpt2_core.runs.log import RunLog, draw_curves, peak_flops
+from gpt2_core.runs.log import Outcome, RunLog, draw_curves, peak_flops
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def folder(make_config) -> RunFolder:
 def test_rows_keep_full_precision_and_plain_lines_are_printed(make_config, folder, capsys):
     loss = 0.1 + 0.2
     with RunLog(folder, make_config(), start_step=0) as log:
-        log.train(0, loss=loss, learning_rate=1e-4, grad_norm=2.0)
+        log.train(0, Outcome(loss, 2.0), learning_rate=1e-4)
         log.evaluation(1, 1 / 3)
     train, val = read_metrics(folder.metrics)
     assert set(train) == {"step", "split", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds"}
@@ -64,7 +64,7 @@ def test_throughput_counts_steps_since_the_last_row_and_no_evaluation(make_confi
         time.sleep(0.2)
         with log.untimed():
             time.sleep(0.5)
-        log.train(7, loss=1.0, learning_rate=1e-4, grad_norm=2.0)
+        log.train(7, Outcome(1.0, 2.0), learning_rate=1e-4)
     (row,) = read_metrics(folder.metrics)
     assert row["step_seconds"] == pytest.approx(0.2 / 4, rel=0.3)
     assert row["tokens_per_second"] == pytest.approx(config.tokens_per_step / row["step_seconds"], rel=1e-3)
@@ -75,12 +75,12 @@ def test_throughput_counts_steps_since_the_last_row_and_no_evaluation(make_confi
 def test_updates_that_are_left_out_are_counted_and_too_many_in_a_row_end_the_run(make_config, folder, capsys):
     nan, inf = float("nan"), float("inf")
     with RunLog(folder, make_config(max_skipped_steps=2), start_step=0) as log:
-        log.check_updates([(0, 1.0, 1.0), (1, nan, 1.0), (2, 1.0, inf), (3, 1.0, 1.0)])
-        log.train(3, loss=1.0, learning_rate=1e-4, grad_norm=1.0)
-        log.check_updates([(4, nan, nan), (5, inf, 1.0)])
-        log.train(5, loss=inf, learning_rate=1e-4, grad_norm=1.0)  # no figure to log
-        with pytest.raises(DivergedError, match="step 6 isn't finite.* 2 steps before .*lower --optimizer") as failure:
-            log.check_updates([(6, nan, 1.0), (7, 1.0, 1.0)])
+        log.check_updates(enumerate(map(Outcome, [1.0, nan, 1.0, 1.0], [1.0, 1.0, inf, 1.0])))
+        log.train(3, Outcome(1.0, 1.0), learning_rate=1e-4)
+        log.check_updates([(4, Outcome(nan, nan)), (5, Outcome(inf, 1.0))])
+        log.train(5, Outcome(inf, 1.0), learning_rate=1e-4)  # no figure to log
+        with pytest.raises(DivergedError, match="step 6 has loss nan .* 2 updates .*lower --optimizer") as failure:
+            log.check_updates([(6, Outcome(nan, 1.0)), (7, Outcome(1.0, 1.0))])
     assert failure.value.step == 6
     (row,) = read_metrics(folder.metrics)
     assert (row["step"], row["skipped"]) == (3, 2)
@@ -90,7 +90,7 @@ def test_updates_that_are_left_out_are_counted_and_too_many_in_a_row_end_the_run
 
 def test_none_is_left_out_where_none_may_be(make_config, folder):
     with RunLog(folder, make_config(max_skipped_steps=0), start_step=0) as log, pytest.raises(DivergedError):
-        log.check_updates([(0, float("nan"), 1.0)])
+        log.check_updates([(0, Outcome(float("nan"), 1.0))])
 
 
 def test_a_validation_loss_or_a_state_that_is_not_finite_ends_the_run_with_a_sentence(make_config, folder):
@@ -106,12 +106,12 @@ def test_a_target_is_reached_by_the_mean_of_ten_logged_losses_across_a_resume(ma
     config = make_config(target_loss=1.0)
     with RunLog(folder, config, start_step=0) as log:
         for step in range(9):
-            log.train(step, loss=0.5, learning_rate=1e-4, grad_norm=2.0)
+            log.train(step, Outcome(0.5, 2.0), learning_rate=1e-4)
             assert not log.reached_target
     with RunLog(folder, config, start_step=9) as log:
-        log.train(9, loss=5.6, learning_rate=1e-4, grad_norm=2.0)
+        log.train(9, Outcome(5.6, 2.0), learning_rate=1e-4)
         assert not log.reached_target  # 1.01
-        log.train(10, loss=0.4, learning_rate=1e-4, grad_norm=2.0)
+        log.train(10, Outcome(0.4, 2.0), learning_rate=1e-4)
         assert log.reached_target  # 1.00, without the oldest
     with RunLog(folder, make_config(), start_step=11) as log:
         assert not log.reached_target
@@ -124,7 +124,7 @@ def test_a_spike_of_the_loss_is_named_marked_and_seen_after_a_resume_too(make_co
     def logged(values, start):
         with RunLog(folder, make_config(), start_step=start) as log:
             for step, loss in values.items():
-                log.train(step, loss=loss, learning_rate=1e-4, grad_norm=1.0)
+                log.train(step, Outcome(loss, 1.0), learning_rate=1e-4)
 
     logged(losses(0, 10) | {10: 9.0}, 0)  # too few before it to say
     assert "standard deviations" not in capsys.readouterr().out
@@ -145,7 +145,7 @@ def test_a_published_curve_is_drawn_beside_the_runs_own(make_config, folder, mon
     drawn = []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *a, **k: drawn.append(figure))
     with RunLog(folder, make_config(reference_curve={50: 5.25, 0: 10.97}), start_step=0) as log:
-        log.train(0, loss=11.0, learning_rate=1e-4, grad_norm=2.0)
+        log.train(0, Outcome(11.0, 2.0), learning_rate=1e-4)
     curves = {line.get_label(): line.get_xydata().tolist() for line in drawn[-1].axes[0].get_lines()}
     assert curves == {"training": [[0.0, 11.0]], "published": [[0.0, 10.97], [50.0, 5.25]]}
 

@@ -8,7 +8,7 @@ import pytest
 from gpt2_core.errors import UserError
 from gpt2_core.runs import trackers
 from gpt2_core.runs.folder import RunFolder
-from gpt2_core.runs.log import RunLog
+from gpt2_core.runs.log import Outcome, RunLog
 
 LOSSES = [3.0, 2.5, 2.25]
 
@@ -20,7 +20,7 @@ def logged_run(make_config, name, start=0, **overrides):
     folder.path.mkdir(exist_ok=True)
     with RunLog(folder, config, start_step=start) as log:
         for step, loss in enumerate(LOSSES, start=start):
-            log.train(step, loss=loss, learning_rate=1e-3, grad_norm=1.0)
+            log.train(step, Outcome(loss, 1.0), learning_rate=1e-3)
         log.evaluation(start + 3, 2.0)
     return folder.path
 
