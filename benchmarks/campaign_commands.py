@@ -117,15 +117,16 @@ def _docstrings() -> Iterator[str]:
 
 def _curve(run: Path) -> dict[str, Any]:
     from gpt2_core.config.io import from_yaml
+    from gpt2_core.runs.folder import reference_of
 
     config = from_yaml(run / "config.yaml")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
     rates = sorted(row["tokens_per_second"] for row in rows if row["split"] == "train")
-    published = config.reference_curve or {}
+    reference = reference_of(config)
     return {
         "losses": losses,
-        "published": published,
+        "published": reference.losses if reference else {},
         "steps": max(losses) + 1,
         "tokens_per_second": rates[len(rates) // 2],
     }

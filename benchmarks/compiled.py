@@ -143,7 +143,7 @@ def mfu_at_most(found: Account, config: TrainConfig, target: gpus.Gpu) -> float:
     devices = found.devices
     peak = devices * peak_flops(target.name, config.precision)
     seconds = (found.floor_ms + found.exposed_ms) / 1e3
-    return config.tokens_per_step * config.model.training_flops_per_token / (peak * seconds)
+    return config.tokens_per_step * config.training_flops_per_token / (peak * seconds)
 
 
 def _refuse_options_of_compiling(arguments: list[str]) -> None:

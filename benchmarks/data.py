@@ -114,7 +114,7 @@ def batches(block_size: int, *, sizes: tuple[int, ...], cores: int, rounds: int 
             with path.open("wb") as file:
                 file.truncate(size)
             source = Source((map_tokens(path, np.dtype("<u2"), 0, size // 2),), (str(path),), vocab_size=50257)
-            streams[size] = TrainingBatches((source,), block_size=block_size, batch_size=batch_size, seed=0)
+            streams[size] = TrainingBatches((source,), sequence_length=block_size, batch_size=batch_size, seed=0)
         steps = 40 * cores
         rates: dict[int, list[float]] = {size: [] for size in sizes}
         for number in range(rounds):

@@ -150,6 +150,6 @@ def configuration(options: Any) -> TrainConfig:
 
 
 def _batch(config: TrainConfig) -> Batch:
-    shape = (config.batch_size, config.model.block_size + 1)
+    shape = (config.batch_size, config.tokens_per_sequence + 1)
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
     return Batch(ids[:, :-1], ids[:, 1:])

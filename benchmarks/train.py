@@ -125,7 +125,7 @@ def torch_session(spec: dict[str, Any]) -> Session:
 def _row(name: str, seconds: list[float], facts: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     step = statistics.median(seconds)
     rate = config.tokens_per_step / step
-    flops = rate * config.model.training_flops_per_token
+    flops = rate * config.training_flops_per_token
     datasheet = peak_flops(facts["device"], facts["precision"])
     return {
         "side": name,
@@ -152,8 +152,8 @@ def _show(console: Console, rows: list[dict[str, Any]], config: TrainConfig) -> 
     model = config.model
     console.print(
         f"{model.parameter_count:,} parameters, {model.n_layer} layers x {model.n_embd}, vocabulary "
-        f"{model.vocab_size}, batch {config.batch_size} x {model.block_size}; "
-        f"{model.training_flops_per_token / 1e6:,.0f} MFLOP a token (6 N + 12 L T D)"
+        f"{model.vocab_size}, batch {config.batch_size} x {config.tokens_per_sequence}; "
+        f"{config.training_flops_per_token / 1e6:,.0f} MFLOP a token (6 N + 12 L T D)"
     )
     table = Table("", *(row["side"] for row in rows))
     for label, key, form in (

@@ -58,8 +58,8 @@ def main(arguments: list[str], command: str = "gpt2 plan", compiler: Compiler | 
     console = Console(markup=False, soft_wrap=True, highlight=False, width=max(120, Console(markup=False).width))
     results: dict[str, Any] = {"config": dataclasses.asdict(config), "target": cluster.gpu.name}
     console.print(
-        f"{config.model.parameter_count:,} parameters, {config.batch_size} x {config.model.block_size} tokens a step, "
-        f"on {cluster.gpu.name} ({_gb(USABLE * cluster.gpu.memory)} usable), {options.devices_per_node} a node; "
+        f"{config.model.parameter_count:,} parameters, {config.batch_size} x {config.tokens_per_sequence} tokens a "
+        f"step, on {cluster.gpu.name} ({_gb(USABLE * cluster.gpu.memory)} usable), {options.devices_per_node} a node; "
         f"{options.interconnect:g} GB/s from each device to other nodes"
     )
     if options.mesh is not None:

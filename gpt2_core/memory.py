@@ -26,7 +26,7 @@ def out_of_memory(
 ) -> UserError:
     """The error for a step of `config` that doesn't fit on one of the `num_shards` devices that share its batch."""
     asked = config.microbatch_size // num_shards
-    tokens = f"{asked} sequences of {config.model.block_size} tokens at once"
+    tokens = f"{asked} sequences of {config.tokens_per_sequence} tokens at once"
     needed = planner(asked, config.accumulation)
     given = f"--batch_size {config.batch_size} with --accumulation {config.accumulation}: " + (
         f"{tokens} on each of {num_shards} devices" if num_shards > 1 else tokens
@@ -39,8 +39,8 @@ def out_of_memory(
         choices += [] if accumulation is None else [f"--accumulation {accumulation}"]
         return UserError(f"{words}; expected to fit: {' or '.join(choices)}")
     return UserError(
-        f"{words}; not even one sequence fits: use a smaller model or block_size, or with gpt2 train --remat true "
-        "or a --mesh with fsdp"
+        f"{words}; not even one sequence fits: use a smaller model or --sequence_length, or with gpt2 train --remat "
+        "true or a --mesh with fsdp"
     )
 
 

@@ -18,8 +18,8 @@ from gpt2_core.data.tokenizer import get_tokenizer
 from gpt2_core.data.tokens import TokenFolder, open_tokens, with_steps
 from gpt2_core.errors import DivergedError, RunError, SaveError, Stopped, UserError
 from gpt2_core.evaluation.run import Evaluated, Rows, figures_of, open_tasks
-from gpt2_core.runs.due import Due, due_after, due_at_start, is_logged
-from gpt2_core.runs.folder import SAVE_AGAIN, RunFolder, RunPlan, last_losses, metadata_of, plan_run
+from gpt2_core.runs.due import Due, due_after, due_at_start, is_due_as_best, is_logged
+from gpt2_core.runs.folder import SAVE_AGAIN, Logged, RunFolder, RunPlan, logged, metadata_of, plan_run
 from gpt2_core.runs.log import Outcome, RunLog, peak_flops
 from gpt2_core.runs.stop import StopRequest, stopped_by_signals
 from gpt2_core.runs.watchdog import Watchdog, watching
@@ -122,7 +122,7 @@ def _train(
         start_step=plan.step,
         peak_flops=peak and peak * devices,
         enabled=processes.is_first,
-        logged=processes.from_first(lambda: last_losses(folder.metrics)),
+        before=Logged(*processes.from_first(lambda: logged(folder.metrics))),
     )
     with memory_errors(program, processes.on_this_host), jax.set_mesh(program.mesh), _compiler() as compiler:
         train_step_future = compiler.submit(_compile, program) if plan.step < config.steps else None
@@ -191,6 +191,8 @@ class _Loop:
         """Steps whose loss and gradient norm haven't been fetched."""
         self.unsaved: SaveError | None = None
         """Why the last checkpoint that was due isn't there."""
+        self.saved = 0
+        """The step of the last checkpoint."""
         self.train_step_future, self.eval_step_future = train_step_future, eval_step_future
         self.generator = Generator(program.definition)
         self.writer = CheckpointWriter(folder, self.config.keep_checkpoints, processes)
@@ -200,15 +202,16 @@ class _Loop:
         """The training batches, or these rows of them."""
         return TrainingBatches(
             self.tokens.train,
-            block_size=self.config.model.block_size,
+            sequence_length=self.config.tokens_per_sequence,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
+            order=self.config.data.order,
             rows=rows,
         )
 
     def run(self, state: TrainState, plan: RunPlan) -> None:
         config, first, log, stop = self.config, plan.step, self.log, self.stop
-        updates, pending = first, None
+        updates, pending, self.saved = first, None, first
         try:
             if first < config.steps:
                 train_step = self.compiled_step()
@@ -230,8 +233,8 @@ class _Loop:
                     self.wait_for_save()
                 if is_logged(step, config):
                     pending = (step, rate)
-                    if config.target_loss is not None:
-                        pending = self.log_metrics(pending)  # the target may be reached by this loss
+                    if config.target_loss is not None or config.best_checkpoint_interval:
+                        pending = self.log_metrics(pending)  # this loss may reach the target, or be the best
                 due = due_after(updates, config, reached_target=log.reached_target)
                 if due.evaluate or due.sample:
                     pending = self.log_metrics(pending)
@@ -292,7 +295,7 @@ class _Loop:
                     self.evaluate(state, updates)
                 if due.sample:
                     self.write_sample(state, updates)
-            if due.save:
+            if due.save or is_due_as_best(updates, self.saved, self.log.is_best(updates), self.config):
                 self.save(state, updates)
 
     def evaluate(self, state: TrainState, updates: int) -> None:
@@ -302,7 +305,7 @@ class _Loop:
         losses, count = [], 0
         batches = evaluation_batches(
             self.tokens.val,
-            block_size=self.config.model.block_size,
+            sequence_length=self.config.tokens_per_sequence,
             batch_size=self.config.microbatch_size,
             sequences=self.config.eval_sequences,
         )
@@ -337,11 +340,14 @@ class _Loop:
         if not self.program.is_finite(state):
             self.log.refuse_state(updates)
         self.wait_for_save()
-        self.unsaved = None
+        self.unsaved, self.saved = None, updates
         with self.warning_of_saves():
             losses = None if state.losses is None else known(np.asarray(state.losses).tolist())
-            self.writer.save(updates, state, metadata_of(self.config, updates, "jax", self.tokens.digest, losses))
+            self.writer.save(updates, state, self.metadata(updates, losses))
         self.log.update_curves()
+
+    def metadata(self, updates: int, losses: list[float] | None) -> dict[str, Any]:
+        return metadata_of(self.config, updates, "jax", self.tokens.digest, self.log.figures, losses)
 
     def wait_for_save(self) -> None:
         with self.warning_of_saves():

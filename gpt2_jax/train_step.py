@@ -248,7 +248,7 @@ class Program:
         with self._own_x64():
             # Not inside `set_mesh`: optax computes a scalar eagerly, and the devices of a topology description can't.
             state = self.abstract_state
-            shape = (config.accumulation, config.microbatch_size, config.model.block_size)
+            shape = (config.accumulation, config.microbatch_size, config.tokens_per_sequence)
             tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self.batch_sharding)
             rate = jax.ShapeDtypeStruct((), self.definition.execution.param_dtype)
             with jax.set_mesh(self.mesh):
@@ -258,7 +258,7 @@ class Program:
         """The evaluation of as many sequences as a train step computes at once, compiled likewise."""
         config = self.config
         with self._own_x64(), jax.set_mesh(self.mesh):
-            tokens = jax.ShapeDtypeStruct((config.microbatch_size, config.model.block_size), np.int32)
+            tokens = jax.ShapeDtypeStruct((config.microbatch_size, config.tokens_per_sequence), np.int32)
             return self.eval_step.lower(dict(self.definition.abstract), tokens, tokens).compile()
 
     def _own_x64(self) -> contextlib.AbstractContextManager:

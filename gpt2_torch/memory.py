@@ -61,7 +61,7 @@ def bytes_needed(config: ResolvedConfig, device: str, sequences: int, accumulati
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()  # makes the moments
             optimizer.zero_grad(set_to_none=True)
-            tokens_BT = torch.zeros((sequences, config.model.block_size), dtype=torch.long)
+            tokens_BT = torch.zeros((sequences, config.tokens_per_sequence), dtype=torch.long)
             tracker = MemTracker()
             tracker.track_external(model, optimizer, tokens_BT)
             with tracker:

@@ -20,7 +20,7 @@ from gpt2_core.data.tokenizer import get_tokenizer
 from gpt2_core.data.tokens import TokenFolder, open_tokens, with_steps
 from gpt2_core.errors import DivergedError, RunError, SaveError, Stopped, UserError
 from gpt2_core.evaluation.run import Evaluated, Rows, figures_of, open_tasks
-from gpt2_core.runs.due import Due, due_after, due_at_start, is_logged
+from gpt2_core.runs.due import Due, due_after, due_at_start, is_due_as_best, is_logged
 from gpt2_core.runs.folder import SAVE_AGAIN, RunFolder, RunPlan, losses_of, metadata_of, plan_run
 from gpt2_core.runs.log import Outcome, RunLog, peak_flops
 from gpt2_core.runs.stop import StopRequest, stopped_by_signals
@@ -222,6 +222,8 @@ class Trainer:
         self.stop_flag: tuple[Tensor, dist.Work] | None = None
         self.unsaved: Exception | None = None
         """Why the last checkpoint that was due isn't there."""
+        self.saved = self.plan.step
+        """The step of the last checkpoint."""
         self.unchecked: list[tuple[int, tuple[Tensor, ...]]] = []
         """Steps whose loss, gradient norm and loss limit haven't been read."""
 
@@ -254,9 +256,10 @@ class Trainer:
 
         self.batches = TrainingBatches(
             self.tokens.train,
-            block_size=config.model.block_size,
+            sequence_length=config.tokens_per_sequence,
             batch_size=config.batch_size,
             seed=config.seed,
+            order=config.data.order,
             rows=range(rank, config.batch_size, processes),
         )
         peak = peak_flops(device_name(device), config.precision)
@@ -398,7 +401,7 @@ class Trainer:
                     self.evaluate(updates)
                 if due.sample:
                     self.write_sample(updates)
-            if due.save:
+            if due.save or is_due_as_best(updates, self.saved, self.log.is_best(updates), self.config):
                 self.save(updates)
 
     def evaluate(self, updates: int) -> None:
@@ -406,7 +409,7 @@ class Trainer:
             return
         validation = evaluation_batches(
             self.tokens.val,
-            block_size=self.config.model.block_size,
+            sequence_length=self.config.tokens_per_sequence,
             batch_size=self.config.microbatch_size // self.processes,
             sequences=self.config.eval_sequences,
         )
@@ -446,8 +449,8 @@ class Trainer:
         if not checkpoints.is_finite(state, optimizer_state):
             self.log.refuse_state(updates)
         losses = None if self.losses_W is None else known(self.losses_W.tolist())
-        metadata = metadata_of(self.config, updates, "torch", self.tokens.digest, losses)
-        self.unsaved = None
+        metadata = metadata_of(self.config, updates, "torch", self.tokens.digest, self.log.figures, losses)
+        self.unsaved, self.saved = None, updates
         try:
             checkpoints.save(self.folder.checkpoints / str(updates), state, metadata, optimizer_state)
             self.folder.remove_obsolete(self.config.keep_checkpoints)

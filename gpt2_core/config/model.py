@@ -133,9 +133,8 @@ class ModelConfig:
         """Number of parameters; a head that shares the token embedding's is not counted again."""
         return sum(math.prod(shape) for shape in self.parameter_shapes.values())
 
-    @property
-    def training_flops_per_token(self) -> int:
-        """Floating-point operations of a forward and backward pass for one token of a full block.
+    def training_flops_per_token(self, length: int) -> int:
+        """Floating-point operations of a forward and backward pass for one token of a sequence of `length` T.
 
         6 N + 12 L T D (Chowdhery et al. 2022, "PaLM", appendix B), N being the parameters that multiply something: all
         but the position embeddings, and but the token embeddings where the head has a weight of its own. The attention
@@ -144,4 +143,4 @@ class ModelConfig:
         looked_up = ["wpe.weight"] if self.tie_embeddings else ["wpe.weight", "wte.weight"]
         shapes = self.parameter_shapes
         multiplying = self.parameter_count - sum(math.prod(shapes[name]) for name in looked_up if name in shapes)
-        return 6 * multiplying + 12 * self.n_layer * self.block_size * self.n_embd
+        return 6 * multiplying + 12 * self.n_layer * length * self.n_embd

@@ -21,6 +21,7 @@ from gpt2_core.errors import UserError
 NEWEST = "newest"
 
 Precision = Literal["float32", "tf32", "bfloat16", "float64"]
+Order = Literal["shuffled", "sequential"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class DataConfig:
     llm.c's or datatrove's, read as they are."""
     mixture: dict[str, float] | str | None = None
     """Several token folders or files, each with a weight: FOLDER=0.7,OTHER=0.3, or a mapping in a recipe."""
+    order: Order = "shuffled"
+    """In which order the training split is read: a new random one each epoch, or the text's own (sequential)."""
     verify: Literal["changed", "always"] = "changed"
     """Which token files are compared with their checksums at the start: those whose size or time has changed since the
     last time, or all (a disk may change a file without either)."""
@@ -111,7 +114,9 @@ class TrainConfig:
     batch_size: int = 8
     """Sequences a step, over all devices and accumulation together."""
     batch_tokens: int | None = None
-    """Tokens a step, instead of batch_size; a multiple of model.block_size."""
+    """Tokens a step, instead of batch_size; a multiple of the sequence length."""
+    sequence_length: int | None = None
+    """Tokens of a sequence in training and its evaluations, at most model.block_size. Left out: model.block_size."""
     accumulation: int = 1
     """Parts a step's batch is computed in, one after the other, to save memory; must divide batch_size."""
     device_batch_size: int | None = None
@@ -172,6 +177,9 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept; the one with the best validation loss (without validation, the best
     mean of the last ten logged training losses) is kept too."""
+    best_checkpoint_interval: int = 0
+    """A checkpoint is saved too where a loss is the lowest so far (an evaluation's; without validation, the mean of the
+    last ten logged training losses), if the last one is at least so many steps ago; 0: none for that."""
     sample_interval: int = 0
     """Steps between two generated samples in the run folder's samples/; 0: none."""
     sample_tokens: int = 128
@@ -190,8 +198,9 @@ class TrainConfig:
     deterministic: bool = False
     """Have GPUs compute the same bits in every run of one program on the same devices, with slower kernels where the
     fast ones add in any order. On CPUs runs are equal without it."""
-    reference_curve: dict[int, float] | None = None
-    """A published run's training losses by step, drawn beside this run's in curves.png."""
+    reference_curve: dict[int, float] | str | None = None
+    """Training losses by step to draw beside this run's in curves.png: a published run's, or the folder of another run
+    of yours."""
 
     def __post_init__(self) -> None:
         require_positive("", self, "batch_size", "accumulation", "log_interval", "eval_interval", "eval_sequences")
@@ -202,17 +211,25 @@ class TrainConfig:
             "--data.validation_fraction 0; hold back a share",
         )
         require_nonnegative("", self, "steps", "sample_interval", "max_skipped_steps")
+        require_nonnegative("", self, "best_checkpoint_interval")
         check_seed(self.seed)
         require_above_zero("", self, "epochs", "target_loss", "batch_tokens", "device_batch_size", "hang_timeout")
         require_above_zero("", self, "skip_spikes")
-        if self.batch_tokens is not None:
-            block = self.model.block_size
+        if self.sequence_length is not None:
+            require_positive("", self, "sequence_length")
             refuse_unless(
-                self.batch_tokens % block == 0,
-                f"--batch_tokens {self.batch_tokens}: not a multiple of model.block_size {block}; use "
-                f"{block * max(1, round(self.batch_tokens / block))}",
+                self.sequence_length <= self.model.block_size,
+                f"--sequence_length {self.sequence_length}: the model has only {self.model.block_size} positions; use "
+                "a smaller one, or a larger --model.block_size",
             )
-            object.__setattr__(self, "batch_size", self.batch_tokens // block)
+        if self.batch_tokens is not None:
+            length = self.tokens_per_sequence
+            refuse_unless(
+                self.batch_tokens % length == 0,
+                f"--batch_tokens {self.batch_tokens}: not a multiple of the sequence length {length}; use "
+                f"{length * max(1, round(self.batch_tokens / length))}",
+            )
+            object.__setattr__(self, "batch_size", self.batch_tokens // length)
         refuse_unless(
             self.device_batch_size is not None or self.batch_size % self.accumulation == 0,
             f"--accumulation {self.accumulation}: batch_size {self.batch_size} is not divisible by it; "
@@ -225,8 +242,18 @@ class TrainConfig:
         return self.batch_size // self.accumulation
 
     @property
+    def tokens_per_sequence(self) -> int:
+        """Length of a training sequence."""
+        return self.model.block_size if self.sequence_length is None else self.sequence_length
+
+    @property
     def tokens_per_step(self) -> int:
-        return self.batch_size * self.model.block_size
+        return self.batch_size * self.tokens_per_sequence
+
+    @property
+    def training_flops_per_token(self) -> int:
+        """Floating-point operations of a forward and backward pass, for one token."""
+        return self.model.training_flops_per_token(self.tokens_per_sequence)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Shapes: B sequences of T tokens. A shard is cut into windows of T+1 tokens that overlap by one (the last target of a
 window is the first input of the next) and never cross into another shard; every window is read once an epoch, in a new
-random order each epoch. In a mixture each source is shuffled and repeated separately, and sampled by weight.
+random order each epoch, or in the order of the text. In a mixture each source is ordered and repeated separately, and
+sampled by weight.
 """
 
 import bisect
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from gpt2_core.config import IGNORE_INDEX
+from gpt2_core.config import IGNORE_INDEX, Order
 from gpt2_core.data.tokens import Source, Split, check_ids
 
 
@@ -27,9 +28,9 @@ class Batch(NamedTuple):
 class Windows:
     """The windows of a source for Grain: item i is T+1 tokens of one shard, shape (T+1,), in the shard's dtype."""
 
-    def __init__(self, source: Source, block_size: int) -> None:
-        self._source, self._block_size = source, block_size
-        counts = [max(0, len(shard) - 1) // block_size for shard in source.shards]
+    def __init__(self, source: Source, sequence_length: int) -> None:
+        self._source, self._sequence_length = source, sequence_length
+        counts = [max(0, len(shard) - 1) // sequence_length for shard in source.shards]
         self._ends = list(itertools.accumulate(counts))
 
     def __len__(self) -> int:
@@ -38,7 +39,7 @@ class Windows:
     def __getitem__(self, i: int) -> np.ndarray:
         """Raises UserError for an id beyond the vocabulary."""
         number, start = self._locate(i)
-        window = self._source.shards[number][start : start + self._block_size + 1]
+        window = self._source.shards[number][start : start + self._sequence_length + 1]
         if self._source.vocab_size is not None:
             check_ids(window, self._source.names[number], start, self._source.vocab_size)
         return window
@@ -46,11 +47,11 @@ class Windows:
     def _getitems(self, numbers: Sequence[int]) -> list[np.ndarray]:
         """Several at once, without checks: Grain's protocol for a source that reads in batches."""
         starts = map(self._locate, numbers)
-        return [self._source.shards[number][start : start + self._block_size + 1] for number, start in starts]
+        return [self._source.shards[number][start : start + self._sequence_length + 1] for number, start in starts]
 
     def _locate(self, i: int) -> tuple[int, int]:
         number = bisect.bisect_right(self._ends, i)
-        return number, (i - (self._ends[number - 1] if number else 0)) * self._block_size
+        return number, (i - (self._ends[number - 1] if number else 0)) * self._sequence_length
 
 
 class TrainingBatches:
@@ -65,15 +66,16 @@ class TrainingBatches:
         self,
         tokens: Split | np.ndarray,
         *,
-        block_size: int,
+        sequence_length: int,
         batch_size: int,
         seed: int,
+        order: Order = "shuffled",
         rows: Sequence[int] | None = None,
     ) -> None:
         sources = _sources(tokens)
         streams = [
             # Each source has its own seed: otherwise two sources of one size would be read in the same order.
-            grain.MapDataset.source(Windows(source, block_size)).seed((seed + number) % (1 << 32)).shuffle().repeat()
+            _ordered(grain.MapDataset.source(Windows(source, sequence_length)), order, (seed + number) % (1 << 32))
             for number, source in enumerate(sources)
         ]
         self._windows = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, [s.weight for s in sources])
@@ -97,7 +99,7 @@ class TrainingBatches:
 
 
 def evaluation_batches(
-    tokens: Split | np.ndarray, *, block_size: int, batch_size: int, sequences: int
+    tokens: Split | np.ndarray, *, sequence_length: int, batch_size: int, sequences: int
 ) -> Iterator[Batch]:
     """`sequences` windows spread evenly over a split (all, if it has fewer), in order, in batches of one shape.
 
@@ -109,16 +111,21 @@ def evaluation_batches(
     shares = [max(1, round(sequences * source.weight / total)) for source in sources]
     windows = [
         window
-        for source, share in zip([Windows(s, block_size) for s in sources], shares, strict=True)
+        for source, share in zip([Windows(s, sequence_length) for s in sources], shares, strict=True)
         for window in map(source.__getitem__, _evenly_spaced(share, len(source)))
     ]
     for start in range(0, len(windows), batch_size):
-        batch = np.zeros((batch_size, block_size + 1), np.int32)
-        targets = np.full((batch_size, block_size), IGNORE_INDEX, np.int32)
+        batch = np.zeros((batch_size, sequence_length + 1), np.int32)
+        targets = np.full((batch_size, sequence_length), IGNORE_INDEX, np.int32)
         for row, window in enumerate(windows[start : start + batch_size]):
             batch[row] = window
             targets[row] = batch[row, 1:]
         yield Batch(batch[:, :-1], targets)
+
+
+def _ordered(windows: grain.MapDataset, order: Order, seed: int) -> grain.MapDataset:
+    """The windows again and again."""
+    return (windows.seed(seed).shuffle() if order == "shuffled" else windows).repeat()
 
 
 def _evenly_spaced(count: int, of: int) -> list[int]:

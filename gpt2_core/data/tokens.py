@@ -41,9 +41,9 @@ class Source:
     def __len__(self) -> int:
         return sum(map(len, self.shards))
 
-    def windows(self, block_size: int) -> int:
-        """Number of windows of block_size + 1 tokens that overlap by one and cross no shard."""
-        return sum(max(0, len(shard) - 1) // block_size for shard in self.shards)
+    def windows(self, sequence_length: int) -> int:
+        """Number of windows of sequence_length + 1 tokens that overlap by one and cross no shard."""
+        return sum(max(0, len(shard) - 1) // sequence_length for shard in self.shards)
 
 
 # One source; several in a mixture; none where there is no validation.
@@ -99,7 +99,7 @@ def with_steps(config: ResolvedConfig, tokens: TokenFolder) -> ResolvedConfig:
         return config
     if len(tokens.train) > 1:
         raise UserError(f"--epochs {config.epochs}: a mixture has no epochs of its own; give --steps")
-    steps = config.epochs * tokens.train[0].windows(config.model.block_size) / config.batch_size
+    steps = config.epochs * tokens.train[0].windows(config.tokens_per_sequence) / config.batch_size
     if steps > LARGEST:
         raise UserError(f"--epochs {config.epochs}: {steps:.3g} steps; at most {LARGEST} can be counted")
     return dataclasses.replace(config, steps=math.ceil(steps))
@@ -232,9 +232,10 @@ def _verify(path: Path, expected: dict[str, str], all_files: bool) -> None:
 
 
 def _refuse_too_short(source: Source, split: str, config: TrainConfig, described: str) -> None:
-    if not source.windows(config.model.block_size):
+    if not source.windows(config.tokens_per_sequence):
+        option = "model.block_size" if config.sequence_length is None else "sequence_length"
         raise UserError(
-            f"--model.block_size {config.model.block_size}: the {split} split of {described} has only "
-            f"{max(map(len, source.shards), default=0)} tokens and a sequence needs {config.model.block_size + 1}; use "
-            "a smaller block_size, a longer text, or another --data.validation_fraction"
+            f"--{option} {config.tokens_per_sequence}: the {split} split of {described} has only "
+            f"{max(map(len, source.shards), default=0)} tokens and a sequence needs {config.tokens_per_sequence + 1}; "
+            "use a smaller --sequence_length, a longer text, or another --data.validation_fraction"
         )

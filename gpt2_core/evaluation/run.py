@@ -98,7 +98,7 @@ def evaluate_tokens(model: Evaluated, path: str, limit: int | None, begin: Begin
     sequences = windows if limit is None else min(limit, windows)
     advance, losses, count = begin(path, sequences), [], 0
     for batch in evaluation_batches(
-        tokens.val, block_size=config.block_size, batch_size=model.batch_size, sequences=sequences
+        tokens.val, sequence_length=config.block_size, batch_size=model.batch_size, sequences=sequences
     ):
         counts_BT = batch.targets != IGNORE_INDEX
         losses.append(-np.asarray(model.score_batch(batch).log_probs)[counts_BT].sum(dtype=np.float64))

@@ -39,6 +39,12 @@ def due_at_start(plan: RunPlan) -> Due:
     return Due(due.evaluate and not evaluated, due.sample and not sampled, save=False, stop=due.stop)
 
 
+def is_due_as_best(updates: int, saved: int, is_best: bool, config: TrainConfig) -> bool:
+    """Whether the state after `updates` updates is saved because its loss is the best. `saved` is the last that was."""
+    interval = config.best_checkpoint_interval
+    return is_best and interval > 0 and updates - saved >= interval
+
+
 def is_logged(step: int, config: TrainConfig) -> bool:
     """Whether the loss of `step`, counted from 0, is logged: every `log_interval`-th, and the last."""
     return step % config.log_interval == 0 or step + 1 == config.steps

@@ -6,9 +6,10 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +37,7 @@ _DECIDES_THE_NUMBERS = {
     "data",
     "optimizer",
     "batch_size",
+    "sequence_length",
     "accumulation",
     "precision",
     "gradient_exchange",
@@ -208,6 +210,7 @@ def plan_run(config: ResolvedConfig, *, framework: str, data_digest: str) -> Run
     random weights, given weights, or the checkpoint of another run.
     """
     folder = RunFolder(Path(config.run_dir))
+    reference_of(config)  # one that isn't there ends the run here, and not when it is drawn
     checkpoint, damaged = None, {}
     if config.resume not in (None, NEWEST):
         checkpoint = _named_checkpoint(config.resume)
@@ -362,10 +365,17 @@ def _check_checkpoint(checkpoint: Path, framework: str, data_digest: str) -> Non
 
 
 def metadata_of(
-    config: ResolvedConfig, step: int, framework: str, data_digest: str, losses: Sequence[float] | None = None
+    config: ResolvedConfig,
+    step: int,
+    framework: str,
+    data_digest: str,
+    figures: Mapping[str, float] | None = None,
+    losses: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """The metadata that a checkpoint holds in addition to its arrays; `losses` are those by which the next spike is
-    seen."""
+    """The metadata that a checkpoint holds in addition to its arrays.
+
+    `figures` are the newest of the run (`RunLog.figures`), for people; `losses` those by which the next spike is seen.
+    """
     spikes = {} if losses is None else {"losses": list(losses)}
     return spikes | {
         "framework": framework,
@@ -373,6 +383,7 @@ def metadata_of(
         "data_digest": data_digest,
         "tokenizer": config.data.tokenizer,
         "model": dataclasses.asdict(config.model),
+        **(figures or {}),
     }
 
 
@@ -442,9 +453,43 @@ def recent_training_loss(rows: list[dict[str, Any]], step: int) -> float:
     return sum(losses) / len(losses) if losses else math.nan
 
 
-def last_losses(path: Path) -> list[float]:
-    """The last WINDOW training losses of a metrics.jsonl, or as many as there are."""
-    return [row["loss"] for row in read_metrics(path) if row["split"] == "train"][-WINDOW:]
+class Logged(NamedTuple):
+    """What a run that goes on needs of the losses it has logged: the last WINDOW of training, and the best by which
+    checkpoints are ranked."""
+
+    losses: list[float]
+    best: float
+
+
+def logged(path: Path) -> Logged:
+    """Of a metrics.jsonl, which needn't be there."""
+    rows = read_metrics(path)
+    train = [row["loss"] for row in rows if row["split"] == "train"]
+    ranks = [row["loss"] for row in rows if row["split"] == "val"]
+    ranks = ranks or [statistics.fmean(train[max(0, end - RECENT) : end]) for end in range(1, len(train) + 1)]
+    return Logged(train[-WINDOW:], min(ranks, default=math.inf))
+
+
+class Reference(NamedTuple):
+    """Losses of training by step to compare a run's with, and whose they are."""
+
+    name: str
+    losses: dict[int, float]
+
+
+def reference_of(config: TrainConfig) -> Reference | None:
+    """The curve that `reference_curve` gives or names; raises UserError if it names no run that has logged a step."""
+    asked = config.reference_curve
+    if not isinstance(asked, str):
+        return None if asked is None else Reference("published", asked)
+    rows = read_metrics(RunFolder(Path(asked)).metrics)
+    losses = {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
+    if not losses:
+        raise UserError(
+            f"--reference_curve {asked}: not the folder of a run that has logged a step; give one, or losses by step "
+            "({0: 10.97, 50: 5.25})"
+        )
+    return Reference(asked, losses)
 
 
 def _cut_metrics(path: Path, step: int, *, evaluated: bool) -> None:

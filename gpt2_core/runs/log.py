@@ -21,7 +21,7 @@ from gpt2_core.config import ResolvedConfig
 from gpt2_core.errors import DivergedError, RunError
 from gpt2_core.evaluation.published import PUBLISHED
 from gpt2_core.files import write_atomically
-from gpt2_core.runs.folder import RECENT, RunFolder, last_losses, read_metrics
+from gpt2_core.runs.folder import RECENT, Logged, Reference, RunFolder, logged, read_metrics, reference_of
 from gpt2_core.runs.summary import model_table
 from gpt2_core.runs.trackers import Tracker, open_tracker
 from gpt2_core.spikes import DEVIATIONS, LEAST, SMALLEST_DEVIATION, WINDOW
@@ -73,8 +73,8 @@ class Outcome(NamedTuple):
 class RunLog:
     """Logs a run from `start_step` on. With `enabled=False` (all processes but the first) it writes nothing.
 
-    `logged` are the losses that the run has logged before; None: those in metrics.jsonl. All processes must have the
-    same, to agree on whether the target loss is reached.
+    `before` is what the run has logged before; None: what metrics.jsonl holds. All processes must have the same, to
+    agree on whether the target loss is reached, and which loss is the best.
     `peak_flops` is that of all devices together; with None no MFU is logged.
     """
 
@@ -86,7 +86,7 @@ class RunLog:
         start_step: int,
         peak_flops: float | None = None,
         enabled: bool = True,
-        logged: Sequence[float] | None = None,
+        before: Logged | None = None,
     ) -> None:
         self._folder, self._config, self._peak_flops, self._enabled = folder, config, peak_flops, enabled
         self._console = Console(markup=False, quiet=not enabled, highlight=False, soft_wrap=True)
@@ -94,7 +94,8 @@ class RunLog:
         self._last_step, self._last_time = start_step - 1, time.perf_counter()
         self._last_drawn = self._last_time
         self._val_loss: float | None = None
-        self._logged = logged
+        self._before = before
+        self._best, self._best_after = math.inf, -1
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._window: deque[float] = deque(maxlen=WINDOW)
         self._skipped = self._skipped_in_a_row = 0
@@ -112,9 +113,9 @@ class RunLog:
         self._task = self._progress.add_task("", total=config.steps, completed=start_step, status="")
 
     def __enter__(self) -> "RunLog":
-        logged = last_losses(self._folder.metrics) if self._logged is None else self._logged
-        self._recent.extend(logged)
-        self._window.extend(logged)
+        losses, self._best = self._before or logged(self._folder.metrics)
+        self._recent.extend(losses)
+        self._window.extend(losses)
         if self._enabled:
             self._tracker = open_tracker(self._folder.path, self._config)
             self._file = self._folder.metrics.open("ab", buffering=0)
@@ -153,13 +154,15 @@ class RunLog:
         seconds = (now - self._last_time) / steps
         self._last_step, self._last_time = step, now
         tokens_per_second = self._config.tokens_per_step / seconds
-        flops = tokens_per_second * self._config.model.training_flops_per_token
+        flops = tokens_per_second * self._config.training_flops_per_token
         mfu = flops / self._peak_flops if self._peak_flops else None
         if not outcome.is_finite:
             return
         spike = self._spike(step, loss)
         self._recent.append(loss)
         self._window.append(loss)
+        if not self._config.data.validation_fraction:
+            self._rank(step + 1, statistics.fmean(self._recent))
         skipped = {"skipped": self._skipped} if self._skipped else {}
         skipped |= {} if outcome.is_update else {"left_out": True}
         self._write(
@@ -177,7 +180,7 @@ class RunLog:
             }
         )
         words = f"loss {loss:.4f}  lr {learning_rate:.2e}  norm {grad_norm:.2f}  {tokens_per_second:,.0f} tok/s"
-        words += f"  mfu {mfu:.1%}" if mfu else ""
+        words += f"  dt {1000 * seconds:.1f} ms" + (f"  mfu {mfu:.1%}" if mfu else "")
         if self._progress.disable:
             self.say(f"step {step:>6}  {words}")
         else:
@@ -220,6 +223,20 @@ class RunLog:
                     step,
                 )
 
+    def _rank(self, updates: int, loss: float) -> None:
+        if loss < self._best:
+            self._best, self._best_after = loss, updates
+
+    def is_best(self, updates: int) -> bool:
+        """Whether the loss by which the checkpoint after so many updates is ranked is the lowest so far."""
+        return self._best_after == updates
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The newest losses, as a checkpoint's metadata names them: of training the mean of the last ten logged."""
+        training = {"training_loss": statistics.fmean(self._recent)} if self._recent else {}
+        return training | ({} if self._val_loss is None else {"validation_loss": self._val_loss})
+
     @property
     def reached_target(self) -> bool:
         """Whether the mean of the last ten logged training losses is at or below the target loss."""
@@ -234,6 +251,7 @@ class RunLog:
         if not math.isfinite(loss):
             raise RunError(f"the validation loss of step {step} is {loss}: {self._advice()}")
         self._val_loss = loss
+        self._rank(step, loss)
         figures = dict(figures or {})
         self._write({"step": step, "split": "val", "loss": loss} | figures)
         words = "".join(f"  {name} {value:.4f}" for name, value in figures.items())
@@ -300,7 +318,7 @@ class RunLog:
 
     def _draw_curves(self) -> None:
         with self.going_on(self._folder.curves):
-            draw_curves(read_metrics(self._folder.metrics), self._folder.curves, self._config.reference_curve)
+            draw_curves(read_metrics(self._folder.metrics), self._folder.curves, reference_of(self._config))
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._enabled:
@@ -331,7 +349,7 @@ class RunLog:
             self._tracker = None
 
 
-def draw_curves(rows: list[dict[str, Any]], path: Path, reference: dict[int, float] | None = None) -> None:
+def draw_curves(rows: list[dict[str, Any]], path: Path, reference: Reference | None = None) -> None:
     """Loss, learning rate, gradient norm and throughput over the steps, as a PNG; `reference` is another run's loss."""
     from matplotlib.figure import Figure
 
@@ -355,7 +373,9 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, reference: dict[int, flo
             label="validation",
         )
     if reference:
-        axes[0].plot(*zip(*sorted(reference.items()), strict=True), "k--", marker="x", linewidth=1, label="published")
+        # Crosses on the few points of a published run; a run of one's own has many.
+        points, mark = sorted(reference.losses.items()), "x" if len(reference.losses) <= 50 else None
+        axes[0].plot(*zip(*points, strict=True), "k--", marker=mark, linewidth=1, label=reference.name)
     axes[0].legend(frameon=False)
     panels = [("learning rate", "lr"), ("gradient norm", "grad_norm"), ("tokens per second", "tokens_per_second")]
     for axis, (title, key) in zip(axes[1:4], panels, strict=True):

@@ -44,7 +44,7 @@ def model_table(config: TrainConfig) -> Table:
         table.add_row(_MODULES[module] + layers, f"{count:,}", f"{count / model.parameter_count:.1%}")
     if model.tie_embeddings:
         table.add_row("head (the token embeddings' weight)", "0", "")
-    flops = model.training_flops_per_token
+    flops = config.training_flops_per_token
     table.caption = (
         f"{_in_units(training_bytes(config), 'B')} of parameters, gradients and moments; {_in_units(flops, 'FLOP')} a "
         f"token, {_in_units(flops * config.tokens_per_step, 'FLOP')} a step of {config.tokens_per_step:,} tokens"

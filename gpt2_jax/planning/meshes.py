@@ -102,13 +102,13 @@ def memory(config: TrainConfig, mesh: dict[str, int], device_batch: int, accumul
     positions = math.prod(model.parameter_shapes.get("wpe.weight", (0,)))  # which tensor doesn't split
     whole = 4 * ((_parameters(model) - positions) / tensor + positions)
     state = whole / mesh["fsdp"]
-    tokens, layers = device_batch * model.block_size, model.n_layer
+    tokens, layers = device_batch * config.tokens_per_sequence, model.n_layer
     # float32: the residual stream. bfloat16: both norms' outputs, q, k, v and the attention's output, which tensor
     # splits by heads; the MLP's values before and after its activation function. float32: a sum for each head.
     branches = 6 if model.mlp == "swiglu" else 4
     of_layer = 12 * model.n_embd + (8 * model.n_embd + branches * model.mlp_size + 4 * model.n_head) / tensor
     of_tokens = tokens * 16 * model.n_embd  # embeddings, the last norm, and the gradient that the head gives
-    logits = _logits(model, device_batch) / tensor
+    logits = _logits(config, device_batch) / tensor
     activations = tokens * of_layer * layers + of_tokens
     if config.remat:
         # The residual stream alone; the last block is computed again in the place of the logits.
@@ -125,11 +125,11 @@ def memory(config: TrainConfig, mesh: dict[str, int], device_batch: int, accumul
     return Memory(*map(round, (state, 2 * state, gradients, weights, activations, logits)))
 
 
-def _logits(model: ModelConfig, device_batch: int) -> float:
+def _logits(config: TrainConfig, device_batch: int) -> float:
     """Of a chunk: logits in float32, their gradient in bfloat16, and the head's gradient in float32."""
-    rows = _rows(model)
-    chunk = min(device_batch * model.block_size, device_batch * max(1, CHUNK_BYTES // (4 * rows * device_batch)))
-    return chunk * rows * 6 + 4 * rows * model.n_embd
+    rows, width = _rows(config.model), config.model.n_embd
+    chunk = device_batch * min(config.tokens_per_sequence, max(1, CHUNK_BYTES // (4 * rows * device_batch)))
+    return chunk * rows * 6 + 4 * rows * width
 
 
 def _rows(model: ModelConfig) -> int:
@@ -157,7 +157,7 @@ def step_flops(config: TrainConfig) -> tuple[float, float]:
     again = blocks - model.n_layer * model.mlp_size * model.n_embd if config.remat else 0
     products = (6 * (blocks + _rows(model) * model.n_embd) + 2 * again) * tokens
     halves = 9 if config.remat else 7
-    return products, halves * model.n_layer * model.block_size * model.n_embd * tokens
+    return products, halves * model.n_layer * config.tokens_per_sequence * model.n_embd * tokens
 
 
 def exchanges(
@@ -174,7 +174,7 @@ def exchanges(
     if data > 1:
         yield _collective("data", "gradients all-reduced", width * count / fsdp, data, fsdp * tensor, 2, cluster)
     if tensor > 1:
-        tokens = device_batch * accumulation * model.block_size
+        tokens = device_batch * accumulation * config.tokens_per_sequence
         # bfloat16, after attention and after the MLP, forward and backward.
         summed = 4 * model.n_layer * tokens * model.n_embd * 2
         yield _collective("tensor", "activations all-reduced", summed, tensor, 1, 2, cluster)

@@ -51,13 +51,13 @@ class Outcome:
     samples: dict[int, bytes]
 
 
-def windows(shards: tuple[np.ndarray, ...], block_size: int) -> list[np.ndarray]:
+def windows(shards: tuple[np.ndarray, ...], length: int) -> list[np.ndarray]:
     """Every window of T + 1 tokens, in order: each begins with the last token of the one before, none leaves its
     shard."""
     return [
-        shard[start : start + block_size + 1].astype(np.int64)
+        shard[start : start + length + 1].astype(np.int64)
         for shard in shards
-        for start in range(0, len(shard) - block_size, block_size)
+        for start in range(0, len(shard) - length, length)
     ]
 
 
@@ -66,12 +66,12 @@ def run(config: TrainConfig, weights: Weights, text: Text) -> Outcome:
     where PyTorch's trainer would compute."""
     model = build(weights.astype(np.float64)).to(config.device)
     optimizer = _adamw(model, config)
-    block_size, validates = config.model.block_size, config.data.validation_fraction > 0
+    length, validates = config.sequence_length or config.model.block_size, config.data.validation_fraction > 0
     steps = config.steps
     if config.epochs is not None:
-        steps = math.ceil(config.epochs * len(windows(text.train, block_size)) / config.batch_size)
+        steps = math.ceil(config.epochs * len(windows(text.train, length)) / config.batch_size)
     batches = training_batches(text, config, config.seed)
-    rows, states, samples = [], {}, {}
+    rows, states, samples, ranks = [], {}, {}, []
 
     def evaluate_after(updates: int) -> None:
         if validates:
@@ -91,6 +91,12 @@ def run(config: TrainConfig, weights: Weights, text: Text) -> Outcome:
         saves = over or updates % config.checkpoint_interval == 0
         if saves or updates % config.eval_interval == 0:
             evaluate_after(updates)
+        newest = rows[-1]["split"], rows[-1]["step"]
+        if newest == (("val", updates) if validates else ("train", step)):
+            ranks.append(rows[-1]["loss"] if validates else np.mean(_training_losses(rows)[-_RECENT:]))
+            since = updates - max(states, default=0)
+            is_best = ranks[-1] == min(ranks) and ranks.index(ranks[-1]) == len(ranks) - 1
+            saves |= is_best and 0 < config.best_checkpoint_interval <= since
         if config.sample_interval and updates % config.sample_interval == 0:
             samples[updates] = _sample(model, config, updates)
         if saves:
@@ -113,17 +119,18 @@ def kept_and_best(rows: list[dict], saved: list[int], config: TrainConfig) -> tu
 def training_batches(text: Text, config: TrainConfig, seed: int, process: int = 0, processes: int = 1):
     return TrainingBatches(
         (Source(text.train, ("",) * len(text.train)),),
-        block_size=config.model.block_size,
+        sequence_length=config.sequence_length or config.model.block_size,
         batch_size=config.batch_size,
         seed=seed,
+        order=config.data.order,
         rows=range(process, config.batch_size, processes),
     )
 
 
 def wrong_batches(text: Text, config: TrainConfig) -> tuple[int, list[str]]:
     """The sequences looked at, and what is wrong with them: all of two epochs, and one step more."""
-    due = collections.Counter(w.tobytes() for w in windows(text.train, config.model.block_size))
-    size = due.total()
+    in_order = [w.tobytes() for w in windows(text.train, config.sequence_length or config.model.block_size)]
+    due, size = collections.Counter(in_order), len(in_order)
     steps = math.ceil(2 * size / config.batch_size) + 1
 
     def stream(seed: int) -> list[bytes]:
@@ -136,10 +143,13 @@ def wrong_batches(text: Text, config: TrainConfig) -> tuple[int, list[str]]:
         repeated, missing = collections.Counter(epoch) - due, due - collections.Counter(epoch)
         if repeated or missing:
             wrong.append(f"epoch {number}: {repeated.total()} sequences too many, {missing.total()} windows left out")
-    if list(due.elements()) in epochs or epochs[0] == epochs[1]:
-        wrong.append("an epoch in the order of the text, or two in one order")
-    if found == stream(config.seed + 1):
-        wrong.append("two seeds give one order")
+    if config.data.order == "sequential":
+        wrong += ["an epoch isn't in the order of the text"] if epochs != [in_order, in_order] else []
+    else:
+        if in_order in epochs or epochs[0] == epochs[1]:
+            wrong.append("an epoch in the order of the text, or two in one order")
+        if found == stream(config.seed + 1):
+            wrong.append("two seeds give one order")
     whole = training_batches(text, config, config.seed)
     halves = [training_batches(text, config, config.seed, process, 2) for process in range(2)]
     for step in range(steps):
@@ -175,7 +185,7 @@ def validation_batch(config: TrainConfig, text: Text) -> Batch:
 
 
 def _validation_windows(config: TrainConfig, text: Text) -> np.ndarray:
-    every = windows((text.val,), config.model.block_size)
+    every = windows((text.val,), config.sequence_length or config.model.block_size)
     count = min(config.eval_sequences, len(every))
     return np.stack([every[number * len(every) // count] for number in range(count)])
 

@@ -104,9 +104,9 @@ def wrong_tokens(rows: list[dict], config: TrainConfig) -> tuple[float, float, s
     for row in rows:
         if row["split"] == "train":
             rate, seconds = row["tokens_per_second"], row["step_seconds"]
-            tokens = config.batch_size * config.model.block_size
+            tokens = config.batch_size * (config.sequence_length or config.model.block_size)
             shares.append(abs(rate * seconds - tokens) / (0.051 * seconds + 0.51e-6 * rate))
-    return max(shares), 1.0, f"{config.batch_size} x {config.model.block_size}"
+    return max(shares), 1.0, f"{config.batch_size} x {config.sequence_length or config.model.block_size}"
 
 
 def _in_words(row: dict) -> str:

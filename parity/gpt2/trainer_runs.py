@@ -101,9 +101,9 @@ def run(
     """Train without a word; whether what `by` does as the batch of `interrupt_at` is logged ended it."""
     log, pressed = gpt2_core.runs.log.RunLog.train, False
 
-    def logging(self, step: int, **figures: float) -> None:
+    def logging(self, step: int, outcome: gpt2_core.runs.log.Outcome, *, learning_rate: float) -> None:
         nonlocal pressed
-        log(self, step, **figures)
+        log(self, step, outcome, learning_rate=learning_rate)
         if step == interrupt_at:
             pressed = True
             by()

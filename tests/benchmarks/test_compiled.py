@@ -60,7 +60,7 @@ def test_groups_that_changed_are_found_by_what_they_compute():
 def test_the_mfu_that_a_floor_allows_is_that_of_all_devices():
     found = account(program(1).replace("is_scheduled=true", "num_partitions=8"), H200)
     config = TrainConfig(model=GPT2, batch_size=8, precision="bfloat16")
-    flops = 8 * BLOCK * GPT2.training_flops_per_token
+    flops = 8 * BLOCK * GPT2.training_flops_per_token(BLOCK)
     at_most = compiled.mfu_at_most(found, config, H200)
     assert at_most == pytest.approx(flops / (8 * 989.4e12 * found.floor_ms / 1e3))
 

@@ -31,7 +31,7 @@ def test_padding_the_vocabulary_to_50304_adds_47_rows():
 
 def test_training_flops_are_six_a_parameter_and_the_attention_square():
     # PaLM's formula worked by hand for gpt2: 6 (124,439,808 - 1024 x 768) + 12 x 12 x 1024 x 768.
-    assert ModelConfig().training_flops_per_token == 855_166_464 - 6 * 1024 * 768 - 108_527_616 + 113_246_208
+    assert ModelConfig().training_flops_per_token(1024) == 855_166_464 - 6 * 1024 * 768 - 108_527_616 + 113_246_208
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_swiglus_default_width_keeps_the_parameters_of_a_gelu_mlp():
 
 def test_an_embedding_that_is_only_looked_up_costs_no_flops():
     tied, untied = ModelConfig(), ModelConfig(tie_embeddings=False)
-    assert tied.training_flops_per_token == untied.training_flops_per_token
+    assert tied.training_flops_per_token(64) == untied.training_flops_per_token(64)
     rope = ModelConfig(position="rope")
-    assert rope.training_flops_per_token == tied.training_flops_per_token
+    assert rope.training_flops_per_token(64) == tied.training_flops_per_token(64)
 
 
 def test_rope_needs_an_even_head():
@@ -118,7 +118,7 @@ def test_accumulation_is_the_least_that_fits_the_devices(batch, fits, devices, p
 
 def test_a_batch_is_counted_in_tokens_too():
     assert TrainConfig(batch_tokens=524_288).batch_size == 512
-    with pytest.raises(UserError, match="--batch_tokens 5000: not a multiple of model.block_size 1024; use 5120"):
+    with pytest.raises(UserError, match="--batch_tokens 5000: not a multiple of the sequence length 1024; use 5120"):
         TrainConfig(batch_tokens=5000)
     with pytest.raises(UserError, match="--batch_size 512: not divisible by the 3 devices that share it; use 510"):
         with_accumulation(TrainConfig(batch_size=512, device_batch_size=8), 3)
@@ -137,3 +137,13 @@ def test_divisors_are_found_without_trying_every_number(number):
     found = divisors(number)
     assert found == sorted(found) and all(number % n == 0 for n in found)
     assert found == [n for n in range(1, number + 1) if number % n == 0] if number < 100 else [1, number]
+
+
+def test_a_sequence_may_be_shorter_than_the_context_and_not_longer():
+    config = TrainConfig(sequence_length=256, batch_tokens=8192)
+    assert (config.tokens_per_sequence, config.batch_size, config.tokens_per_step) == (256, 32, 8192)
+    assert TrainConfig(model=ModelConfig(block_size=64)).tokens_per_sequence == 64
+    attention = 12 * 12 * 768
+    assert TrainConfig().training_flops_per_token - config.training_flops_per_token == attention * (1024 - 256)
+    with pytest.raises(UserError, match="--sequence_length 1025: the model has only 1024 positions"):
+        TrainConfig(sequence_length=1025)

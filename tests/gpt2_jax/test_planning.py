@@ -126,7 +126,7 @@ def test_the_arithmetic_is_that_of_the_model_without_what_the_causal_mask_leaves
     products, attention = step_flops(config)
     # PaLM's count has the whole square of attention, and no second computation of its scores.
     square = attention * 12 / 7
-    assert products + square == pytest.approx(config.tokens_per_step * config.model.training_flops_per_token, rel=0.01)
+    assert products + square == pytest.approx(config.tokens_per_step * config.training_flops_per_token, rel=0.01)
 
 
 def test_the_command_prints_and_writes_the_plan(tmp_path, capsys):
@@ -145,7 +145,7 @@ def test_the_command_prints_and_writes_the_plan(tmp_path, capsys):
         (["--devices", "8,x"], "--devices 8,x: expected numbers of devices"),
         (["--target", "h900"], "--target h900: no such GPU; use h200"),
         (["--mesh", "data=7"], "--mesh data=7: batch_size 512 is not divisible by data = 7; use 1, 2, 4"),
-        (["--batch_tokens", "1000"], "--batch_tokens 1000: not a multiple of model.block_size 1024"),
+        (["--batch_tokens", "1000"], "--batch_tokens 1000: not a multiple of the sequence length 1024"),
         (["--model.n_layer=200", "--model.n_embd=12288", "--mesh", "8"], "not even one sequence fits"),
         (["--model.position", "alibi"], "planned for cuDNN's attention"),
     ],

@@ -197,7 +197,7 @@ def _windows(case: Case, folder: Path) -> Result:
     for lengths in itertools.product((_BLOCK, 2 * _BLOCK, 3 * _BLOCK + 1, 3 * _BLOCK + 5), repeat=2):
         shards = tuple(np.split(case.tokens[: sum(lengths) + 5], np.cumsum(lengths)))
         due = collections.Counter(w.tobytes() for w in plain_loop.windows(shards, _BLOCK))
-        batches = TrainingBatches(_split(shards), block_size=_BLOCK, batch_size=1, seed=case.seed)
+        batches = TrainingBatches(_split(shards), sequence_length=_BLOCK, batch_size=1, seed=case.seed)
         found = [batches[step] for step in range(due.total())]
         rows = [np.append(b.inputs[0], b.targets[0, -1:]).astype(np.int64).tobytes() for b in found]
         if collections.Counter(rows) != due:
@@ -210,20 +210,20 @@ def _mixture(case: Case, folder: Path) -> Result:
     wrong, weights = [], (3.0, 1.0)
     tokens = [np.full(100 * _BLOCK + 1, number, np.uint16) for number in range(2)]
     split = tuple(Source((ids,), ("",), weight) for ids, weight in zip(tokens, weights, strict=True))
-    batches = TrainingBatches(split, block_size=_BLOCK, batch_size=8, seed=case.seed)
+    batches = TrainingBatches(split, sequence_length=_BLOCK, batch_size=8, seed=case.seed)
     for step in range(25):
         if (share := batches[step].inputs[:, 0].mean()) != 0.25:
             wrong.append(f"batch {step}: a share of {share} from the source of weight 1, where 0.25 is due")
     rows = [
         row[0]
-        for batch in evaluation_batches(split, block_size=_BLOCK, batch_size=5, sequences=12)
+        for batch in evaluation_batches(split, sequence_length=_BLOCK, batch_size=5, sequences=12)
         for row, targets in zip(batch.inputs, batch.targets, strict=True)
         if (targets != IGNORE_INDEX).all()
     ]
     # Sources of one length, and windows that say which they are: two orders of the same numbers, and whole epochs.
     numbered = np.repeat(np.arange(101, dtype=np.uint16), _BLOCK)[: 100 * _BLOCK + 1]
     split_alike = tuple(Source((numbered + 1000 * number,), ("",), 1.0) for number in range(2))
-    alike = TrainingBatches(split_alike, block_size=_BLOCK, batch_size=8, seed=case.seed)
+    alike = TrainingBatches(split_alike, sequence_length=_BLOCK, batch_size=8, seed=case.seed)
     read = np.concatenate([alike[step].inputs[:, 0] for step in range(25)])
     orders = [read[read < 1000], read[read >= 1000] - 1000]
     if any(sorted(order) != list(range(100)) for order in orders):

@@ -56,7 +56,7 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
     plain = dataclasses.replace(case.weights.config, dropout=0.0, **shape)
     weights = random_weights(plain)
     steps = case.at(5, 20)
-    stream = TrainingBatches(case.tokens, block_size=plain.block_size, batch_size=8, seed=case.seed)
+    stream = TrainingBatches(case.tokens, sequence_length=plain.block_size, batch_size=8, seed=case.seed)
     batches = [stream[step] for step in range(steps)]
     ours, theirs = candidate.make(weights), reference.make(weights)
 

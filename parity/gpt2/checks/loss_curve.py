@@ -29,7 +29,7 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
         yield skipped
         return
     steps = case.steps or case.at(40, 200, 1000)
-    stream = TrainingBatches(case.tokens, block_size=case.weights.config.block_size, batch_size=4, seed=case.seed)
+    stream = TrainingBatches(case.tokens, sequence_length=case.weights.config.block_size, batch_size=4, seed=case.seed)
     batches = [stream[step] for step in range(steps)]
     # Clip at half of the first gradient's norm, whatever these weights' gradients are like.
     first = reference.train(_config(case, steps, 1.0), batches[:1]).grad_norms[0]

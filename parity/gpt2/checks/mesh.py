@@ -41,7 +41,7 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
         return
     steps, limit = case.at(4, 10), limits.CURVE
     model = case.weights.config
-    stream = TrainingBatches(case.tokens, block_size=model.block_size, batch_size=8, seed=case.seed)
+    stream = TrainingBatches(case.tokens, sequence_length=model.block_size, batch_size=8, seed=case.seed)
     batches = [stream[step] for step in range(steps)]
     plainly = _config(case, steps, {})
     b = reference.train(plainly, batches)

@@ -44,9 +44,8 @@ from parity.gpt2.trainer_runs import INTERRUPTED_AT, MODEL, Setting, named, run,
 def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
     with tempfile.TemporaryDirectory() as folder:
         setting = setting_of(case, Path(folder), reference.device)
-        seen, wrong = plain_loop.wrong_batches(setting.text, setting.config)
-        where = "; ".join(wrong) or "every window once an epoch, targets the inputs that follow"
-        yield Result("trainer", f"batches: {seen} sequences", float(len(wrong)), limits.NONE, where)
+        yield _batches("batches", setting, setting.config)
+        yield _batches("shorter batches in the order of the text", setting, _in_order(setting.config))
         yield _best_checkpoints(setting)
         due, trained = setting.due(setting.config), []
         # The reference first, which has nothing to compile: what is wrong there, or in both, shows after a second.
@@ -92,6 +91,18 @@ def _interrupted(
     resumed = dataclasses.replace(resumed, run_dir=config.run_dir, resume=NEWEST)
     run(trainer, resumed)
     yield from compare(title, trainer, resumed, due)
+
+
+def _batches(title: str, setting: Setting, config: TrainConfig) -> Result:
+    seen, wrong = plain_loop.wrong_batches(setting.text, config)
+    where = "; ".join(wrong) or "every window once an epoch, targets the inputs that follow"
+    return Result("trainer", f"{title}: {seen} sequences", float(len(wrong)), limits.NONE, where)
+
+
+def _in_order(config: TrainConfig) -> TrainConfig:
+    """Sequences shorter than the model's context, in the order of the text."""
+    data = dataclasses.replace(config.data, order="sequential")
+    return dataclasses.replace(config, data=data, sequence_length=config.model.block_size - 5)
 
 
 def _best_checkpoints(setting: Setting) -> Result:
@@ -231,9 +242,11 @@ def _in_bfloat16(adapter: Adapter, setting: Setting) -> Iterator[Result]:
 
 
 def _without_validation(trainers: list[Trainer], setting: Setting) -> Iterator[Result]:
-    """The training losses choose the best checkpoint; so many epochs are rounded up to a whole step."""
+    """The training losses choose the best checkpoint; so many epochs are rounded up to a whole step. Sequences are
+    shorter than the context, and in the order of the text."""
     data = dataclasses.replace(setting.config.data, validation_fraction=0.0)
-    config = dataclasses.replace(setting.config, data=data, epochs=1.2, checkpoint_interval=2, log_interval=1)
+    config = dataclasses.replace(setting.config, data=data, epochs=1.2, checkpoint_interval=4, log_interval=1)
+    config = dataclasses.replace(_in_order(config), best_checkpoint_interval=2, keep_checkpoints=9)
     due = setting.due(config)
     for trainer in trainers:
         yield from _uninterrupted(f"{trainer.name}, without validation", setting, due, trainer, config)

@@ -11,7 +11,7 @@ TOKENS = np.arange(31 * T + 3, dtype=np.uint16)  # 31 windows, and a rest that f
 
 
 def batches(tokens=TOKENS, **overrides):
-    return TrainingBatches(tokens, **{"block_size": T, "batch_size": B, "seed": 7} | overrides)
+    return TrainingBatches(tokens, **{"sequence_length": T, "batch_size": B, "seed": 7} | overrides)
 
 
 def starts(batch):
@@ -29,6 +29,13 @@ def test_every_window_comes_once_an_epoch_in_an_order_of_its_own():
     epochs = [stream[e * 31 : (e + 1) * 31] for e in range(12)]
     assert all(sorted(epoch) == [i * T for i in range(31)] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 12
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, (Source((TOKENS[: 10 * T + 2], TOKENS[10 * T :]), ("a", "b")),)])
+def test_in_the_order_of_the_text_each_window_follows_the_one_before(tokens):
+    stream = [start for step in range(31) for start in starts(batches(tokens, order="sequential")[step])]
+    assert stream == [i * T for i in range(31)] * B
+    assert starts(batches(tokens, order="sequential", seed=8)[3]) == starts(batches(tokens, order="sequential")[3])
 
 
 def test_a_batch_is_a_function_of_seed_and_step_alone():
@@ -93,21 +100,21 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place(dtype, id):
 
 
 def test_evaluation_reads_windows_from_all_over_in_order_and_ignores_the_filling():
-    found = list(evaluation_batches(TOKENS, block_size=T, batch_size=4, sequences=10))
+    found = list(evaluation_batches(TOKENS, sequence_length=T, batch_size=4, sequences=10))
     assert [b.inputs.shape for b in found] == [(4, T)] * 3
     inputs, targets = (np.concatenate(parts) for parts in zip(*found, strict=True))
     windows = [start // T for start in inputs[:10, 0].tolist()]
     assert windows == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]
     assert (targets[:10] == inputs[:10] + 1).all()
     assert (targets[10:] == IGNORE_INDEX).all()
-    everything = list(evaluation_batches(TOKENS, block_size=T, batch_size=4, sequences=99))
+    everything = list(evaluation_batches(TOKENS, sequence_length=T, batch_size=4, sequences=99))
     targets = np.concatenate([b.targets for b in everything])
     assert targets[targets != IGNORE_INDEX].tolist() == list(range(1, 31 * T + 1))
 
 
 def test_evaluation_takes_each_sources_share_of_a_mixture():
     mixture = (two_shards(), Source((TOKENS + 5000,), ("",), weight=3.0))
-    found = list(evaluation_batches(mixture, block_size=T, batch_size=4, sequences=20))
+    found = list(evaluation_batches(mixture, sequence_length=T, batch_size=4, sequences=20))
     first = np.concatenate([b.inputs[:, 0] for b in found])
     assert [len([i for i in first if (i < 5000) == small]) for small in (True, False)] == [5, 15]
     assert max(i for i in first if i < 5000) > 1000 and max(first) > 5000 + 25 * T

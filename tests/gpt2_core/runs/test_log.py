@@ -3,8 +3,8 @@ import time
 import pytest
 from matplotlib.figure import Figure
 
-from gpt2_core.config import OptimizerConfig
-from gpt2_core.errors import DivergedError, RunError
+from gpt2_core.config import DataConfig, OptimizerConfig
+from gpt2_core.errors import DivergedError, RunError, UserError
 from gpt2_core.runs.folder import RunFolder, plan_run, read_metrics
 from gpt2_core.runs.log import Outcome, RunLog, draw_curves, peak_flops
 
@@ -68,7 +68,7 @@ def test_throughput_counts_steps_since_the_last_row_and_no_evaluation(make_confi
     (row,) = read_metrics(folder.metrics)
     assert row["step_seconds"] == pytest.approx(0.2 / 4, rel=0.3)
     assert row["tokens_per_second"] == pytest.approx(config.tokens_per_step / row["step_seconds"], rel=1e-3)
-    flops = row["tokens_per_second"] * config.model.training_flops_per_token
+    flops = row["tokens_per_second"] * config.training_flops_per_token
     assert row["mfu"] == pytest.approx(flops / 1e9, abs=1e-4)
 
 
@@ -137,6 +137,49 @@ def test_a_spike_of_the_loss_is_named_marked_and_seen_after_a_resume_too(make_co
     logged({40: 2.2}, 40)
     assert "warning: step 40 has loss 2.2000, 23" in capsys.readouterr().out
     assert [row["step"] for row in read_metrics(folder.metrics) if "spike" in row] == [40]
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_the_best_loss_is_known_after_a_resume_too_and_of_validation_where_there_is_one(
+    make_config, folder, text_file, validates
+):
+    data = DataConfig("text", str(text_file), validation_fraction=0.1 if validates else 0.0)
+    config = make_config(data=data)
+    with RunLog(folder, config, start_step=0) as log:
+        assert log.figures == {} and not log.is_best(1)
+        log.train(0, Outcome(4.0, 1.0), learning_rate=1e-4)
+        log.train(1, Outcome(3.0, 1.0), learning_rate=1e-4)
+        assert log.is_best(2) != validates and not log.is_best(1)
+        if validates:
+            log.evaluation(2, 3.6)
+            assert log.is_best(2)
+        assert log.figures == {"training_loss": 3.5} | ({"validation_loss": 3.6} if validates else {})
+    with RunLog(folder, config, start_step=2) as log:
+        log.train(2, Outcome(3.8, 1.0), learning_rate=1e-4)  # the mean of all three is 3.6
+        assert not log.is_best(3)
+        log.train(3, Outcome(1.0, 1.0), learning_rate=1e-4)
+        if validates:
+            log.evaluation(4, 3.61)
+        assert log.is_best(4) != validates
+
+
+def test_another_runs_curve_is_drawn_and_one_that_is_not_there_is_refused(make_config, folder, monkeypatch, tmp_path):
+    import matplotlib.figure
+
+    with RunLog(folder, make_config(), start_step=0) as log:
+        log.train(0, Outcome(11.0, 2.0), learning_rate=1e-4)
+        log.evaluation(1, 10.5)
+    drawn = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *a, **k: drawn.append(figure))
+    other = make_config("other", reference_curve=str(folder.path))
+    plan = plan_run(other, framework="jax", data_digest="d")
+    plan.begin()
+    with RunLog(plan.folder, other, start_step=0) as log:
+        log.train(0, Outcome(9.0, 2.0), learning_rate=1e-4)
+    curves = {line.get_label(): line.get_xydata().tolist() for line in drawn[-1].axes[0].get_lines()}
+    assert curves == {"training": [[0.0, 9.0]], str(folder.path): [[0.0, 11.0]]}
+    with pytest.raises(UserError, match="--reference_curve .*nothing: not the folder of a run that has logged a step"):
+        plan_run(make_config("third", reference_curve=str(tmp_path / "nothing")), framework="jax", data_digest="d")
 
 
 def test_a_published_curve_is_drawn_beside_the_runs_own(make_config, folder, monkeypatch):

@@ -38,7 +38,7 @@ def trained(weights: Weights, steps: int) -> Weights:
         **{"steps": steps, "batch_size": 8, "precision": "float32", "mesh": 1},
     )
     tokens = real_text(weights, 40_000)
-    stream = TrainingBatches(tokens, block_size=weights.config.block_size, batch_size=8, seed=steps)
+    stream = TrainingBatches(tokens, sequence_length=weights.config.block_size, batch_size=8, seed=steps)
     params = TorchAdapter(weights, "float32").train(config, [stream[step] for step in range(steps)]).params
     return dataclasses.replace(weights, arrays={name: array.astype(np.float32) for name, array in params.items()})
 
