@@ -4,6 +4,7 @@ from gpt2_core.cli import Parser
 
 
 def main(arguments: list[str], command: str = "gpt2 train") -> None:
+    from gpt2_convert import describe, read_initial_weights
     from gpt2_core.cli import parse_train_config
     from gpt2_core.memory import keep_freed_memory
     from gpt2_jax.launch import Launch, check_devices, find_place
@@ -21,6 +22,7 @@ def main(arguments: list[str], command: str = "gpt2 train") -> None:
         },
         check=check_option,
         launch=Launch,
+        describe_weights=describe,
     )
     place = find_place(launch)
     if place is not None:
@@ -32,7 +34,6 @@ def main(arguments: list[str], command: str = "gpt2 train") -> None:
     with joined(place) as processes:
         configure(config.precision, config.mesh, processes.count, deterministic=config.deterministic)
 
-        from gpt2_convert import read_initial_weights
         from gpt2_jax.train import train
 
         train(config, read_initial_weights, processes)

@@ -4,6 +4,7 @@ from gpt2_core.cli import Parser, parse_train_config, train_parser
 
 
 def main(arguments: list[str], command: str = "gpt2 train-torch") -> None:
+    from gpt2_convert import describe, read_initial_weights
     from gpt2_core.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -15,8 +16,8 @@ def main(arguments: list[str], command: str = "gpt2 train-torch") -> None:
         elsewhere=dict.fromkeys(
             ("mesh", "attention", "norm_kernel", "scan_layers", "remat", "gradient_exchange"), only_in_jax
         ),
+        describe_weights=describe,
     )
-    from gpt2_convert import read_initial_weights
     from gpt2_torch.train import train
 
     train(config, read_initial_weights)

@@ -10,14 +10,23 @@ from gpt2_convert import hub
 from gpt2_convert.format import Format, Holds
 from gpt2_convert.registry import FORMATS, described, detect
 from gpt2_convert.source import Source
-from gpt2_core.config import TrainConfig
+from gpt2_core.config import ModelConfig, TrainConfig
 from gpt2_core.config.io import differences
 from gpt2_core.errors import UserError
 from gpt2_core.files import publish
 from gpt2_core.runs.folder import RunFolder, metadata_path
 from gpt2_core.weights import Weights
 
-__all__ = ["FORMATS", "Holds", "described", "open_weights", "read_initial_weights", "read_weights", "write_weights"]
+__all__ = [
+    "FORMATS",
+    "Holds",
+    "describe",
+    "described",
+    "open_weights",
+    "read_initial_weights",
+    "read_weights",
+    "write_weights",
+]
 
 
 def open_weights(
@@ -52,6 +61,12 @@ def read_weights(source: str | Path, checkpoint: str = "latest") -> Weights:
     for note in weights.notes:
         print(f"note: {note}", file=sys.stderr)
     return weights.in_memory()
+
+
+def describe(source: str | Path) -> tuple[ModelConfig, str | None]:
+    """Architecture of the weights at a path or of a model on the Hub, and their tokenizer where it is recorded."""
+    weights = open_weights(source)
+    return weights.config, weights.tokenizer
 
 
 def read_initial_weights(config: TrainConfig) -> Weights | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from gpt2_core.config import GROUPS, NEWEST, PRESETS, TrainConfig, recipes
+from gpt2_core.config import GROUPS, NEWEST, PRESETS, ModelConfig, TrainConfig, recipes
 from gpt2_core.config.checks import in_short
 from gpt2_core.config.io import to_yaml
 from gpt2_core.data.tokenizer import vocab_size
@@ -82,11 +82,13 @@ class Parser(ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             option = unknown[1].split("=")[0]
             if not option.startswith("-"):
-                return f"{option}: not expected here; see --help"
+                return f"{unknown[1]}: options begin with --{self._suggestion(option)}; see --help"
             return f"{option}: no such option{self._suggestion(option)}; see --help"
         if missing := re.search(r"arguments are required: (.+)", message):
             required = (f"{self._typed(n)} is required ({self._expected(n)})" for n in missing[1].split(", "))
             return f"{'; '.join(required)}; add what is missing, or see --help"
+        if file := re.match(r"Parser key \"(\w+)\":\s*Unable to load config '(.*?)'", message, re.S):
+            return f"--{file[1]} {file[2]}: {file[1]} is a group of settings{_INSTEAD_OF_A_GROUP.get(file[1], '')}"
         if bare := re.match(r"argument --(\S+): expected one argument", message):
             return f"--{bare[1]}: expected a value after it ({self._expected('--' + bare[1])}); see --help"
         wrong = re.search(r'Parser key "([^"]+)":\s*(?:.*?)Expected an? (.+?)\. Got value: (.*)', message, re.S)
@@ -121,7 +123,7 @@ class Parser(ArgumentParser):
             return f"; that is the default, which --{_TURNED_OFF_BY[name]} turns off"
         named = [last.get(name), *_CALLED_ELSEWHERE.get(name, ())]
         close = [one for one in named if one in known]
-        close = close or [last[one] for one in difflib.get_close_matches(name, last, n=1)]
+        close = close or [last[one] for one in difflib.get_close_matches(name, last, n=1, cutoff=0.7)]
         return f"; did you mean --{close[0]}?" if close else ""
 
 
@@ -137,7 +139,8 @@ _CALLED_ELSEWHERE = {
     "num_heads": ("model.n_head",),
     "d_model": ("model.n_embd",),
     "hidden_size": ("model.n_embd",),
-    "sequence_length": ("model.block_size",),
+    "seq_len": ("sequence_length",),
+    "max_seq_len": ("model.block_size",),
     "max_iters": ("steps",),
     "max_steps": ("steps",),
     "num_iterations": ("steps",),
@@ -159,6 +162,11 @@ _CALLED_ELSEWHERE = {
     "start": ("prompt",),
 }
 _TURNED_OFF_BY = {"do_sample": "greedy"}
+_INSTEAD_OF_A_GROUP = {
+    "data": "; for a text of your own give --data.corpus text --data.path FILE, for tokens --data.tokens FOLDER",
+    "model": "; give --preset gpt2-medium, or single ones like --model.n_layer 24",
+    "optimizer": ", of AdamW; give single ones like --optimizer.learning_rate 3e-4",
+}
 
 
 def _type_in_words(expected: str) -> str:
@@ -177,12 +185,14 @@ def parse_train_config(
     elsewhere: dict[str, str],
     check: Callable[[TrainConfig], None] = lambda config: None,
     launch: type | None = None,
+    describe_weights: Callable[[str], tuple[ModelConfig, str | None]] | None = None,
 ) -> Any:
     """The configuration that a trainer's command line asks for; with `launch`, a pair of it and one of these.
 
     `launch` is a dataclass of options that are no settings of a run. `elsewhere` maps the options that only the other
     trainer has to what to use here: a recipe may set them (both trainers read the same recipes), a command line may
-    not. `check` raises UserError for what this trainer can't do.
+    not. `check` raises UserError for what this trainer can't do. `describe_weights` gives architecture and tokenizer of
+    the weights that `--init_from` names, which then are the run's.
     """
     parser = train_parser(command, framework, launch)
     arguments, recipe, preset = _split_arguments(arguments)
@@ -198,6 +208,9 @@ def parse_train_config(
     recipe = resumed or recipes.find(recipes.DEFAULT if recipe is None else recipe)
     in_recipe = read_recipe(recipe)
     sizes = [f"--model.{name}={value}" for name, value in PRESETS[preset].items()] if preset else []
+    initial = _values(arguments).get("init_from", in_recipe.get("init_from")) if resumed is None else None
+    if initial is not None and describe_weights is not None:
+        sizes = [*_settings_of(initial, *describe_weights(initial), arguments), *sizes]
     # A recipe's mesh is JAX's, and PyTorch runs don't record it.
     unmeshed = ["--mesh=null"] if "mesh" in elsewhere else []
     namespace = parser.parse([f"--config={recipe}", *unmeshed, *sizes, *arguments])
@@ -205,7 +218,8 @@ def parse_train_config(
     config = parser.instantiate(namespace)
     launched = launch and launch(**{f.name: config[f.name] for f in dataclasses.fields(launch)})
     config = TrainConfig(**{f.name: config[f.name] for f in dataclasses.fields(TrainConfig)})
-    if "vocab_size" not in in_recipe.get("model", {}) and not any("model.vocab_size" in a for a in arguments):
+    is_given = initial is not None or "vocab_size" in in_recipe.get("model", {})
+    if not is_given and not any("model.vocab_size" in a for a in arguments):
         model = dataclasses.replace(config.model, vocab_size=vocab_size(config.data.tokenizer))
         config = dataclasses.replace(config, model=model)
     if config.run_dir is None:
@@ -229,6 +243,19 @@ _ALTERNATIVES = (
     ("data.corpus", "data.mixture"),
     ("data.tokens", "data.mixture"),
 )
+
+
+def _settings_of(source: str, model: ModelConfig, tokenizer: str | None, arguments: list[str]) -> list[str]:
+    """Options for the architecture and the tokenizer of the weights at `source`, all that isn't the training's own."""
+    asked = _values(arguments).get("data.tokenizer", tokenizer)
+    if tokenizer is not None and asked != tokenizer:
+        raise UserError(
+            f"--data.tokenizer {asked}: the weights of --init_from {source} were trained with {tokenizer}; leave the "
+            "option out, or start from other weights"
+        )
+    settings = {name: value for name, value in dataclasses.asdict(model).items() if name != "dropout"}
+    options = [f"--model.{name}={'null' if value is None else str(value).lower()}" for name, value in settings.items()]
+    return options if tokenizer is None else [*options, f"--data.tokenizer={tokenizer}"]
 
 
 def _overruled(arguments: list[str]) -> list[str]:

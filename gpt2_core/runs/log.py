@@ -139,6 +139,11 @@ class RunLog:
     def introduce(self, message: str, warnings: Sequence[str] = ()) -> None:
         """Print how the run computes, what a person should know of how it continues, and the table of its model."""
         self.say(message)
+        if self._first_step == 0 and self._config.init_from is None:
+            self.say(
+                f"the weights are random, of seed {self._config.seed}; PyTorch and JAX draw different ones from one "
+                "seed (to start both alike: train with --steps 0, and give both that run by --init_from)"
+            )
         for warning in (*warnings, *self._config_warnings()):
             self.say(f"warning: {warning}")
         self._console.print(model_table(self._config))

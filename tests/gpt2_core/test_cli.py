@@ -50,6 +50,49 @@ def test_the_vocabulary_is_the_tokenizers_unless_it_is_given(recipe):
     assert parse("--config", recipe, "--model.vocab_size", "50304").model.vocab_size == 50304
 
 
+def test_architecture_and_tokenizer_are_those_of_the_initial_weights(recipe, tmp_path):
+    theirs = ModelConfig(2, 2, 8, 64, 257, dropout=0.3, mlp="swiglu", mlp_width=24, bias=False, rope_theta=5e5)
+
+    def parse(*arguments: str, tokenizer: str | None = "bytes") -> TrainConfig:
+        described = {"weights": (theirs, tokenizer)}
+        return parse_train_config(
+            list(arguments), command="x", framework="JAX", elsewhere={}, describe_weights=described.__getitem__
+        )
+
+    start = ("--config", recipe, "--init_from", "weights")
+    config = parse(*start)
+    assert config.model == dataclasses.replace(theirs, dropout=0.0)  # dropout is the training's
+    assert config.data.tokenizer == "bytes" and config.batch_size == 16
+    assert parse(*start, tokenizer=None).data.tokenizer == "gpt2"
+    assert parse(*start, "--model.n_layer", "5", "--model.dropout", "0.1").model == dataclasses.replace(
+        theirs, n_layer=5, dropout=0.1
+    )
+    with pytest.raises(UserError, match="--data.tokenizer gpt2: the weights of --init_from weights were trained"):
+        parse(*start, "--data.tokenizer", "gpt2")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("init_from: gone\nmodel: {n_layer: 7}\n")
+    resumed = parse("--resume", "--run_dir", str(tmp_path / "run"))  # weights that a run began with may be gone
+    assert resumed.model.n_layer == 7
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["--data", "my.txt"], "--data my.txt: data is a group of settings; for a text of your own give --data.corpus"),
+        (["--model", "gpt2"], "--model gpt2: model is a group of settings; give --preset"),
+        (["--optimizer", "sgd"], "--optimizer sgd: optimizer is a group of settings, of AdamW"),
+        (["training.batch_size=16"], "training.batch_size=16: options begin with --; did you mean --batch_size"),
+        (["--do_sample"], "--do_sample: no such option; see --help"),
+        (["--grad_accum_steps", "4"], "did you mean --accumulation?"),
+        (["--seq_len", "4"], "did you mean --sequence_length?"),
+    ],
+)
+def test_what_other_programs_call_an_option_gets_a_hint(typed, words):
+    with pytest.raises(UserError) as error:
+        parse(*typed)
+    assert words in str(error.value)
+
+
 def test_the_value_of_an_option_is_not_an_option(recipe):
     assert parse("--run_dir", "device").run_dir == "device"
 

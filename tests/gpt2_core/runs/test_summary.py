@@ -22,7 +22,9 @@ def test_gpt2s_table_says_what_is_known_of_it():
     console.print(model_table(config))
     text = console.export_text()
     assert "124,439,808" in text and "38,597,376" in text  # all; 50257 x 768
-    assert "1.99 GB of parameters" in text and training_bytes(config) == 16 * 124_439_808
+    assert "c_attn 768x2304 + 2304" in text and "7,087,872" in text  # a block's own
+    assert "1.99 GB: 498 MB of parameters, as much of gradients, 996 MB of moments" in " ".join(text.split())
+    assert training_bytes(config) == 16 * 124_439_808
     assert "524,288 tokens" in text
     double = dataclasses.replace(config, precision="float64")
     assert training_bytes(double) == 2 * training_bytes(config)
