@@ -61,6 +61,7 @@ def main(arguments: list[str], command: str = "gpt2 plan", compiler: Compiler | 
     config = _configuration(options)
     cluster = Cluster(gpus.load(options.target), options.devices_per_node, options.interconnect * 1e9)
     counts = _counts(options.devices)
+    asked = None if options.mesh is None else _plan_of(options.mesh, config, cluster)
     console = Console(markup=False, soft_wrap=True, highlight=False, width=max(120, Console(markup=False).width))
     results: dict[str, Any] = {"config": dataclasses.asdict(config), "target": cluster.gpu.name}
     console.print(
@@ -68,8 +69,8 @@ def main(arguments: list[str], command: str = "gpt2 plan", compiler: Compiler | 
         f"step, on {cluster.gpu.name} ({_gb(USABLE * cluster.gpu.memory)} usable), {options.devices_per_node} a node; "
         f"{options.interconnect:g} GB/s from each device to other nodes"
     )
-    if options.mesh is not None:
-        results["mesh"] = _show_mesh(console, config, parse_mesh(options.mesh), cluster, options, compiler)
+    if asked is not None:
+        results["mesh"] = _show_mesh(console, config, asked, cluster, options, compiler)
     found = {devices: best_plan(config, devices, cluster) for devices in counts}
     console.print(_table_of_meshes(found))
     results["chosen"] = {n: None if one is None else _facts(one) for n, one in found.items()}
@@ -107,19 +108,24 @@ def _counts(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def _plan_of(mesh: str, config: TrainConfig, cluster: Cluster) -> Plan:
+    found = plan(config, parse_mesh(mesh), cluster)
+    if found is None:
+        raise UserError(
+            f"--mesh {mesh}: not even one sequence fits on a device; use more fsdp or tensor, or --remat true"
+        )
+    return found
+
+
 def _show_mesh(
     console: Console,
     config: TrainConfig,
-    mesh: dict[str, int],
+    found: Plan,
     cluster: Cluster,
     options: Any,
     compiler: Compiler | None,
 ) -> Any:
-    found = plan(config, mesh, cluster)
-    if found is None:
-        raise UserError(
-            f"--mesh {options.mesh}: not even one sequence fits on a device; use more fsdp or tensor, or --remat true"
-        )
+    mesh = found.mesh
     largest = largest_device_batch(config, mesh, found.accumulation > 1, cluster.gpu)
     facts = _facts(found) | {"largest_device_batch": largest}
     rows = [(_HELD[name], _gb(size)) for name, size in dataclasses.asdict(found.memory).items()]
