@@ -19,7 +19,7 @@ def test_what_cannot_be_served_is_said_before_weights_are_read(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(
-            UserError, match=rf"^--host 127.0.0.1 --port {port}: nothing can be served there \(.*in use"
+            UserError, match=rf"^--host 127.0.0.1 --port {port}: nothing can be served there \([\w ]+ in use\);"
         ):
             page.main(["--weights", "nowhere", "--port", str(port)])
     page.check_address("127.0.0.1", port)
