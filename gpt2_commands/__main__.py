@@ -21,6 +21,7 @@ COMMANDS = {
     "train": Command("gpt2_commands.train_jax", "train with JAX, on a mesh of devices", is_run=True),
     "train-torch": Command("gpt2_commands.train_torch", "train with PyTorch, the same recipes", is_run=True),
     "generate": Command("gpt2_commands.generate", "continue a text, with weights in any format"),
+    "page": Command("gpt2_commands.page", "a page on which both frameworks continue a prompt side by side"),
     "evaluate": Command("gpt2_commands.evaluate", "published tasks, and the loss of any tokens"),
     "convert": Command("gpt2_commands.convert", "weights from one format into another, bit for bit"),
     "prepare": Command("gpt2_commands.prepare", "a corpus into token files"),

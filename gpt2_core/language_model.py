@@ -36,10 +36,14 @@ class LanguageModel(ABC):
         self.tokenizer = choose_tokenizer(weights, tokenizer)
 
     def generate(self, prompt: str = "", **options: Any) -> str:
-        """The prompt and its continuation; the options are those of `stream`."""
+        """The prompt and its continuation; the options are those of `stream_ids`."""
         return prompt + "".join(self.stream(prompt, **options))
 
-    def stream(
+    def stream(self, prompt: str = "", **options: Any) -> Iterator[str]:
+        """The continuation of a prompt, in pieces as they come; the options are those of `stream_ids`."""
+        return stream_text(self.tokenizer, self.stream_ids(prompt, **options))
+
+    def stream_ids(
         self,
         prompt: str = "",
         *,
@@ -51,8 +55,8 @@ class LanguageModel(ABC):
         seed: int = 0,
         sample: int = 0,
         stop_at_end_of_text: bool = False,
-    ) -> Iterator[str]:
-        """The continuation of a prompt (of "": a document from its start), in pieces as they come.
+    ) -> Iterator[int]:
+        """The token ids that continue a prompt (of "": a document from its start), as they come.
 
         A function of its arguments: `sample` numbers the continuations of one seed, and both frameworks draw the same.
         """
@@ -60,14 +64,20 @@ class LanguageModel(ABC):
             raise UserError(f"--max_new_tokens {max_new_tokens}: must be 1 or more")
         check_seed(seed)
         sampling = Sampling(temperature, top_k, top_p, greedy)
+        end_of_text = self.tokenizer.end_of_text if stop_at_end_of_text else None
+        rows = self._continue(
+            [self.encode(prompt)], uniforms(seed, sample, max_new_tokens)[None], sampling, end_of_text
+        )
+        tokens = (row[0] for row in _within(self._computing, rows))
+        return itertools.takewhile(lambda token: token != end_of_text, tokens)
+
+    def encode(self, prompt: str) -> list[int]:
+        """The token ids that a continuation of the prompt begins from: of "" the end of a text before it."""
         try:
-            ids = self.tokenizer.encode(prompt).tolist() or [self.tokenizer.end_of_text]
+            ids: list[int] = self.tokenizer.encode(prompt).tolist()
         except UnicodeEncodeError as error:
             raise UserError("--prompt: not UTF-8 text") from error
-        end_of_text = self.tokenizer.end_of_text if stop_at_end_of_text else None
-        rows = self._continue([ids], uniforms(seed, sample, max_new_tokens)[None], sampling, end_of_text)
-        tokens = (row[0] for row in _within(self._computing, rows))
-        return stream_text(self.tokenizer, itertools.takewhile(lambda token: token != end_of_text, tokens))
+        return ids or [self.tokenizer.end_of_text]
 
     def logits(self, ids: Sequence[int] | Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
         """The logits (T, V) that follow each of the token ids (T,); (B, T, V) for (B, T)."""

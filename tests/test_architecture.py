@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("gpt2_core", "gpt2_jax", "gpt2_torch", "gpt2_convert", "gpt2_evaluate", "gpt2_commands", "parity")
+PACKAGES = (
+    "gpt2_core",
+    "gpt2_jax",
+    "gpt2_torch",
+    "gpt2_convert",
+    "gpt2_evaluate",
+    "gpt2_page",
+    "gpt2_commands",
+    "parity",
+)
 
 
 def test_the_arrows_run_one_way():
@@ -122,7 +131,16 @@ def _calls(folders: list[str]) -> Iterator[tuple[str, ast.Call, str]]:
 
 
 def test_files_that_users_give_are_parsed_in_one_place():
-    product = ["gpt2_core", "gpt2_convert", "gpt2_evaluate", "gpt2_jax", "gpt2_torch", "gpt2_commands", "scripts"]
+    product = [
+        "gpt2_core",
+        "gpt2_convert",
+        "gpt2_evaluate",
+        "gpt2_page",
+        "gpt2_jax",
+        "gpt2_torch",
+        "gpt2_commands",
+        "scripts",
+    ]
     parsers = {"json.loads", "json.load", "yaml.safe_load", "yaml.load"}
     # safetensors: duplicates are refused too. distributed: what the processes of a run tell each other.
     elsewhere = ("gpt2_core/parsing.py", "gpt2_core/weights/safetensors.py", "gpt2_jax/distributed.py")

@@ -4,8 +4,11 @@ import json
 import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -31,7 +34,8 @@ MAKE = [c for c in COMMANDS if c.startswith(("make ", "source "))]
 NETWORK = [c for c in COMMANDS if "fineweb-edu-10b" in c or "convert.py gpt2 " in c or "evaluate.py" in c]
 # They train a large model, on the user's text or on accelerators: here their options are read, and the recipe printed.
 LARGE = [c for c in COMMANDS if "FILE" in c or "fineweb_gpt2_124m" in c]
-HERE = [c for c in COMMANDS if c not in (*MAKE, *NETWORK, *LARGE)]
+SERVERS = [c for c in COMMANDS if "demo_page.py" in c]
+HERE = [c for c in COMMANDS if c not in (*MAKE, *NETWORK, *LARGE, *SERVERS)]
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +50,24 @@ def checkout(tmp_path_factory) -> Path:
 
 
 def _run(folder: Path, command: str, **environment: str) -> subprocess.CompletedProcess:
+    process = _start(folder, command, **environment)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _start(folder: Path, command: str, **environment: str) -> subprocess.Popen:
     """In an environment without what the tests set for themselves."""
     ours = ("JAX_NUM_CPU_DEVICES", "JAX_DISABLE_MOST_OPTIMIZATIONS", "OMP_NUM_THREADS")
-    variables = {name: value for name, value in os.environ.items() if name not in ours}
+    variables = {name: value for name, value in os.environ.items() if name not in ours} | environment
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-    return subprocess.run(words, cwd=folder, env=variables | environment, capture_output=True, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, cwd=folder, env=variables, stdout=pipe, stderr=pipe, text=True)
 
 
 def test_the_readme_has_commands_of_each_kind():
     assert {"make demo", "make test"} <= set(MAKE)
-    assert all(command.startswith(("python ", "torchrun ")) for command in (*NETWORK, *LARGE, *HERE))
-    assert NETWORK and LARGE and len(HERE) >= 8
+    assert all(command.startswith(("python ", "torchrun ")) for command in (*NETWORK, *LARGE, *SERVERS, *HERE))
+    assert NETWORK and LARGE and SERVERS and len(HERE) >= 8
 
 
 @pytest.mark.slow
@@ -80,6 +91,23 @@ def test_the_demos_run_has_all_that_the_readme_promises(checkout):
 def test_a_command_does_what_it_says(checkout, command):
     done = _run(checkout, command)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SERVERS)
+def test_a_server_serves_until_it_is_interrupted(checkout, command):
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'gpt2-jax[page]'")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    process = _start(checkout, f"{command} --port {port}")
+    try:
+        assert process.stdout.readline().startswith(f"the page is at http://127.0.0.1:{port}"), process.communicate()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}") as answer:
+            assert b"GPT-2 in JAX and in PyTorch" in answer.read()
+    finally:
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 0 and "Traceback" not in err, out + err
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""A page on which both frameworks continue one prompt side by side; only `app` imports Gradio."""
