@@ -40,10 +40,13 @@ def _divergence(
         return Divergence(name, math.inf, f"missing in {names[0] if ours is None else names[1]}")
     if why := mismatch(ours, theirs, names):
         return Divergence(name, math.inf, why)
+    difference = measure(ours, theirs)
+    if difference <= _SMALL:
+        return Divergence(name, difference)
     note = _not_finite(zip(names, (ours, theirs), strict=True))
     if not note and (factor := _factor(ours, theirs)):
         note = f"{factor:.10g} times as large in {names[0]} as in {names[1]}"
-    return Divergence(name, measure(ours, theirs), note)
+    return Divergence(name, difference, note)
 
 
 def _not_finite(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
@@ -56,6 +59,9 @@ def _not_finite(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
             found.append(f"{side} has {value} at {index}, {len(wrong)} of {array.size} values aren't finite")
     return "; ".join(found)
 
+
+# A difference up to here needs no note, whose search takes longer than the comparison.
+_SMALL = 1e-11
 
 # Far above rounding: by how much a factor must differ from 1 to be one, and how constant it must be.
 _FACTOR, _CONSTANT = 1e-9, 1e-12
