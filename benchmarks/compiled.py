@@ -184,9 +184,9 @@ def _show_program(console: Console, config: TrainConfig, results: dict[str, Any]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     console.print(f"{model.parameter_count:,} parameters, {model.n_layer} layers x {model.n_embd}")
     console.print(
-        f"batch {config.batch_size} x {model.block_size}, accumulation {config.accumulation}, mesh {config.mesh}, "
-        f"vocabulary {model.vocab_size}, {config.attention} attention, {config.norm_kernel} layer norm, "
-        f"{config.precision}"
+        f"batch {config.batch_size} x {config.tokens_per_sequence}, accumulation {config.accumulation}, "
+        f"mesh {config.mesh}, vocabulary {model.vocab_size}, {config.attention} attention, "
+        f"{config.norm_kernel} layer norm, {config.precision}"
     )
     console.print(f"{results['target']}; {versions}")
     console.print(

@@ -54,8 +54,11 @@ def main(arguments: list[str], command: str = "gpt2 plan", compiler: Compiler | 
     options = made.parse(with_sizes(arguments, PRESETS["gpt2"]))
     if options.recipes:
         console = Console(markup=False, width=max(120, Console(markup=False).width))
-        console.print(_table("the recipes", RECIPE_COLUMNS, recipe_rows()))
+        rows = recipe_rows()
+        console.print(_table("the recipes", RECIPE_COLUMNS, rows))
         console.print(_LEFT_OUT)
+        if options.json is not None:
+            _write(options.json, {"columns": RECIPE_COLUMNS, "recipes": rows})
         return
     require_positive("", options, "batch_tokens", "devices_per_node", "interconnect")
     config = _configuration(options)

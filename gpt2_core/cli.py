@@ -18,7 +18,16 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from gpt2_core.config import GROUPS, NEWEST, PRESETS, ModelConfig, TrainConfig, recipes
+from gpt2_core.config import (
+    GROUPS,
+    NEWEST,
+    PRESETS,
+    VOCABULARY_MULTIPLE,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    recipes,
+)
 from gpt2_core.config.checks import in_short
 from gpt2_core.config.io import to_yaml
 from gpt2_core.data.tokenizer import vocab_size
@@ -81,8 +90,10 @@ class Parser(ArgumentParser):
     def _in_plain_words(self, message: str, arguments: list[str]) -> str:
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             option = unknown[1].split("=")[0]
-            if not option.startswith("-"):
+            if not option.startswith("-") and "=" in unknown[1]:
                 return f"{unknown[1]}: options begin with --{self._suggestion(option)}; see --help"
+            if not option.startswith("-"):
+                return f"{option}: not expected here; see --help"
             return f"{option}: no such option{self._suggestion(option)}; see --help"
         if missing := re.search(r"arguments are required: (.+)", message):
             required = (f"{self._typed(n)} is required ({self._expected(n)})" for n in missing[1].split(", "))
@@ -208,9 +219,11 @@ def parse_train_config(
     recipe = resumed or recipes.find(recipes.DEFAULT if recipe is None else recipe)
     in_recipe = read_recipe(recipe)
     sizes = [f"--model.{name}={value}" for name, value in PRESETS[preset].items()] if preset else []
-    initial = _values(arguments).get("init_from", in_recipe.get("init_from")) if resumed is None else None
+    initial = None if "resume" in _values(arguments) else _initial_weights(arguments, in_recipe)
     if initial is not None and describe_weights is not None:
-        sizes = [*_settings_of(initial, *describe_weights(initial), arguments), *sizes]
+        asked = _values(arguments).get("data.tokenizer")
+        by_default = in_recipe.get("data", {}).get("tokenizer", DataConfig().tokenizer)
+        sizes = [*_settings_of(initial, describe_weights, asked, by_default), *sizes]
     # A recipe's mesh is JAX's, and PyTorch runs don't record it.
     unmeshed = ["--mesh=null"] if "mesh" in elsewhere else []
     namespace = parser.parse([f"--config={recipe}", *unmeshed, *sizes, *arguments])
@@ -245,10 +258,32 @@ _ALTERNATIVES = (
 )
 
 
-def _settings_of(source: str, model: ModelConfig, tokenizer: str | None, arguments: list[str]) -> list[str]:
-    """Options for the architecture and the tokenizer of the weights at `source`, all that isn't the training's own."""
-    asked = _values(arguments).get("data.tokenizer", tokenizer)
-    if tokenizer is not None and asked != tokenizer:
+def _initial_weights(arguments: list[str], in_recipe: dict[str, Any]) -> str | None:
+    """What `--init_from` names, on the line or in the recipe."""
+    source = _values(arguments).get("init_from", in_recipe.get("init_from"))
+    return None if source is None or source.lower() in ("null", "") or source.startswith("--") else source
+
+
+def _settings_of(
+    source: str,
+    describe_weights: Callable[[str], tuple[ModelConfig, str | None]],
+    asked: str | None,
+    by_default: str,
+) -> list[str]:
+    """Options for the architecture and the tokenizer of the weights at `source`, all that isn't the training's own.
+
+    `asked` is the tokenizer on the line, `by_default` the one that the run has without.
+    """
+    try:
+        model, tokenizer = describe_weights(source)
+    except UserError as error:
+        raise UserError(f"--init_from {error}" if str(error).startswith(source) else str(error)) from error
+    if tokenizer is None and asked is None and not 0 <= model.vocab_size - vocab_size(by_default) < VOCABULARY_MULTIPLE:
+        raise UserError(
+            f"--init_from {source}: those weights don't say which tokenizer they were trained with, and their "
+            f"vocabulary of {model.vocab_size} isn't that of {by_default}; give --data.tokenizer"
+        )
+    if tokenizer is not None and asked not in (None, tokenizer):
         raise UserError(
             f"--data.tokenizer {asked}: the weights of --init_from {source} were trained with {tokenizer}; leave the "
             "option out, or start from other weights"

@@ -248,7 +248,7 @@ class _Loop:
             self.end_saving(state, updates)
             log.end(updates, "gpt2 train")
         except DivergedError as error:
-            # Updates were left out, so the state is the one before them.
+            # The state is the one before the updates that were left out, unless some were made since.
             module = first_not_finite(self.program, state.params, self.batches[error.step])
             if self.processes.is_first:
                 whole = self.read(None)

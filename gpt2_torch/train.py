@@ -222,8 +222,8 @@ class Trainer:
         self.stop_flag: tuple[Tensor, dist.Work] | None = None
         self.unsaved: Exception | None = None
         """Why the last checkpoint that was due isn't there."""
-        self.saved = self.plan.step
-        """The step of the last checkpoint."""
+        self.made = self.saved = self.plan.step
+        """Steps made, and those of the last checkpoint."""
         self.unchecked: list[tuple[int, tuple[Tensor, ...]]] = []
         """Steps whose loss, gradient norm and loss limit haven't been read."""
 
@@ -307,7 +307,9 @@ class Trainer:
         return updates
 
     def keep_for_study(self, step: int) -> None:
-        """Save what came before the updates that were left out, and the batch of the last of them."""
+        """Save the state as it is, and the batch of the last update that was left out.
+
+        The state is the one before them, unless updates were made since, of steps that weren't logged."""
         if self.takes_part:
             batch = self.batches[step]
             inputs_BT, targets_BT = _to_device(batch, self.device)
@@ -318,8 +320,8 @@ class Trainer:
                 module = first_not_finite(self.model, parts)
             if self.rank == 0:
                 self.folder.write_diverged(step, self.batches.sequences(step), module, **batch._asdict())
-            if self.first_says(step + 1 not in self.folder.steps()):
-                self.save(step + 1)
+            if self.first_says(self.made not in self.folder.steps()):
+                self.save(self.made)
 
     @property
     def takes_part(self) -> bool:
@@ -382,6 +384,7 @@ class Trainer:
         )
         if self.losses_W is not None:
             self.losses_W = with_loss(self.losses_W, loss)
+        self.made = step + 1
         self.unchecked.append((step, (loss, grad_norm) if limit is None else (loss, grad_norm, limit)))
         self.watchdog.progress()
         if is_logged(step, config):
@@ -401,7 +404,8 @@ class Trainer:
                     self.evaluate(updates)
                 if due.sample:
                     self.write_sample(updates)
-            if due.save or is_due_as_best(updates, self.saved, self.log.is_best(updates), self.config):
+            is_best = is_due_as_best(updates, self.saved, self.log.is_best(updates), self.config)
+            if due.save or self.first_says(is_best):
                 self.save(updates)
 
     def evaluate(self, updates: int) -> None:
@@ -441,6 +445,7 @@ class Trainer:
                 self.folder.write_sample(updates, tokenizer.decode(ids))
 
     def save(self, updates: int) -> None:
+        self.unsaved, self.saved = None, updates
         state, optimizer_state = self.model.state_dict(), self.optimizer.state_dict()
         if self.config.fsdp:
             state, optimizer_state = (fsdp.gathered(tree, keep=self.rank == 0) for tree in (state, optimizer_state))
@@ -450,7 +455,6 @@ class Trainer:
             self.log.refuse_state(updates)
         losses = None if self.losses_W is None else known(self.losses_W.tolist())
         metadata = metadata_of(self.config, updates, "torch", self.tokens.digest, self.log.figures, losses)
-        self.unsaved, self.saved = None, updates
         try:
             checkpoints.save(self.folder.checkpoints / str(updates), state, metadata, optimizer_state)
             self.folder.remove_obsolete(self.config.keep_checkpoints)

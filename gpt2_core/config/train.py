@@ -179,7 +179,7 @@ class TrainConfig:
     mean of the last ten logged training losses) is kept too."""
     best_checkpoint_interval: int = 0
     """A checkpoint is saved too where a loss is the lowest so far (an evaluation's; without validation, the mean of the
-    last ten logged training losses), if the last one is at least so many steps ago; 0: none for that."""
+    last ten logged training losses), if the checkpoint before is at least so many steps ago; 0: never."""
     sample_interval: int = 0
     """Steps between two generated samples in the run folder's samples/; 0: none."""
     sample_tokens: int = 128
@@ -190,8 +190,8 @@ class TrainConfig:
     """An update is left out where the loss or the gradient norm isn't finite, or the loss a spike (skip_spikes); more
     than this many in a row end the run."""
     skip_spikes: float | None = None
-    """Leave out the update too where the loss is more than this many standard deviations above the mean of the 50 steps
-    before it (of as many as there are, if they are 20 or more). Left out: spikes are only reported."""
+    """Leave out an update whose loss is more than this many standard deviations above the mean of the 50 steps before
+    (of as many as there are, if they are 20 or more). Not given: spikes are only reported."""
     hang_timeout: float | None = None
     """Seconds in which a step, or what is due between two steps, must finish; after them the process ends, and can be
     resumed. Give more than compiling takes, and more than a whole evaluation with its tasks. Left out: no limit."""

@@ -116,10 +116,10 @@ class RunFolder:
     def write_diverged(
         self, step: int, sequences: list[int], module: str | None, *, inputs: np.ndarray, targets: np.ndarray
     ) -> None:
-        """Keep what is needed to study a step whose loss or gradient isn't finite.
+        """Keep what is needed to study a step whose loss or gradient isn't finite, or whose loss is a spike.
 
         That is its batch, the places of its sequences in the training data, and the first module whose output isn't
-        finite; None: all outputs are, and the gradient isn't.
+        finite; None: all outputs are, and the gradient isn't, or the loss was a spike.
         """
         self.diverged.mkdir(exist_ok=True)
         with writing(self.diverged / "batch.npz") as file:
@@ -480,14 +480,16 @@ class Reference(NamedTuple):
 def reference_of(config: TrainConfig) -> Reference | None:
     """The curve that `reference_curve` gives or names; raises UserError if it names no run that has logged a step."""
     asked = config.reference_curve
+    if not asked:
+        return None
     if not isinstance(asked, str):
-        return None if asked is None else Reference("published", asked)
+        return Reference("published", asked)
     rows = read_metrics(RunFolder(Path(asked)).metrics)
     losses = {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
     if not losses:
         raise UserError(
             f"--reference_curve {asked}: not the folder of a run that has logged a step; give one, or losses by step "
-            "({0: 10.97, 50: 5.25})"
+            "({0: 10.97, 50: 5.25}), or null for none"
         )
     return Reference(asked, losses)
 

@@ -89,6 +89,7 @@ class RunLog:
         before: Logged | None = None,
     ) -> None:
         self._folder, self._config, self._peak_flops, self._enabled = folder, config, peak_flops, enabled
+        self._reference = reference_of(config)
         self._console = Console(markup=False, quiet=not enabled, highlight=False, soft_wrap=True)
         self._first_step = start_step
         self._last_step, self._last_time = start_step - 1, time.perf_counter()
@@ -163,7 +164,7 @@ class RunLog:
         mfu = flops / self._peak_flops if self._peak_flops else None
         if not outcome.is_finite:
             return
-        spike = self._spike(step, loss)
+        spike = self._spike(step, loss) if outcome.is_update else {}
         self._recent.append(loss)
         self._window.append(loss)
         if not self._config.data.validation_fraction:
@@ -222,9 +223,9 @@ class RunLog:
             )
             if self._skipped_in_a_row > self._config.max_skipped_steps:
                 raise DivergedError(
-                    f"step {step} {outcome.why_left_out}, and the {self._config.max_skipped_steps} updates before were "
-                    f"left out too (--max_skipped_steps): {self._advice()}; the batch, and where it stops being "
-                    f"finite, are in {self._folder.diverged}",
+                    f"step {step} {outcome.why_left_out}, and no update was made for {self._skipped_in_a_row} steps "
+                    f"(--max_skipped_steps {self._config.max_skipped_steps}): {self._advice()}; what is needed to "
+                    f"study it is in {self._folder.diverged}",
                     step,
                 )
 
@@ -294,6 +295,12 @@ class RunLog:
                 f"--optimizer.warmup_steps {warmup}: the run has only {steps} steps, so the learning rate rises to "
                 f"{steps / warmup:.0%} of its peak and never falls; give fewer, or more --steps"
             )
+        length, model = self._config.tokens_per_sequence, self._config.model
+        if length < model.block_size and model.position == "learned" and self._config.init_from is None:
+            yield (
+                f"--sequence_length {length}: the positions from {length} to {model.block_size - 1} stay random, so "
+                f"that nothing good is to be expected of texts longer than {length} tokens"
+            )
 
     def end(self, updates: int, command: str) -> None:
         """Print why a run ends after so many updates, where its results are and what can be done with them; nothing if
@@ -323,7 +330,7 @@ class RunLog:
 
     def _draw_curves(self) -> None:
         with self.going_on(self._folder.curves):
-            draw_curves(read_metrics(self._folder.metrics), self._folder.curves, reference_of(self._config))
+            draw_curves(read_metrics(self._folder.metrics), self._folder.curves, self._reference)
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._enabled:

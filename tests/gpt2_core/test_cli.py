@@ -63,7 +63,13 @@ def test_architecture_and_tokenizer_are_those_of_the_initial_weights(recipe, tmp
     config = parse(*start)
     assert config.model == dataclasses.replace(theirs, dropout=0.0)  # dropout is the training's
     assert config.data.tokenizer == "bytes" and config.batch_size == 16
-    assert parse(*start, tokenizer=None).data.tokenizer == "gpt2"
+    assert parse(*start, "--data.tokenizer", "bytes", tokenizer=None).data.tokenizer == "bytes"
+    with pytest.raises(UserError, match="don't say which tokenizer .* of 257 isn't that of gpt2; give --dat"):
+        parse(*start, tokenizer=None)
+    without = parse("--config", recipe, "--init_from", "null")
+    assert (without.init_from, without.model.n_layer) == (None, 3)
+    with pytest.raises(UserError, match="--init_from: expected a value after it"):
+        parse("--config", recipe, "--init_from", "--steps", "3")
     assert parse(*start, "--model.n_layer", "5", "--model.dropout", "0.1").model == dataclasses.replace(
         theirs, n_layer=5, dropout=0.1
     )
@@ -73,6 +79,8 @@ def test_architecture_and_tokenizer_are_those_of_the_initial_weights(recipe, tmp
     (tmp_path / "run" / "config.yaml").write_text("init_from: gone\nmodel: {n_layer: 7}\n")
     resumed = parse("--resume", "--run_dir", str(tmp_path / "run"))  # weights that a run began with may be gone
     assert resumed.model.n_layer == 7
+    (tmp_path / "small.yaml").write_text("init_from: gone\nmodel: {n_layer: 7}\n")
+    assert parse("--config", recipe, "--resume", "--run_dir", str(tmp_path / "run")).model.n_layer == 7
 
 
 @pytest.mark.parametrize(

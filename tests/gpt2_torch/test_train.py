@@ -1,7 +1,9 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_core.config import IGNORE_INDEX, DataConfig, ModelConfig, OptimizerConfig
 from gpt2_core.config.io import from_yaml, to_yaml
-from gpt2_core.errors import RunError, UserError
+from gpt2_core.errors import DivergedError, RunError, UserError
 from gpt2_core.runs import log as runlog
-from gpt2_core.runs.folder import RunFolder, RunPlan, read_metrics
+from gpt2_core.runs.folder import RunFolder, RunPlan, losses_of, read_metrics
 from gpt2_torch import checkpoints
 from gpt2_torch import train as train_module
 from gpt2_torch.divergence import first_not_finite
@@ -208,10 +210,25 @@ def by_two(recipe: Path, *options: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_state_that_came_after_steps_that_were_left_out_is_saved_under_its_own_number(make_config, monkeypatch):
+    """The losses of three steps in a row are spikes, which is seen when the step is logged that comes four later."""
+    limits = dict.fromkeys((3, 4, 5), 0.0)
+    steps = itertools.count()
+    monkeypatch.setattr(train_module, "loss_limit", lambda *_: torch.tensor(limits.get(next(steps), math.inf)))
+    config = make_config(steps=30, log_interval=9, max_skipped_steps=2, checkpoint_interval=100, skip_spikes=6.0)
+    with pytest.raises(DivergedError, match="step 5 has loss .*, a spike above 0.0000 .* for 3 steps"):
+        train(config)
+    folder = RunFolder(Path(config.run_dir))
+    assert folder.steps() == [10]
+    assert len(losses_of(folder.checkpoints / "10")) == 10
+    assert json.loads((folder.diverged / "step.json").read_text())["step"] == 5
+
+
 @pytest.mark.slow
 def test_a_model_split_over_two_processes_trains_as_one_and_is_resumed_by_one(make_config, tmp_path):
     options = {"precision": "float64", "steps": 4, "accumulation": 2, "checkpoint_interval": 2, "sample_interval": 2}
     options |= {"optimizer": OptimizerConfig(3e-3, warmup_steps=2, clip_norm=0.5), "sample_tokens": 5}
+    options |= {"eval_interval": 1, "best_checkpoint_interval": 1, "keep_checkpoints": 9}
     one = train(make_config("one", **options))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(make_config("split", fsdp=True, **options)))
@@ -221,6 +238,7 @@ def test_a_model_split_over_two_processes_trains_as_one_and_is_resumed_by_one(ma
         assert losses(split, kind) == pytest.approx(losses(one, kind), rel=1e-12)
     norms = [[row["grad_norm"] for row in read_metrics(f.metrics) if row["split"] == "train"] for f in (one, split)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-12) and min(norms[0]) > 0.5  # every step is clipped
+    assert split.steps() == one.steps() == [1, 2, 3, 4]  # the second and the fourth are due, the others the best so far
     assert [split.sample(step).read_text() for step in (2, 4)] == [one.sample(step).read_text() for step in (2, 4)]
 
     # The same files: one process goes on from a split model's checkpoint, and the other way round.

@@ -449,7 +449,7 @@ class JaxAdapter:
     def step_program(self, config: TrainConfig) -> dataflow.Graph:
         """Of a train step on the mesh that `config` says."""
         training = gpt2_jax.train_step.make_program(resolved(config, norm_kernel="xla"))
-        tokens = jax.ShapeDtypeStruct((1, config.batch_size, config.model.block_size), np.int32)
+        tokens = jax.ShapeDtypeStruct((1, config.batch_size, config.tokens_per_sequence), np.int32)
         rate = jax.ShapeDtypeStruct((), np.float32)
         with jax.set_mesh(training.mesh):
             return dataflow.trace(training.train_step, training.abstract_state, tokens, tokens, rate)

@@ -79,7 +79,7 @@ def test_updates_that_are_left_out_are_counted_and_too_many_in_a_row_end_the_run
         log.train(3, Outcome(1.0, 1.0), learning_rate=1e-4)
         log.check_updates([(4, Outcome(nan, nan)), (5, Outcome(inf, 1.0))])
         log.train(5, Outcome(inf, 1.0), learning_rate=1e-4)  # no figure to log
-        with pytest.raises(DivergedError, match="step 6 has loss nan .* 2 updates .*lower --optimizer") as failure:
+        with pytest.raises(DivergedError, match="step 6 has loss nan .* for 3 steps .*lower --optimizer") as failure:
             log.check_updates([(6, Outcome(nan, 1.0)), (7, Outcome(1.0, 1.0))])
     assert failure.value.step == 6
     (row,) = read_metrics(folder.metrics)
