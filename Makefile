@@ -11,7 +11,7 @@ EXTRAS := dev$(if $(CUDA),$(comma)cuda$(CUDA))
 # Without CUDA=, the environment that was made last is used.
 STAMP  := $(if $(CUDA),$(VENV)/.installed-cuda$(CUDA),$(firstword $(wildcard $(VENV)/.installed*) $(VENV)/.installed))
 
-.PHONY: setup demo test test-fast test-slow lint clean
+.PHONY: setup demo test test-fast test-slow lint notebooks clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# The notebooks are made from notebooks/scripts, where they are edited.
+notebooks: $(STAMP)
+	$(BIN)/python notebooks/make.py
 
 clean:
 	rm -rf $(VENV) .venv-compiled *.egg-info

@@ -297,7 +297,7 @@ def test_what_goes_into_a_file_or_a_notebook_is_plain_where_colour_is_asked_for(
     code = (
         "from rich.console import Console; from gpt2_core.cli import run\nrun(lambda _: print(Console().is_terminal))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"FORCE_COLOR": "1"}, capture_output=True, text=True
-    )
+    environment = {name: value for name, value in os.environ.items() if name != "TTY_COMPATIBLE"}
+    environment["FORCE_COLOR"] = "1"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
