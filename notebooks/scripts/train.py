@@ -186,7 +186,7 @@ print(f"largest difference of {logits['JAX'].size:,} logits: {difference:.0e} of
 print(f"one rounding of a float32 number: {np.finfo(np.float32).eps:.0e}")
 
 texts = {
-    name: model.generate("class ", max_new_tokens=100, seed=1) for name, model in models.items()
+    name: model.generate("class ", max_new_tokens=50, seed=1) for name, model in models.items()
 }
 print("both write the same text:", texts["JAX"] == texts["PyTorch"])
 
