@@ -14,7 +14,7 @@ EXTRAS := dev$(if $(CUDA),$(comma)cuda$(CUDA))
 # Without CUDA=, the environment that was made last is used.
 STAMP  := $(if $(CUDA),$(VENV)/.installed-cuda$(CUDA),$(firstword $(wildcard $(VENV)/.installed*) $(VENV)/.installed))
 
-.PHONY: setup train ddp-train demo test test-fast test-slow lint clean
+.PHONY: setup train ddp-train demo test test-fast test-slow lint notebooks clean
 
 setup: $(STAMP)
 
@@ -58,6 +58,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# The notebooks are made from notebooks/scripts, where they are edited.
+notebooks: $(STAMP)
+	$(BIN)/python notebooks/make.py
 
 clean:
 	rm -rf $(VENV) .venv-compiled *.egg-info

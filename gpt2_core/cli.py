@@ -44,6 +44,9 @@ def run(main: Callable[[list[str]], None]) -> None:
     Exit codes: 0 done, 1 the run failed, 2 it can't be done as asked, 75 a run was told to stop and can be resumed, 130
     interrupted.
     """
+    if not sys.stdout.isatty():
+        # Notebooks set FORCE_COLOR, which rich takes for a terminal: it would redraw its progress bar in a file.
+        os.environ.setdefault("TTY_COMPATIBLE", "0")
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 # What a wheel is built from: the rest of a clone isn't needed, and isn't in it.
-SOURCES = ["pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "configs"]
+SOURCES = ["pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "configs", "notebooks"]
 SOURCES += sorted({name.partition(".")[0] for name in SETUPTOOLS["packages"]})
 
 
@@ -177,6 +177,7 @@ def test_the_source_distribution_makes_the_same_wheel(built, tmp_path):
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
     assert not (source / "tests").exists()
+    assert sorted(path.name for path in (source / "notebooks").glob("*.ipynb")) == ["parity.ipynb", "train.ipynb"]
     assert files_of(build(source, "wheel", tmp_path)) == files_of(wheel)
 
 

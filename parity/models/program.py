@@ -17,7 +17,7 @@ from jax.extend import core
 
 from parity.engine.errors import EngineError
 from parity.models.arithmetic import RULES
-from parity.models.places import is_library, short_place
+from parity.models.places import is_library, notebook_cell, short_place
 
 MOST_OPERATIONS = 200_000
 """Of an unrolled program: beyond, a scan is too long to be followed value by value."""
@@ -378,7 +378,10 @@ def _place(equation: Any) -> tuple[str, str]:
     """The innermost line that is not a library's, and the library's function that it calls."""
     traceback, called, library = equation.source_info.traceback, "", ""
     for frame in traceback.frames if traceback else ():
-        if frame.file_name.startswith("<") or "/parity/models/" in frame.file_name:
+        if "/parity/models/" in frame.file_name:
+            continue
+        # "<string>" and the like are no files that a user knows; IPython in a terminal names its cells so.
+        if frame.file_name.startswith("<") and not notebook_cell(frame.file_name):
             continue
         if is_library(frame.file_name, _LIBRARIES):
             called, library = _shorter(frame.function_name), frame.file_name

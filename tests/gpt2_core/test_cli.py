@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import random
 import subprocess
 import sys
@@ -341,3 +342,13 @@ def test_an_odd_value_of_an_option_is_taken_or_refused_in_a_sentence(option):
 def test_every_odd_value_of_an_option_is_taken_or_refused_in_a_sentence(option):
     for value in ODD_WORDS:
         trial(option, value)
+
+
+def test_what_goes_into_a_file_or_a_notebook_is_plain_where_colour_is_asked_for():
+    code = (
+        "from rich.console import Console; from gpt2_core.cli import run\nrun(lambda _: print(Console().is_terminal))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TTY_COMPATIBLE"}
+    environment["FORCE_COLOR"] = "1"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

@@ -1,5 +1,9 @@
 """Places of divergences: planted changes are named at their line, causes are separated, inputs generated."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -77,3 +81,36 @@ def test_a_generated_input_shows_what_the_given_one_does_not():
     failed = [r.case for r in report.results if not r.passed]
     assert failed == ["generated input: a longer input"] and any("only a longer input" in h for h in report.hints)
     assert parity.compare(Sum(), (lambda p, t: cumulative(p, t, window=5), empty), inputs=tokens, generate=False).passed
+
+
+CELLS = (
+    """
+import torch
+class Reference(torch.nn.Module):
+    def forward(self, x):
+        return torch.sin(x)
+""",
+    """
+import jax.numpy as jnp
+def candidate(parameters, x):
+    return jnp.cos(x)
+""",
+    """
+import numpy as np, parity
+report = parity.compare(Reference(), (candidate, {}), inputs=np.ones((2, 3)))
+""",
+)
+
+
+@pytest.mark.long
+def test_lines_of_a_notebook_are_named_by_their_cells():
+    pytest.importorskip("IPython", reason="the extra `notebooks` isn't installed")
+    code = (
+        "from IPython.core.interactiveshell import InteractiveShell\n"
+        f"shell = InteractiveShell.instance()\nfor cell in {CELLS!r}:\n"
+        "    shell.run_cell(cell.strip(), store_history=True).raise_error()\n"
+        "place = shell.user_ns['report'].first_divergence\nprint(place.reference, place.candidate, *place.lines)"
+    )
+    root = Path(parity.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "sin (In[1]:4) cos (In[2]:3) In[2]:3\n", done.stderr
