@@ -23,6 +23,9 @@ TOO_CHAOTIC = 1e-3
 """A limit above this, because one rounding grows so fast, says nothing of the two models."""
 ROUNDED = 1e-5
 """Limit where one of the models rounds to float32 on the way."""
+ROUNDING32 = 2.0**-24
+"""Of float32: its largest relative rounding."""
+ROLES = ("candidate", "reference")
 
 NONE_GIVEN = "no optimizer was given: optimizer=(lambda parameters: torch.optim..., optax...)"
 
@@ -32,14 +35,21 @@ def one_step(c: Comparison, loss: Any, optimizers: tuple[Any, Any] | None) -> It
     if optimizers is None:
         yield Skipped("optimizer", NONE_GIVEN)
         return
-    ours, theirs, nudged = (_train(c, role, loss, optimizers, 1) for role in ("candidate", "reference", "nudged"))
+    limit, rounded = _limit(c)
+    ours, theirs = (_train(c, role, loss, optimizers, 1).after_one for role in ROLES)
     # A gradient that is zero but for rounding becomes a step of any size where it is divided by its own size.
-    chaotic = {n for n, x in theirs.after_one.items() if relative_to_largest(nudged.after_one[n], x) > CHAOTIC}
-    source, target = c.directed(ours.after_one, theirs.after_one)
+    nudged = (_train(c, role, loss, optimizers, 1, ROUNDING32 if rounded else None).after_one for role in ROLES)
+    most = ROUNDED if rounded else CHAOTIC
+    moved = [
+        {n for n, x in plain.items() if relative_to_largest(beside[n], x) > most}
+        for plain, beside in zip((ours, theirs), nudged, strict=True)
+    ]
+    source, target = c.directed(ours, theirs)
+    chaotic_source, chaotic_target = c.directed(*moved)
     found, left = [], []
     for row in c.rows(source, target):
         # The sum of two biases moves twice as far as the one bias that it is on the other side.
-        if chaotic & {row.target, *row.source} or row.transform.adds:
+        if row.target in chaotic_target or chaotic_source & set(row.source) or row.transform.adds:
             left.append(row.target)
             continue
         made = row.transform(*(source[n] for n in row.source))
@@ -47,7 +57,6 @@ def one_step(c: Comparison, loss: Any, optimizers: tuple[Any, Any] | None) -> It
     if not found:
         yield Skipped("optimizer", "no parameter moves by more than rounding in one step")
         return
-    limit, rounded = _limit(c)
     without = f"; without {', '.join(left)}: sums, or gradients that are zero but for rounding" if left else ""
     title = f"{len(found)} parameters after one step"
     yield Result("optimizer", title, worst_of(found), limit, f"{first_beyond(found, limit)}{rounded}{without}")
@@ -60,8 +69,8 @@ def curve(
     if optimizers is None:
         yield Skipped("loss_curve", NONE_GIVEN)
         return
-    runs = (_train(c, role, loss, optimizers, steps).losses for role in ("candidate", "reference", "nudged"))
-    ours, theirs, nudged = runs
+    ours, theirs = (_train(c, role, loss, optimizers, steps).losses for role in ROLES)
+    nudged = _train(c, "reference", loss, optimizers, steps, None).losses
     scale = np.abs(theirs).max() or 1.0
     floor = float(np.abs(nudged - theirs).max() / scale)
     limit, rounded = _limit(c)
@@ -79,13 +88,15 @@ def curve(
     yield Result("loss_curve", f"{steps} steps", float(np.max(difference)), limit, where)
 
 
-def _train(c: Comparison, role: str, loss: Any, optimizers: tuple[Any, Any], steps: int) -> Trained:
-    """`role` is candidate, reference, or nudged: the reference from weights one rounding away."""
+def _train(
+    c: Comparison, role: str, loss: Any, optimizers: tuple[Any, Any], steps: int, nudge: float | None = 0.0
+) -> Trained:
+    """Training of one of the ROLES, from its weights or from those that `nudge` makes of them."""
     side = 1 if role == "candidate" else 0
     model = c.candidate if side else c.reference
     held = c.weights["candidate" if side else "reference"]
     losses = loss if isinstance(loss, tuple) else (loss, loss)
-    given = _nudged(held) if role == "nudged" else held
+    given = held if nudge == 0.0 else _nudged(held, nudge)
     return model.train(given, c.cases[0][side], losses[side], optimizers[side], steps)
 
 
@@ -96,7 +107,10 @@ def _limit(c: Comparison) -> tuple[float, str]:
     return CURVE, ""
 
 
-def _nudged(weights: Arrays) -> Arrays:
-    """Each weight one rounding away."""
+def _nudged(weights: Arrays, share: float | None) -> Arrays:
+    """Each weight moved up or down: by this share of it, or by one rounding of its dtype (None)."""
     rng = np.random.default_rng(2)
-    return {n: np.nextafter(w, w + rng.choice([-1.0, 1.0], w.shape)) for n, w in weights.items()}
+    signs = {n: rng.choice([-1.0, 1.0], w.shape) for n, w in weights.items()}
+    if share is None:
+        return {n: np.nextafter(w, w + signs[n]) for n, w in weights.items()}
+    return {n: w * (1 + share * signs[n]).astype(w.dtype) for n, w in weights.items()}

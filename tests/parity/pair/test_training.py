@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 import torch
 from flax import nnx
@@ -50,3 +51,40 @@ def test_gradients_are_named_in_the_order_of_the_backward_pass():
     assert failed(report) == {"gradients"}
     where = next(r.where for r in report.results if not r.passed)
     assert where.startswith("in the order of the backward pass b.") and "everything before agrees" in where
+
+
+class Attention(torch.nn.Module):
+    """The keys' bias moves all scores of a query alike, so that its gradient is zero but for rounding."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = torch.nn.Linear(6, 18), torch.nn.Linear(6, 6)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x[None]).reshape(1, len(x), 3, 2, 3).permute(2, 0, 3, 1, 4)
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).reshape(len(x), 6))
+
+
+class AttentionPort(nnx.Module):
+    scale = 1.0
+
+    def __init__(self):
+        self.qkv, self.out = nnx.Linear(6, 18, rngs=nnx.Rngs(0)), nnx.Linear(6, 6, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        q, k, v = jnp.moveaxis(self.qkv(x[None]).reshape(1, len(x), 3, 2, 3), 2, 0)
+        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # which rounds to float32 on the way
+        return self.out(mixed.reshape(len(x), 6))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_gradient_that_is_rounding_alone_is_no_difference_where_one_side_rounds_to_float32(decay):
+    optimizer = (lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0), optax.adamw(1e-3, weight_decay=decay))
+    report = parity.compare(
+        Attention(), AttentionPort(), inputs=X, checks=("forward", "gradients", "optimizer"), optimizer=optimizer
+    )
+    assert failed(report) == (set() if decay == 0.0 else {"optimizer"}), report.in_words()
+    where = next(r.where for r in report.results if r.check == "optimizer")
+    assert "rounds to float32" in where and "without qkv.bias" in where
