@@ -141,6 +141,29 @@ def _torch_tensors(weights: Weights, form: str, *, views: bool = False, flat: bo
     return tensors
 
 
+Change = Callable[[dict[str, torch.Tensor]], object]
+
+
+def _another_head(tensors: dict[str, torch.Tensor]) -> None:
+    head = tensors["transformer.wte.weight"].clone()
+    head[3, 1] += 1
+    tensors["lm_head.weight"] = head
+
+
+# Tensors that contradict the configuration beside them: whatever is read from such a file, a part of it is lost.
+CHANGES: dict[str, Change] = {
+    "a tied model's head that isn't its embedding": _another_head,
+    "a tensor that is missing": lambda tensors: tensors.pop("transformer.h.0.mlp.c_fc.bias"),
+    "a tensor too many": lambda tensors: tensors.update({"transformer.h.0.attn.c_norm.weight": torch.ones(3)}),
+    "a layer too many": lambda tensors: tensors.update(
+        {n.replace(".0.", ".99."): t for n, t in tensors.items() if n.startswith("transformer.h.0.")}
+    ),
+    "a bias that is too short": lambda tensors: tensors.update(
+        {"transformer.ln_f.bias": tensors["transformer.ln_f.bias"][:-1].clone()}
+    ),
+}
+
+
 def build_nanogpt(weights: Weights, path: Path) -> None:
     """A checkpoint of build-nanogpt: its configuration is a pickled object of the script's own class."""
 
@@ -157,19 +180,31 @@ def build_nanogpt(weights: Weights, path: Path) -> None:
         torch.save({"model": tensors, "config": config, "step": 7, "val_loss": 3.0}, path)
 
 
-def nanogpt(weights: Weights, path: Path, *, prefix: str = "", **laid: bool) -> None:
+def nanogpt(weights: Weights, path: Path, *, prefix: str = "", change: Change | None = None, **laid: bool) -> None:
     """A checkpoint of nanoGPT."""
     tensors = _torch_tensors(weights, "nanogpt", **laid)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    if change is not None:
+        change(tensors)
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
     model = {prefix + name: tensor for name, tensor in tensors.items()}
     arguments = {name: getattr(weights.config, name) for name in names}
     torch.save({"model": model, "model_args": arguments, "iter_num": 7}, path)
 
 
-def _bin(weights: Weights, path: Path, *, bare: bool = False, zipped: bool = True, **laid: bool) -> None:
+def _bin(
+    weights: Weights,
+    path: Path,
+    *,
+    bare: bool = False,
+    zipped: bool = True,
+    change: Change | None = None,
+    **laid: bool,
+) -> None:
     """`bare`: of the model without a head, as the Hub's gpt2 is, with the mask that older versions kept."""
     tensors = _torch_tensors(weights, "hf", **laid)
+    if change is not None:
+        change(tensors)
     if bare:
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
         tensors["h.0.attn.bias"] = torch.ones((1, 1, 4, 4), dtype=torch.bool).tril()
@@ -221,4 +256,14 @@ WRITERS: dict[str, Callable[[Weights, Path], None]] = {
     "model.safetensors in two files": _in_folder(_sharded, suffix="safetensors"),
     "flax_model.msgpack": _in_folder(_msgpack),
     "flax_model.msgpack, arrays in twelve parts": _in_folder(_msgpack, chunk=400),
+}
+
+# The same of files that must be refused.
+CONTRADICTING: dict[str, Callable[[Weights, Path], None]] = {
+    f"{name}, {what}": write
+    for what, change in CHANGES.items()
+    for name, write in {
+        "nanoGPT": functools.partial(nanogpt, change=change),
+        "pytorch_model.bin": _in_folder(_bin, change=change),
+    }.items()
 }

@@ -111,6 +111,7 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
     yield _raw("11 layers in bfloat16", list(raw_files.READERS))
     yield _raw(_UNTIED, ["safetensors", "torch", "hf", "msgpack"])
     yield _foreign()
+    yield _contradicting()
     yield _activations()
     yield _left_out()
     yield _tokenizers()
@@ -258,6 +259,21 @@ def _foreign() -> Result:
                 wrong.append(f"{name}: {error}")
     title = f"{len(raw_files.WRITERS)} files as other programs leave them"
     return Result("weights", title, float(len(wrong)), limits.BYTES, wrong[0] if wrong else "")
+
+
+def _contradicting() -> Result:
+    """Files whose tensors aren't those of their configuration: reading any of them would lose a part."""
+    weights, taken = _awkward(_DEEP, "float32"), []
+    for name, write in raw_files.CONTRADICTING.items():
+        with tempfile.TemporaryDirectory() as folder:
+            write(weights, Path(folder) / "written")
+            try:
+                open_weights(Path(folder) / "written", mlp="gelu_tanh" if "nanoGPT" in name else None).in_memory()
+                taken.append(name)
+            except UserError:
+                pass
+    title = f"{len(raw_files.CONTRADICTING)} files that contradict their configuration are refused"
+    return Result("weights", title, float(len(taken)), limits.NONE, taken[0] if taken else "")
 
 
 def _model(in_memory: RoundTrips, name: str, config: ModelConfig, dtype: str, needs: Holds) -> Result:
