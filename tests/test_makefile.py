@@ -22,5 +22,6 @@ ROOT = Path(__file__).parents[1]
     ],
 )
 def test_a_target_trains_with_the_options_that_are_given(typed, command):
-    said = subprocess.run(["make", "--dry-run", *typed], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command_line = ["make", "--dry-run", "--no-print-directory", *typed]
+    said = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert " ".join(said.splitlines()[-1].split()).endswith(command)

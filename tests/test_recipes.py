@@ -47,7 +47,13 @@ def parse(recipe, framework, options):
 
 
 # Shrunk, these are the smallest of them again.
-LIKE_ANOTHER = ("fineweb_gpt2_350m", "fineweb_gpt2_774m", "fineweb_gpt2_1558m")
+LIKE_ANOTHER = (
+    "fineweb_gpt2_350m",
+    "fineweb_gpt2_774m",
+    "fineweb_gpt2_1558m",
+    "shakespeare_mingpt_char",
+    "wikitext2_gpt2_20_epochs",
+)
 
 
 @pytest.mark.long

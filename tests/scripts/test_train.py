@@ -245,8 +245,8 @@ def test_a_run_told_to_stop_saves_its_step_and_resumed_is_the_run_never_stopped(
         assert rows(tmp_path / "stopped", split) == rows(tmp_path / "whole", split)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("script", ["train_torch.py", pytest.param("train_jax.py", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_torch.py", "train_jax.py"])
 def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_resumed(script, run, recipe, tmp_path):
     arguments = ("--config", recipe, "--keep_checkpoints", "2", "--run_dir", "run")
     assert run(script, *arguments)[0] == 0

@@ -17,12 +17,14 @@ import gpt2_jax.generate
 import gpt2_jax.loss
 import gpt2_jax.norm_kernels
 import gpt2_jax.optimizer
+import gpt2_jax.spikes
 import gpt2_jax.train
 import gpt2_jax.train_step
 import gpt2_jax.weights
 from gpt2_core.config import IGNORE_INDEX, ModelConfig, OptimizerConfig, ResolvedConfig, TrainConfig, resolved
 from gpt2_core.data.batches import Batch
 from gpt2_core.sampling import Sampling
+from gpt2_core.spikes import window
 from gpt2_core.weights import Weights
 from gpt2_jax import checkpoints
 from gpt2_jax.attention import choose_kernel
@@ -386,6 +388,15 @@ class JaxAdapter:
         evaluated = jax.jit(loss)(x_BTD, head_VD)
         trained, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x_BTD, head_VD)
         return list(map(np.asarray, (evaluated, trained, *grads)))
+
+    def loss_limits(self, losses: np.ndarray, deviations: float) -> np.ndarray:
+        """The limit that training has for each of these losses, one after the other."""
+
+        def step(losses_W, loss):
+            limit = gpt2_jax.spikes.loss_limit(losses_W, deviations)
+            return gpt2_jax.spikes.with_loss(losses_W, loss), limit
+
+        return np.asarray(jax.lax.scan(step, jnp.asarray(window([])), losses)[1])
 
     def min_slots(self) -> int:
         """The fewest slots that a KV cache has."""

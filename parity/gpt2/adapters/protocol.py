@@ -71,6 +71,7 @@ ATTENTION = Capability("attention that can be called by itself", ("attended", "a
 NORM_KERNEL = Capability("norm kernel that can be called by itself", ("normed_by_kernel",))
 LOSS = Capability("loss that can be called by itself", ("cross_entropy", "loss_chunks", "vocabulary_rows"))
 FEW_SLOTS = Capability("KV cache that grows", ("few_slots", "min_slots"))
+SPIKES = Capability("limits of the loss to see", ("loss_limits",))
 PROGRAM = Capability("traced program", ("program",))
 STEP_PROGRAM = Capability("traced train step on a mesh", ("step_program", "devices"))
 TRAINER = Capability("trainer", ("trainer",))

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import gpt2_torch.generate
 import gpt2_torch.model
 import gpt2_torch.optimizer
+import gpt2_torch.spikes
 import gpt2_torch.train
 import gpt2_torch.weights
 from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
@@ -26,6 +27,7 @@ from gpt2_core.config.io import to_yaml
 from gpt2_core.data.batches import Batch
 from gpt2_core.runs.folder import RunFolder
 from gpt2_core.sampling import Sampling
+from gpt2_core.spikes import window
 from gpt2_core.weights import Weights
 from gpt2_torch.weights import build
 from parity.gpt2.adapters.protocol import (
@@ -155,6 +157,14 @@ class TorchAdapter:
     def generate(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling) -> np.ndarray:
         """New tokens, shape (prompts, tokens)."""
         return np.array(list(gpt2_torch.generate.generate(self.model, prompts, uniforms, sampling))).T
+
+    def loss_limits(self, losses: np.ndarray, deviations: float) -> np.ndarray:
+        """The limit that training has for each of these losses, one after the other."""
+        losses_W, found = torch.tensor(window([]), dtype=torch.float64), []
+        for loss in torch.from_numpy(losses):
+            found.append(float(gpt2_torch.spikes.loss_limit(losses_W, deviations)))
+            losses_W = gpt2_torch.spikes.with_loss(losses_W, loss)
+        return np.array(found)
 
     def sample(self, logits_BV: np.ndarray, uniforms_B: np.ndarray, sampling: Sampling) -> np.ndarray:
         """Next tokens (B,)."""

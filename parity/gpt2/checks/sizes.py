@@ -28,6 +28,7 @@ from parity.gpt2.adapters.protocol import (
     LOGITS,
     LOSS,
     NORM_KERNEL,
+    SPIKES,
     STOPPING,
     TRAINING,
     Adapter,
@@ -43,6 +44,8 @@ CONSTANTS = {
     "loss.CHUNK_BYTES": "loss: one chunk and several, with a remainder and without",
     "generate.MIN_SLOTS": "generation: a cache that stays, grows, and ends at the block",
     "generate.CHUNK": "generation: tokens in chunks and one by one",
+    "spikes.LEAST": "spikes: losses one fewer than are needed, and as many",
+    "train_step.WINDOW": "spikes: more losses than are kept",
     "norm_kernels.BACKWARD_PROGRAMS": "norm kernel: rows that its programs share evenly and don't",
 }
 
@@ -55,16 +58,17 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
     asked: dict[str, list[tuple[Adapter, Capability]]] = {
         "attention": [(candidate, ATTENTION)],
         "loss": [(candidate, LOSS)],
+        "spikes": [(adapter, SPIKES) for adapter in adapters],
         "norm kernel": [(candidate, NORM_KERNEL)],
         "sampling": [(adapter, GENERATION) for adapter in adapters],
         "generation": [(adapter, GENERATION) for adapter in adapters],
         "positions beyond GPT-2's 1,024": [(adapter, LOGITS) for adapter in adapters] + [(candidate, DECODING)],
         "training": [(adapter, TRAINING) for adapter in adapters],
     }
-    parts = (_attention, _loss, _norm_kernel, _sampling, _generation, _long, _training)
+    parts = (_attention, _loss, _spikes, _norm_kernel, _sampling, _generation, _long, _training)
     of_name = dict(zip(asked, parts, strict=True))
     # The others compile whole models, or interpret a kernel.
-    for name in case.at(("attention", "loss", "sampling"), of_name, prove=of_name):
+    for name in case.at(("attention", "loss", "spikes", "sampling"), of_name, prove=of_name):
         needed, part = asked[name], of_name[name]
         if skipped := lacking("sizes", name, *needed):
             yield skipped
@@ -110,6 +114,26 @@ def _attended(
     out = (weights * torch.from_numpy(kept.astype(np.float64)) / (1 - rate)) @ tensors[2]
     grads = torch.autograd.grad(out, tensors, torch.from_numpy(dout))
     return _paired(("output", "gradient of q", "gradient of k", "gradient of v"), ours, (out, *grads))
+
+
+# --- spikes: losses that are there, and those that are kept
+
+
+def _spikes(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result]:
+    losses = np.random.default_rng(case.seed).gamma(4.0, size=75)
+    losses[[5, 31, 62]] = np.nan, np.inf, 40.0
+    due = np.full(len(losses), np.inf)
+    for number in range(len(losses)):
+        kept = [loss for loss in losses[:number] if np.isfinite(loss)][-50:]
+        if len(kept) >= 20:
+            due[number] = np.mean(kept) + 2.5 * np.std(kept)
+    for adapter in (candidate, reference):
+        found = adapter.loss_limits(losses, 2.5)
+        differences = np.where(found == due, 0.0, np.abs(found - due) / due)
+        beyond = np.flatnonzero(~(differences <= limits.FUNCTION))
+        where = "" if not beyond.size else f"before loss {beyond[0]}: {found[beyond[0]]} where {due[beyond[0]]} is due"
+        title = f"{adapter.name}: limits of {len(losses)} losses, two of them not finite"
+        yield Result("sizes", title, float(np.max(differences)), limits.FUNCTION, where)
 
 
 # --- the loss: chunks of tokens, rows that pad the vocabulary
