@@ -13,7 +13,6 @@ from rich.table import Table
 
 from gpt2_convert import read_weights
 from gpt2_core.cli import Parser
-from gpt2_core.data.tokenizer import NAMES
 from gpt2_core.errors import UserError
 from gpt2_core.evaluation.rows import read_rows
 from gpt2_core.evaluation.run import Evaluated, Result, chosen_tasks, evaluate_task, evaluate_tokens
@@ -106,12 +105,7 @@ def parser(command: str) -> Parser:
         prog=command,
         description="Evaluate a GPT-2 of either framework on published tasks. docs/evaluation.md defines each figure.",
     )
-    parser.add_argument(
-        "--weights",
-        type=str,
-        required=True,
-        help="A path in any format that convert.py reads, or a name of the Hugging Face Hub (gpt2).",
-    )
+    parser.add_weights_arguments()
     parser.add_argument(
         "--tasks",
         type=str,
@@ -140,13 +134,4 @@ def parser(command: str) -> Parser:
     )
     parser.add_argument("--limit", type=int, help="Examples (of tokens: windows) of each task. Left out: all.")
     parser.add_argument("--json", action="store_true", help="Print the results as JSON instead of tables.")
-    parser.add_argument(
-        "--tokenizer",
-        type=Literal[NAMES],
-        help="Tokenizer, for weights that don't record one (files of llm.c and nanoGPT don't). Left out: the recorded "
-        "one, else gpt2.",
-    )
-    parser.add_argument(
-        "--checkpoint", type=str, default="latest", help="Which checkpoint of a run folder: latest, best or a step."
-    )
     return parser

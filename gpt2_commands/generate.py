@@ -5,7 +5,6 @@ from typing import Literal
 
 from gpt2_core.cli import Parser
 from gpt2_core.config import check_seed
-from gpt2_core.data.tokenizer import NAMES
 from gpt2_core.errors import UserError
 from gpt2_core.language_model import PRECISIONS, LanguageModel
 from gpt2_core.memory import keep_freed_memory
@@ -60,18 +59,7 @@ def _load(options) -> LanguageModel:
 
 def parser(command: str) -> Parser:
     made = Parser(prog=command, description="Generate text, streamed as it comes, from a GPT-2 of either framework.")
-    made.add_argument(
-        "--weights",
-        type=str,
-        required=True,
-        help="A path in any format that gpt2 convert reads, or a name of the Hugging Face Hub (gpt2).",
-    )
-    made.add_argument(
-        "--tokenizer",
-        type=Literal[NAMES],
-        help="Tokenizer, for weights that don't record one (files of llm.c and nanoGPT don't). Left out: the recorded "
-        "one, else gpt2.",
-    )
+    made.add_weights_arguments()
     made.add_argument("--prompt", type=str, default="", help="Text to continue. Left out: the start of a document.")
     made.add_argument("--backend", type=Literal["jax", "torch"], default="jax", help="Framework that computes.")
     made.add_argument("--max_new_tokens", type=int, default=200, help="Tokens to generate for each sample.")
@@ -95,9 +83,6 @@ def parser(command: str) -> Parser:
         type=int,
         default=0,
         help="Seed of the samples; with one seed both backends write the same text.",
-    )
-    made.add_argument(
-        "--checkpoint", type=str, default="latest", help="Which checkpoint of a run folder: latest, best or a step."
     )
     made.add_argument(
         "--precision",

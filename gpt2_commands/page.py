@@ -7,7 +7,6 @@ from typing import Literal
 
 from gpt2_convert import read_weights
 from gpt2_core.cli import Parser
-from gpt2_core.data.tokenizer import NAMES
 from gpt2_core.errors import UserError
 from gpt2_core.memory import keep_freed_memory
 
@@ -76,21 +75,7 @@ def parser(command: str) -> Parser:
         description="Serve a page on which JAX and PyTorch continue one prompt side by side, with the probability of "
         "each token in both; or write a folder that is a Hugging Face Space with this page.",
     )
-    made.add_argument(
-        "--weights",
-        type=str,
-        required=True,
-        help="A path in any format that gpt2 convert reads, or a name of the Hugging Face Hub (gpt2).",
-    )
-    made.add_argument(
-        "--tokenizer",
-        type=Literal[NAMES],
-        help="Tokenizer, for weights that don't record one (files of llm.c and nanoGPT don't). Left out: the recorded "
-        "one, else gpt2.",
-    )
-    made.add_argument(
-        "--checkpoint", type=str, default="latest", help="Which checkpoint of a run folder: latest, best or a step."
-    )
+    made.add_weights_arguments()
     made.add_argument(
         "--precision",
         type=Literal["float32", "bfloat16", "float64"],

@@ -14,7 +14,7 @@ import warnings
 from argparse import Action
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -30,7 +30,7 @@ from gpt2_core.config import (
 )
 from gpt2_core.config.checks import in_short
 from gpt2_core.config.io import to_yaml
-from gpt2_core.data.tokenizer import vocab_size
+from gpt2_core.data.tokenizer import NAMES, vocab_size
 from gpt2_core.errors import Stopped, UserError, report
 from gpt2_core.parsing import read_text, yaml_value
 from gpt2_core.runs.trackers import require as require_tracker
@@ -75,6 +75,24 @@ class Parser(ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, exit_on_error=False, **kwargs)
+
+    def add_weights_arguments(self) -> None:
+        """Which weights a command computes with, and their tokenizer."""
+        self.add_argument(
+            "--weights",
+            type=str,
+            required=True,
+            help="A path in any format that gpt2 convert reads, or a name of the Hugging Face Hub (gpt2).",
+        )
+        self.add_argument(
+            "--checkpoint", type=str, default="latest", help="Which checkpoint of a run folder: latest, best or a step."
+        )
+        self.add_argument(
+            "--tokenizer",
+            type=Literal[NAMES],
+            help="Tokenizer, for weights that don't record one (files of llm.c and nanoGPT don't). Left out: the "
+            "recorded one, else gpt2.",
+        )
 
     def parse(self, arguments: list[str]) -> Any:
         try:
