@@ -85,7 +85,9 @@ def requirements() -> list[str]:
 
 
 def _licence() -> str:
-    return metadata.distribution(PROJECT).read_text("licenses/LICENSE") or ""
+    found = metadata.distribution(PROJECT)
+    # A clone's metadata lies beside the file itself.
+    return found.read_text("licenses/LICENSE") or Path(str(found.locate_file("LICENSE"))).read_text(encoding="utf-8")
 
 
 def _check_free(folder: Path, force: bool) -> None:

@@ -129,7 +129,8 @@ def _spikes(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Resu
             due[number] = np.mean(kept) + 2.5 * np.std(kept)
     for adapter in (candidate, reference):
         found = adapter.loss_limits(losses, 2.5)
-        differences = np.where(found == due, 0.0, np.abs(found - due) / due)
+        with np.errstate(invalid="ignore"):  # both infinite, where they are equal
+            differences = np.where(found == due, 0.0, np.abs(found - due) / due)
         beyond = np.flatnonzero(~(differences <= limits.FUNCTION))
         where = "" if not beyond.size else f"before loss {beyond[0]}: {found[beyond[0]]} where {due[beyond[0]]} is due"
         title = f"{adapter.name}: limits of {len(losses)} losses, two of them not finite"
