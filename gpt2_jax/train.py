@@ -343,11 +343,9 @@ class _Loop:
         self.unsaved, self.saved = None, updates
         with self.warning_of_saves():
             losses = None if state.losses is None else known(np.asarray(state.losses).tolist())
-            self.writer.save(updates, state, self.metadata(updates, losses))
+            metadata = metadata_of(self.config, updates, "jax", self.tokens.digest, self.log.figures, losses)
+            self.writer.save(updates, state, metadata)
         self.log.update_curves()
-
-    def metadata(self, updates: int, losses: list[float] | None) -> dict[str, Any]:
-        return metadata_of(self.config, updates, "jax", self.tokens.digest, self.log.figures, losses)
 
     def wait_for_save(self) -> None:
         with self.warning_of_saves():

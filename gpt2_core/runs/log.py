@@ -89,7 +89,7 @@ class RunLog:
         before: Logged | None = None,
     ) -> None:
         self._folder, self._config, self._peak_flops, self._enabled = folder, config, peak_flops, enabled
-        self._reference = reference_of(config)
+        self._reference = reference_of(config) if enabled else None  # which other hosts needn't have
         self._console = Console(markup=False, quiet=not enabled, highlight=False, soft_wrap=True)
         self._first_step = start_step
         self._last_step, self._last_time = start_step - 1, time.perf_counter()
@@ -298,8 +298,8 @@ class RunLog:
         length, model = self._config.tokens_per_sequence, self._config.model
         if length < model.block_size and model.position == "learned" and self._config.init_from is None:
             yield (
-                f"--sequence_length {length}: the positions from {length} to {model.block_size - 1} stay random, so "
-                f"that nothing good is to be expected of texts longer than {length} tokens"
+                f"--sequence_length {length}: the positions from {length} to {model.block_size - 1} are not trained; "
+                f"expect poor results on texts longer than {length} tokens"
             )
 
     def end(self, updates: int, command: str) -> None:
