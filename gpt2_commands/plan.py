@@ -190,13 +190,15 @@ RECIPE_COLUMNS = ("recipe", "state, GB", "at once on an A100", "H100", "H200", "
 
 
 def recipe_rows() -> list[tuple[str, ...]]:
-    """Of each recipe that is planned for cuDNN's attention: its training state, how many sequences of a step fit on a
-    GPU (of 80, 80 and 141 GB) at once, and the least time of the whole run."""
+    """Of each recipe its training state, and where it is planned for cuDNN's attention, which has no dropout: how many
+    sequences of a step fit on a GPU (of 80, 80 and 141 GB) at once, and the least time of the whole run."""
     rows, clusters = [], [Cluster(gpus.load(name), 8, 50e9) for name in ("a100", "h100", "h200")]
     for name in recipes.names():
         line = ["--config", name, "--precision", "bfloat16"]
         config = parse_train_config(line, command="gpt2 plan", framework="JAX", elsewhere={})
+        state = f"{training_bytes(config) / 1e9:.2g}"
         if config.model.dropout or config.model.position == "alibi":
+            rows.append((f"`{name}`", state, *["-"] * 5))
             continue
         config = dataclasses.replace(config, batch_tokens=None, device_batch_size=None, accumulation=1)
         most = [largest_device_batch(config, parse_mesh(1), True, cluster.gpu) for cluster in clusters]
@@ -204,7 +206,7 @@ def recipe_rows() -> list[tuple[str, ...]]:
         whole = config.batch_size
         fitting = [f"all {whole}" if n >= whole else f"{n} of {whole}" for n in most]
         times = [_duration(config.steps * one.seconds) if one else "doesn't fit" for one in plans]
-        rows.append((f"`{name}`", f"{training_bytes(config) / 1e9:.2g}", *fitting, *times))
+        rows.append((f"`{name}`", state, *fitting, *times))
     return rows
 
 
