@@ -8,10 +8,12 @@ import dataclasses
 import gc
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from typing import Any
 from unittest import mock
 
@@ -93,9 +95,16 @@ def on_one_thread() -> Iterator[None]:
 def _begin(case: Case, prepare: Callable[[], None]) -> None:
     global _case
     _case = case
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     prepare()
     # Tracing makes objects by the million and few cycles: looking for cycles less often saves a tenth of the time.
     gc.set_threshold(100_000)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells nobody, and its processes would wait for tasks for ever."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _do_here(name: str, task: Task) -> Done:
