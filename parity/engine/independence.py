@@ -51,20 +51,33 @@ def aligned(streams: Sequence[np.ndarray]) -> np.ndarray:
     return scores
 
 
-def displaced(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+class Displaceable:
+    """An array (S, ...) with its Fourier transforms along the axes after the first, kept for one pair after another."""
+
+    def __init__(self, array: np.ndarray):
+        self.shape = array.shape
+        self._present, self._values = (~np.isnan(array)).astype(np.float32), np.nan_to_num(array).astype(np.float32)
+        self._transforms: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+
+    def transforms(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Of the values and of where there are any, padded to `shape`."""
+        if shape not in self._transforms:
+            axes = tuple(range(1, len(self.shape)))
+            self._transforms[shape] = tuple(scipy.fft.rfftn(x, shape, axes) for x in (self._values, self._present))
+        return self._transforms[shape]
+
+
+def displaced(a: Displaceable, b: Displaceable) -> np.ndarray:
     """Scores of the correlations of `a` (S, ...) with `b` (S, ...) displaced by every vector of whole numbers along the
     axes after the first, summed over the first; standard normal if the two are independent, 0 where fewer than FEWEST
     elements meet. The score at the origin of `a` with itself isn't one of independent values.
     """
-    shape = [scipy.fft.next_fast_len(m + n - 1, real=True) for m, n in zip(a.shape[1:], b.shape[1:], strict=True)]
-    axes = tuple(range(1, a.ndim))
-
-    def correlate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        product = scipy.fft.rfftn(x, shape, axes) * scipy.fft.rfftn(y, shape, axes).conj()
-        return scipy.fft.irfftn(product.sum(axis=0), shape)
-
-    counts = np.rint(correlate(*((~np.isnan(x)).astype(np.float32) for x in (a, b))))
-    return _score(correlate(*(np.nan_to_num(x).astype(np.float32) for x in (a, b))), counts)
+    shape = tuple(scipy.fft.next_fast_len(m + n - 1, real=True) for m, n in zip(a.shape[1:], b.shape[1:], strict=True))
+    sums, counts = (
+        scipy.fft.irfftn(np.einsum("s...,s...->...", x, y.conj()), shape)
+        for x, y in zip(a.transforms(shape), b.transforms(shape), strict=True)
+    )
+    return _score(sums, np.rint(counts))
 
 
 def _score(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

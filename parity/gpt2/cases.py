@@ -33,6 +33,11 @@ class Case:
     seed: int = 0
     evidence: dict[str, Evidence] = dataclasses.field(default_factory=dict)
     """What the checks leave for the report to draw."""
+    part: str | None = None
+    """The one part of a check that runs, by the check's own name for it; None: every part."""
+
+    def runs(self, part: str) -> bool:
+        return self.part in (None, part)
 
     def at(self, quick: Any, default: Any, full: Any | None = None, prove: Any | None = None) -> Any:
         """The one of these that belongs to the level. Left out: `full` does what `default` does, `prove` what `quick`

@@ -112,13 +112,14 @@ def _tasks(chosen: list[str], options) -> dict[str, Callable]:
     device = "cuda" if options.device == "gpu" else "cpu"
     if options.against:
         return {options.against: functools.partial(_against, options.against, device)}
-    tasks: dict[str, Callable] = {name: functools.partial(_check, name, device) for name in chosen}
-    if options.full:
-        tasks["gpt2 in float64"] = functools.partial(_full_size, device)
+    tasks: dict[str, Callable] = {}
     if options.prove:
         from parity.gpt2.faults import FAULTS
 
         tasks |= {fault.name: functools.partial(_judge, fault, device) for fault in FAULTS}
+    tasks |= {name: functools.partial(_check, name, device) for name in chosen}
+    if options.full:
+        tasks["gpt2 in float64"] = functools.partial(_full_size, device)
     return tasks
 
 

@@ -133,6 +133,16 @@ def _row(case: Case, candidate: Adapter, reference: Adapter, number: int, row: R
     weights = random_weights(dataclasses.replace(config.model, dropout=0.0), seed=case.seed + number, dtype=np.float64)
     batches = [uneven_batch(case, config.model, step) for step in range(STEPS)]
     ours, theirs = candidate.make(weights), reference.make(weights)
+    if case.runs("training"):
+        yield from _trained(case, ours, theirs, f"row {number}", row, batches)
+    if case.level != "quick" and case.runs("decoding"):
+        yield from _decoded(ours, theirs, f"row {number}", batches[0].inputs[:2])
+
+
+def _trained(
+    case: Case, ours: Adapter, theirs: Adapter, title: str, row: Row, batches: list[Batch]
+) -> Iterator[Result]:
+    config = config_of(row)
     if config.model.dropout > 0:
         b = theirs.train_with_masks(config, batches, ours.dropout_masks(config, batches).steps)
     else:
@@ -143,13 +153,13 @@ def _row(case: Case, candidate: Adapter, reference: Adapter, number: int, row: R
     if not measured <= limits.STEP:
         where += explained(case, ours, theirs)
     name = ", ".join(row.values())
-    yield Result("combinations", f"row {number}, {STEPS} training steps: {name}", measured, limits.STEP, where)
+    yield Result("combinations", f"{title}, {STEPS} training steps: {name}", measured, limits.STEP, where)
     if case.level == "quick":
         return
 
     evaluated, expected = ours.evaluate(config, batches[0]), theirs.loss_and_grads(batches[0], 1)[0]
     difference = abs(evaluated - expected) / expected
-    yield Result("combinations", f"row {number}, evaluation on the mesh", difference, limits.FORWARD)
+    yield Result("combinations", f"{title}, evaluation on the mesh", difference, limits.FORWARD)
 
     if config.gradient_exchange == "bfloat16":
         # The first gradient of either run is that of the same parameters; it is (1 - beta1) of it that the first
@@ -162,20 +172,23 @@ def _row(case: Case, candidate: Adapter, reference: Adapter, number: int, row: R
             n: relative_norm(rounded.first_moments[n], m) / cancelled[n] for n, m in whole.first_moments.items()
         }
         worst = max(differences, key=lambda n: np.nan_to_num(differences[n], nan=np.inf))
-        title = f"row {number}, gradients exchanged in bfloat16"
         where = f"largest in {worst}, relative to the two devices' parts ({cancelled[worst]:.2f} times the sum)"
-        yield Result("combinations", title, differences[worst], limits.BFLOAT16_EXCHANGE, where)
+        exchanged = f"{title}, gradients exchanged in bfloat16"
+        yield Result("combinations", exchanged, differences[worst], limits.BFLOAT16_EXCHANGE, where)
 
-    T = config.model.block_size
-    tokens_BT = batches[0].inputs[:2]
+
+def _decoded(ours: Adapter, theirs: Adapter, title: str, tokens_BT: np.ndarray) -> Iterator[Result]:
+    """With a KV cache, half of the tokens given at once and the others one by one."""
+    T = tokens_BT.shape[1]
     pieces = [T // 2, *[1] * (T - T // 2)]
     decoded = ours.decoded_logits(tokens_BT, pieces)
     for against, logits in ((theirs.name, theirs.logits(tokens_BT)), ("recomputation", ours.logits(tokens_BT))):
         differences = [relative_to_largest(decoded[:, t], logits[:, t]) for t in range(T)]
         first = next((t for t, difference in enumerate(differences) if not difference <= limits.FORWARD), None)
         where = "" if first is None else f"first at position {first}, of {pieces[0]} given at once"
-        title = f"row {number}, KV cache against {against}"
-        yield Result("combinations", title, float(np.max(differences)), limits.FORWARD, where)
+        yield Result(
+            "combinations", f"{title}, KV cache against {against}", float(np.max(differences)), limits.FORWARD, where
+        )
 
 
 def _cancellation(reference: Adapter, batch: Batch, accumulation: int) -> dict[str, float]:
@@ -223,9 +236,9 @@ def explained(case: Case, candidate: Adapter, reference: Adapter) -> str:
         found = divergence.compare(*values, (candidate.name, reference.name))
         if not divergence.worst_of(found) <= limits.FORWARD:
             return f"; forward: {first_beyond(found, limits.FORWARD)}"
-    plain = dataclasses.replace(case, weights=weights, tokens=tokens, level="quick", evidence={})
-    results = gradients.check(plain, candidate, reference)
-    where = next((r.where for r in results if isinstance(r, Result) and not r.passed), None)
+    plain = dataclasses.replace(case, weights=weights, tokens=tokens)
+    results = gradients.compare(candidate, reference, gradients.uneven_batch(plain), 1, watched=False)
+    where = next((r.where for r in results if not r.passed), None)
     if where is not None:
         return f"; gradients: {where}"
     return "; forward pass and gradients of this model agree, executed plainly"

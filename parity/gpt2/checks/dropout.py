@@ -20,7 +20,7 @@ from gpt2_core.config import ModelConfig, OptimizerConfig, TrainConfig
 from gpt2_core.data.batches import Batch, TrainingBatches
 from parity.engine import divergence
 from parity.engine.adapter import lacking
-from parity.engine.independence import aligned, displaced, first_surprise, two_sided
+from parity.engine.independence import Displaceable, aligned, displaced, first_surprise, two_sided
 from parity.engine.results import Result, Skipped
 from parity.gpt2 import limits
 from parity.gpt2.adapters.protocol import (
@@ -32,6 +32,7 @@ from parity.gpt2.adapters.protocol import (
     SEEDS,
     TRAINING,
     Adapter,
+    Masks,
     Sites,
     Trained,
 )
@@ -55,41 +56,43 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 36, "block_size": 68, "mlp_width": None}
     plain = dataclasses.replace(case.weights.config, dropout=0.0, **shape)
     weights = random_weights(plain)
-    steps = case.at(5, 20)
+    steps = case.at(5, 10)
     stream = TrainingBatches(case.tokens, sequence_length=plain.block_size, batch_size=8, seed=case.seed)
     batches = [stream[step] for step in range(steps)]
     ours, theirs = candidate.make(weights), reference.make(weights)
 
-    # Where no key is given, as in evaluation and generation, nothing is dropped.
-    dropping = dataclasses.replace(weights, config=dataclasses.replace(plain, dropout=RATES[0]))
-    for undropped in (theirs, ours):
-        a, b = (_logits(adapter, batches[0].inputs[:1]) for adapter in (undropped.make(dropping), undropped))
-        title = f"{undropped.name}: evaluation drops nothing"
-        yield Result("dropout", title, float(np.abs(a - b).max()), limits.NONE)
+    if case.runs("evaluation"):
+        # Where no key is given, as in evaluation and generation, nothing is dropped.
+        dropping = dataclasses.replace(weights, config=dataclasses.replace(plain, dropout=RATES[0]))
+        for undropped in (theirs, ours):
+            a, b = (_logits(adapter, batches[0].inputs[:1]) for adapter in (undropped.make(dropping), undropped))
+            title = f"{undropped.name}: evaluation drops nothing"
+            yield Result("dropout", title, float(np.abs(a - b).max()), limits.NONE)
 
     for adapter in (ours, theirs):
-        if SEEDS.of(adapter):
+        if SEEDS.of(adapter) and case.runs("seeds"):
             yield _seeds(adapter, case.seed)
 
     for number, rate in enumerate(case.at(RATES[:1], RATES, prove=RATES)):
+        looked_at, trained_with = (case.runs(f"{part} at rate {rate}") for part in ("masks", "training"))
+        if not (looked_at or trained_with):
+            continue
         config = _config(plain, rate, steps, case.seed)
-        of_adapters = {}
+        of_adapters: dict[Adapter, Masks] = {}
         for adapter in (ours, theirs):
             if skipped := lacking("dropout", f"masks at rate {rate}", (adapter, DROPOUT)):
                 yield skipped
                 continue
             # Those that are trained with, of the candidate; otherwise those that are looked at.
             drawn = adapter.dropout_masks(config, batches if adapter is ours else batches[:STEPS_LOOKED_AT])
-            yield (placed := _sites(adapter.name, drawn.steps, config))
+            placed = _sites(adapter.name, drawn.steps, config)
+            if looked_at:
+                yield placed
             if placed.passed:  # otherwise there is no telling whose mask is whose
                 of_adapters[adapter] = drawn
-        for adapter, drawn in of_adapters.items():
-            if drawn.scale_error is not None:
-                title = f"{adapter.name}: kept elements at rate {rate} are scaled by 1 / (1 - rate)"
-                yield Result("dropout", title, drawn.scale_error, limits.DROPOUT_SCALE)
-        for adapter, drawn in of_adapters.items():
-            yield _shares(adapter.name, drawn.steps[:STEPS_LOOKED_AT], config)
-        if number == 0:
+        if looked_at:
+            yield from _scales_and_shares(of_adapters, config)
+        if looked_at and number == 0:
             precisions = case.at((), ("float32", "bfloat16"), prove=("bfloat16",))
             if precisions and ours in of_adapters:
                 yield _in_other_precisions(ours, config, batches[0], of_adapters[ours].steps[0], precisions)
@@ -97,7 +100,7 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
             for adapter, drawn in of_adapters.items():
                 of_seeds = [*drawn.steps[:STEPS_LOOKED_AT], *adapter.dropout_masks(other, batches[:1]).steps]
                 yield from _independence(adapter.name, of_seeds, config)
-        if len(of_adapters) < 2:
+        if len(of_adapters) < 2 or not trained_with:
             continue
         if skipped := lacking("dropout", f"training at rate {rate}", (ours, TRAINING), (theirs, GIVEN_MASKS)):
             yield skipped
@@ -190,6 +193,16 @@ def _sites(side: str, steps: list[list[Sites]], config: TrainConfig) -> Result:
     return Result("dropout", title, float(len(wrong)), limits.NONE, wrong[0] if wrong else "")
 
 
+def _scales_and_shares(of_adapters: dict[Adapter, Masks], config: TrainConfig) -> Iterator[Result]:
+    rate = config.model.dropout
+    for adapter, drawn in of_adapters.items():
+        if drawn.scale_error is not None:
+            title = f"{adapter.name}: kept elements at rate {rate} are scaled by 1 / (1 - rate)"
+            yield Result("dropout", title, drawn.scale_error, limits.DROPOUT_SCALE)
+    for adapter, drawn in of_adapters.items():
+        yield _shares(adapter.name, drawn.steps[:STEPS_LOOKED_AT], config)
+
+
 def _shape(blocks: list[np.ndarray]) -> tuple[int, ...]:
     """Of a site's mask as a whole; the last block of queries has all the keys."""
     *outer, _, keys = blocks[-1].shape
@@ -258,11 +271,13 @@ def _independence(side: str, steps: list[list[Sites]], config: TrainConfig) -> I
 
     tests, found = 0, []
     stacked = _stacked(steps[:STEPS_LOOKED_AT], config)
-    for (a, x), (b, y) in itertools.combinations_with_replacement(stacked.items(), 2):
-        if x.ndim != y.ndim:
+    straight = {name: Displaceable(x) for name, x in stacked.items()}
+    transposed = {name: Displaceable(x.swapaxes(-1, -2)) for name, x in stacked.items()}
+    for (a, x), (b, y) in itertools.combinations_with_replacement(straight.items(), 2):
+        if len(x.shape) != len(y.shape):
             continue
         # With itself neither the origin nor what is turned over the diagonal is independent.
-        others = {"": y} | ({} if a == b else {", transposed": y.swapaxes(-1, -2)})
+        others = {"": y} | ({} if a == b else {", transposed": transposed[b]})
         for turned, z in others.items():
             scores = displaced(x, z)
             if a == b:

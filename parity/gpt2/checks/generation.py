@@ -30,8 +30,12 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
     if skipped := lacking("generation", "generated tokens", (candidate, GENERATION), (reference, GENERATION)):
         yield skipped
     else:
-        yield from _tokens(case, candidate, reference)
-        yield _bfloat16_numbers(case, candidate)
+        if case.runs("tokens"):
+            yield from _tokens(case, candidate, reference)
+        if case.runs("uniform numbers"):
+            yield _bfloat16_numbers(case, candidate)
+    if not case.runs("KV cache"):
+        return
     if skipped := lacking("generation", "KV cache against recomputation", (candidate, DECODING)):
         yield skipped
         return
@@ -69,9 +73,11 @@ def _tokens(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Resu
 
         yield compare_tokens(f"{name}: {len(prompts)} prompts x {count} tokens", a, b, explain)
 
+    if not case.at(False, True):
+        return
     # That batch of prompts of different lengths, against some of them by themselves.
     name = "temperature 0.8, top-k 50, top-p 0.9"
-    few = list(range(0, len(prompts), len(prompts) // case.at(2, 3)))
+    few = list(range(0, len(prompts), len(prompts) // 3))
     alone = [candidate.generate([prompts[i]], numbers[i : i + 1, :12], SETTINGS[name]) for i in few]
     yield compare_tokens(
         f"{candidate.name}: a batch of prompts against one at a time",

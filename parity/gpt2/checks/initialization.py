@@ -16,7 +16,7 @@ import scipy.stats
 
 from gpt2_core.config import ModelConfig
 from parity.engine.adapter import lacking
-from parity.engine.independence import aligned, displaced, first_surprise, surprise, two_sided
+from parity.engine.independence import Displaceable, aligned, displaced, first_surprise, surprise, two_sided
 from parity.engine.results import Result, Skipped
 from parity.gpt2 import limits
 from parity.gpt2.adapters.protocol import (
@@ -158,7 +158,8 @@ def _repetition(label: str, values: Arrays) -> Result:
     """Each tensor with itself displaced."""
     tests, found = 0, []
     for name, value in values.items():
-        scores = displaced(value[None], value[None])
+        itself = Displaceable(value[None])
+        scores = displaced(itself, itself)
         scores.flat[0] = 0.0
         tests += scores.size
         found.append((name, scores.flat[np.abs(scores).argmax()]))

@@ -46,7 +46,7 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
     plainly = _config(case, steps, {})
     b = reference.train(plainly, batches)
     # What the others change, `combinations` changes too.
-    for name in case.at(_QUICK, _DEFAULT, CASES, prove=_PROVE):
+    for name in filter(case.runs, case.at(_QUICK, _DEFAULT, CASES, prove=_PROVE)):
         settings = CASES[name]
         needed = candidate.devices_of(settings.get("mesh", 1))
         try:

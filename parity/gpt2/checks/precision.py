@@ -53,6 +53,18 @@ class Drawn:
 
 
 def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
+    if case.runs("dtypes"):
+        yield from _dtypes(case, candidate, reference)
+    if not case.runs("errors"):
+        return
+    if skipped := lacking("precision", "errors of gradients", (candidate, GRADIENTS), (reference, GRADIENTS)):
+        yield skipped
+    else:
+        yield from _errors(case, candidate, reference)
+
+
+def _dtypes(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
+    """What is computed, exchanged and kept in which dtype."""
     if skipped := lacking("precision", "dtypes of the traced program", (candidate, PROGRAM)):
         yield skipped
     else:
@@ -66,9 +78,10 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
         yield skipped
     else:
         yield _residual_stream(case, candidate, reference)
-    if skipped := lacking("precision", "errors of gradients", (candidate, GRADIENTS), (reference, GRADIENTS)):
-        yield skipped
-        return
+
+
+def _errors(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result]:
+    """Logits, gradients and the loss in float32 and bfloat16, against the float64 truth."""
     names = candidate.name, reference.name
     weights = [case.weights]
     if case.weights.source.startswith("random"):

@@ -74,7 +74,7 @@ PUBLISHED = {
 
 def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result | Skipped]:
     yield _derived()
-    for name in case.at(list(CASES)[:1], CASES, prove=CASES):
+    for name in filter(case.runs, case.at(list(CASES)[:1], CASES, prove=CASES)):
         model, _ = CASES[name]
         asked = [(candidate, TRAINING), (reference, TRAINING)]
         asked += [(candidate, DROPOUT), (reference, GIVEN_MASKS)] if model.dropout > 0 else []

@@ -68,7 +68,7 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
     parts = (_attention, _loss, _spikes, _norm_kernel, _sampling, _generation, _long, _training)
     of_name = dict(zip(asked, parts, strict=True))
     # The others compile whole models, or interpret a kernel.
-    for name in case.at(("attention", "loss", "spikes", "sampling"), of_name, prove=of_name):
+    for name in filter(case.runs, case.at(("attention", "loss", "spikes", "sampling"), of_name, prove=of_name)):
         needed, part = asked[name], of_name[name]
         if skipped := lacking("sizes", name, *needed):
             yield skipped

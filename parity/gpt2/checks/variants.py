@@ -46,6 +46,7 @@ def check(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result
             tokens=case.tokens % _BASE.vocab_size,
             steps=case.at(10, 50),
             evidence={},
+            part=None,
             level="quick",  # of each check: the breadth is in the options
         )
         adapters = candidate.make(weights), reference.make(weights)
@@ -89,4 +90,4 @@ def _one_cache(case: Case, candidate: Adapter, _: Adapter) -> Iterator[Result]:
 
 
 def _one_gradient(case: Case, candidate: Adapter, reference: Adapter) -> Iterator[Result]:
-    yield from gradients.compare(candidate, reference, gradients.uneven_batch(case), 4, None)
+    yield from gradients.compare(candidate, reference, gradients.uneven_batch(case), 4, watched=False)

@@ -32,7 +32,8 @@ def case_of(fault: Fault | None = None) -> Case:
     if fault is not None:
         arrays = {n: fault.prepare(n, a).astype(np.float32) for n, a in weights.arrays.items()}
         weights = dataclasses.replace(weights, arrays=arrays)
-    return Case(weights, real_text(weights, 20_000), level="prove", steps=12)
+    part = fault.part if fault else None
+    return Case(weights, real_text(weights, 20_000), level="prove", steps=12, part=part)
 
 
 def judge(fault: Fault, device: str = "cpu") -> Verdict:

@@ -164,6 +164,7 @@ def alibi_biases_with_the_wrong_sign(bias):
     "ALiBi's slopes of the first shard's heads on every shard",
     check="mesh",
     place="data=2, fsdp=2, tensor=2",
+    part="data=2, fsdp=2, tensor=2",
     seam=(gpt2_jax.model, "alibi_slopes"),
     model=_ALIBI,
 )
@@ -206,6 +207,7 @@ def a_row_without_a_key(causal_mask):
     "rotary base of the default in the decoder",
     check="combinations",
     place="KV cache against PyTorch",
+    part="decoding",
     seam=(gpt2_jax.model, "rotate"),
 )
 def rotary_base_of_the_default_in_the_decoder(rotate):
@@ -221,6 +223,7 @@ def rotary_base_of_the_default_in_the_decoder(rotate):
     "rotary tables of 1,024 positions",
     check="sizes",
     place="1030 positions, rope",
+    part="positions beyond GPT-2's 1,024",
     seam=(gpt2_jax.model, "rotate"),
 )
 def rotary_tables_of_1024_positions(rotate):

@@ -207,6 +207,7 @@ def logits_of_the_last_position_only(logits):
     "RMS norm's epsilon written into the code",
     check="settings",
     place="forward: block 0, ln_1",
+    part="rotary, RMS norm, no warmup, no clipping",
     seam=(gpt2_jax.layers.RMSNorm, "__init__"),
 )
 def rms_norm_epsilon_written_into_the_code(init):
@@ -219,6 +220,7 @@ def rms_norm_epsilon_written_into_the_code(init):
     "layers in the order of their names",
     check="sizes",
     place="11 layers, scanned",
+    part="training",
     seam=(gpt2_jax.model.GPT2, "_scan_blocks"),
 )
 def layers_in_the_order_of_their_names(scan):
@@ -236,6 +238,7 @@ def layers_in_the_order_of_their_names(scan):
     "the norm kernel's padding takes part",
     check="sizes",
     place="norm kernel: 20 wide",
+    part="norm kernel",
     seam=(gpt2_jax.norm_kernels, "_normalize"),
 )
 def the_norm_kernel_padding_takes_part(normalize):

@@ -85,6 +85,7 @@ def a_tensor_left_out_by_the_conversion(convert):
     "float64 weights through float32",
     check="weights",
     place="11 layers in float64",
+    part="other models",
     seam=(gpt2_torch.weights, "to_tensor"),
 )
 def float64_weights_through_float32(convert):
@@ -97,6 +98,7 @@ def float64_weights_through_float32(convert):
     "a file's layers in the order of their names",
     check="weights",
     place="llmc: the tensors",
+    part="files as others read them",
     seam=(gpt2_convert.llmc, "_order"),
 )
 def a_file_layers_in_the_order_of_their_names(order):
@@ -116,6 +118,7 @@ def a_file_layers_in_the_order_of_their_names(order):
     "Flax's kernels as Conv1D stores them",
     check="weights",
     place="msgpack: transformer/h/0/attn/c_attn/kernel",
+    part="files as others read them",
     seam=(gpt2_convert.msgpack._FlaxLayout, "placement"),
 )
 def flax_kernels_as_conv1d_stores_them(placement):
@@ -135,6 +138,7 @@ def flax_kernels_as_conv1d_stores_them(placement):
     "layer norm's epsilon not read from config.json",
     check="weights",
     place="layer_norm_epsilon 0.03 becomes 1e-05",
+    part="other models",
     seam=(gpt2_convert.hugging_face, "_SETTINGS"),
 )
 def layer_norm_epsilon_not_read_from_config_json(settings):
@@ -147,6 +151,7 @@ def layer_norm_epsilon_not_read_from_config_json(settings):
     "Flax's head as the embedding",
     check="weights",
     place="msgpack: lm_head/kernel",
+    part="an untied head as others read it",
     seam=(gpt2_convert.msgpack._FlaxLayout, "placement"),
 )
 def flax_head_as_the_embedding(placement):
@@ -163,6 +168,7 @@ def flax_head_as_the_embedding(placement):
     "one wrapper's prefix removed",
     check="weights",
     place="files as other programs leave them nanoGPT, compiled, by several processes",
+    part="files as others write them",
     seam=(gpt2_convert.nanogpt, "_WRAPPERS"),
 )
 def one_wrapper_prefix_removed(wrappers):
@@ -175,6 +181,7 @@ def one_wrapper_prefix_removed(wrappers):
     "a view read as if it were whole",
     check="weights",
     place="files as other programs leave them nanoGPT, tensors that are views",
+    part="files as others write them",
     seam=(gpt2_convert.torch_files, "_stored"),
 )
 def a_view_read_as_if_it_were_whole(stored):

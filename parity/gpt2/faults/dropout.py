@@ -16,6 +16,7 @@ from parity.gpt2.faults.fault import fault
     "dropout without its scale",
     check="dropout",
     place="steps at rate",
+    part="training at rate 0.4",
     seam=(gpt2_jax.dropout, "keep_probability"),
 )
 def dropout_without_its_scale(_):
@@ -28,6 +29,7 @@ def dropout_without_its_scale(_):
     "dropout in evaluation",
     check="dropout",
     place="PyTorch: evaluation",
+    part="evaluation",
     seam=(gpt2_torch.model.GPT2, "eval"),
 )
 def dropout_in_evaluation(evaluate):
@@ -40,6 +42,7 @@ def dropout_in_evaluation(evaluate):
     "one dropout key for everything",
     check="dropout",
     place="embeddings of step 0, part 0, sequence 0 with block 0, attn weights of step 0, part 0, sequence 0",
+    part="masks at rate 0.4",
     seam=(gpt2_jax.model, "site"),
 )
 def one_dropout_key_for_everything(site):
@@ -52,6 +55,7 @@ def one_dropout_key_for_everything(site):
     "one mask for every sequence",
     check="dropout",
     place="sequence 0 with embeddings of step 0, part 0, sequence 1",
+    part="masks at rate 0.4",
     seam=(gpt2_jax.train_step, "dropout_keys"),
 )
 def one_mask_for_every_sequence(keys):
@@ -64,6 +68,7 @@ def one_mask_for_every_sequence(keys):
     "one mask for all heads",
     check="dropout",
     place="block 0, attn weights with block 0, attn weights, displaced by [0, 1, 0, 0]",
+    part="masks at rate 0.4",
     seam=(gpt2_jax.attention, "dropout_mask"),
 )
 def one_mask_for_all_heads(draw):
@@ -80,6 +85,7 @@ def one_mask_for_all_heads(draw):
     "attention's dropout forgotten",
     check="dropout",
     place="(4, 68, 36) where (4, 2, 68, 68) of block 0, attn weights is due",
+    part="masks at rate 0.4",
     seam=(gpt2_jax.attention, "_dropout_masks"),
 )
 def attention_dropout_forgotten(_):
@@ -92,6 +98,7 @@ def attention_dropout_forgotten(_):
     "the rate kept instead of dropped",
     check="dropout",
     place="block 0, attn weights",
+    part="masks at rate 0.4",
     seam=(gpt2_jax.attention, "dropout_mask"),
 )
 def the_rate_kept_in_the_place_of_dropped(draw):
@@ -104,6 +111,7 @@ def the_rate_kept_in_the_place_of_dropped(draw):
     "masks that depend on the precision",
     check="dropout",
     place="bfloat16, part 0, embeddings",
+    part="masks at rate 0.4",
     seam=(gpt2_jax.model, "dropout"),
 )
 def masks_that_depend_on_the_precision(dropout):
@@ -116,6 +124,7 @@ def masks_that_depend_on_the_precision(dropout):
     "every step seeded alike",
     check="dropout",
     place="embeddings of step 0, part 0, sequence 0 with embeddings of step 1, part 0, sequence 0",
+    part="masks at rate 0.4",
     seam=(gpt2_torch.train, "dropout_seed"),
 )
 def every_step_seeded_alike(_):
@@ -143,6 +152,7 @@ def one_dropout_key_for_all_scanned_layers(site):
     "a dropout rate of 8 bits",
     check="dropout",
     place="share kept at rate 0.006",
+    part="masks at rate 0.006",
     seam=(gpt2_jax.attention, "dropout_mask"),
 )
 def a_dropout_rate_of_8_bits(draw):
@@ -155,6 +165,7 @@ def a_dropout_rate_of_8_bits(draw):
     "a process repeats another's masks",
     check="dropout",
     place="seeds that two of 50 steps",
+    part="seeds",
     seam=(gpt2_torch.train, "dropout_seed"),
 )
 def a_process_repeats_another_masks(_):

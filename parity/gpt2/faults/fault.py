@@ -41,6 +41,8 @@ class Fault:
     check: str
     place: str
     """Part of the failing case's name or of its `where`."""
+    part: str | None
+    """The part of the check that is run, where it has parts and the others take long; None: all of them."""
     patch: Patch
     model: ModelConfig
     """The architecture it shows in."""
@@ -80,6 +82,7 @@ def fault(
     *,
     check: str,
     place: str,
+    part: str | None = None,
     seam: tuple[Any, str] | None = None,
     model: ModelConfig = MODEL,
     prepare: Callable[[str, np.ndarray], np.ndarray] = lambda name, array: array,
@@ -96,7 +99,7 @@ def fault(
             )
         patch = contextlib.contextmanager(plant) if seam is None else replacing(*seam, plant)
         story = " ".join(inspect.cleandoc(plant.__doc__).split())
-        REGISTERED[name] = Fault(name, story, check, place, patch, model, prepare)
+        REGISTERED[name] = Fault(name, story, check, place, part, patch, model, prepare)
         return plant
 
     return register

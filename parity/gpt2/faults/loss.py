@@ -32,6 +32,7 @@ def loss_over_targets_shifted_twice(loss):
     "mean of means",
     check="gradients",
     place="accumulation 4",
+    part="accumulation 4",
     seam=(gpt2_torch.train, "accumulate_gradients"),
 )
 def mean_of_means(accumulate):

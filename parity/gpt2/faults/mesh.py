@@ -29,6 +29,7 @@ def gradient_sum_over_shards(loss_and_grads):
     "gradients added over one axis of a mesh",
     check="mesh",
     place="data=2, fsdp=4",
+    part="data=2, fsdp=4",
     seam=(gpt2_jax.train_step, "exchange"),
 )
 def gradients_added_over_one_axis_of_a_mesh(exchange):

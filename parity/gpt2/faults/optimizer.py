@@ -50,6 +50,7 @@ def _clip_updates(config, model):
     "decay on biases and norms",
     check="optimizer",
     place="JAX: decay",
+    part="decay",
     seam=(gpt2_jax.train_step, "make_optimizer"),
 )
 def decay_on_biases_and_norms(right):
@@ -62,6 +63,7 @@ def decay_on_biases_and_norms(right):
     "no decay on embeddings",
     check="optimizer",
     place="JAX: decay",
+    part="decay",
     seam=(gpt2_jax.train_step, "make_optimizer"),
 )
 def no_decay_on_embeddings(right):
@@ -204,6 +206,7 @@ def beta2_written_into_the_code(right):
     "clipping to a norm of zero",
     check="settings",
     place="no warmup, no clipping",
+    part="rotary, RMS norm, no warmup, no clipping",
     seam=(gpt2_jax.train_step, "clip_by_global_norm"),
 )
 def clipping_to_a_norm_of_zero(clip):
@@ -220,6 +223,7 @@ def clipping_to_a_norm_of_zero(clip):
     "the count of updates goes on where one is left out",
     check="optimizer",
     place="JAX: an update that isn't finite",
+    part="an update left out",
     seam=(gpt2_jax.optimizer, "_scale_by_adam"),
 )
 def count_goes_on(make):

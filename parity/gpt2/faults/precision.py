@@ -15,6 +15,7 @@ from parity.gpt2.faults.fault import fault
     "TF32 instead of float32",
     check="precision",
     place="float32 logits",
+    part="errors",
     seam=(gpt2_jax.layers.Linear, "__call__"),
 )
 def tf32_in_the_place_of_float32(call):
@@ -39,6 +40,7 @@ def tf32_in_the_place_of_float32(call):
     "layer norm in bfloat16",
     check="precision",
     place="bfloat16 logits",
+    part="errors",
     seam=(gpt2_jax.layers.LayerNorm, "__call__"),
     prepare=lambda name, a: a + 3.0 if name == "wpe.weight" else a,
 )
@@ -59,6 +61,7 @@ def layer_norm_in_bfloat16(call):
     "layer norm's fast variance",
     check="precision",
     place="float32 logits",
+    part="errors",
     seam=(gpt2_jax.layers.LayerNorm, "__call__"),
     prepare=lambda name, a: a + 30.0 if name == "wpe.weight" else a,
 )

@@ -103,6 +103,7 @@ def filtered_tokens_leak(sample):
     "KV cache grown empty",
     check="sizes",
     place="a cache that grows",
+    part="generation",
     seam=(gpt2_jax.generate, "_grow"),
 )
 def kv_cache_grown_empty(grow):
@@ -115,6 +116,7 @@ def kv_cache_grown_empty(grow):
     "the last of equal logits",
     check="sizes",
     place="equal logits, greedy",
+    part="sampling",
     seam=(gpt2_jax.generate, "sample"),
 )
 def the_last_of_equal_logits(sample):
@@ -132,6 +134,7 @@ def the_last_of_equal_logits(sample):
     "uniform numbers in bfloat16",
     check="generation",
     place="equal logits: 96 uniform numbers",
+    part="uniform numbers",
     seam=(gpt2_jax.generate.Generator, "__call__"),
 )
 def uniform_numbers_in_bfloat16(call):

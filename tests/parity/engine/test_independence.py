@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 
-from parity.engine.independence import aligned, displaced, first_surprise, surprise, two_sided
+from parity.engine.independence import Displaceable, aligned, displaced, first_surprise, surprise, two_sided
 
 LIMIT = 6.0
 
 
 def _largest(scores: np.ndarray) -> float:
     return float(surprise(two_sided(scores), scores.size).max())
+
+
+def _scores(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return displaced(Displaceable(a), Displaceable(b))
 
 
 @pytest.fixture(params=range(5))
@@ -25,17 +29,24 @@ def draw(request):
 
 def test_independent_masks_are_not_suspected_and_their_scores_are_standard_normal(draw):
     a, b = draw(6, 4, 68, 40), draw(6, 4, 68, 40)
-    scores = displaced(a, b)
+    scores = _scores(a, b)
     measured = scores[scores != 0.0]
     assert _largest(scores) < LIMIT and abs(measured.std() - 1.0) < 0.05
     streams = aligned([draw(2048 + 8 * number) for number in range(60)])
     assert _largest(streams) < LIMIT and abs(streams[np.triu_indices(60, 1)].std() - 1.0) < 0.06
 
 
+def test_an_array_in_several_pairs_is_compared_with_each_as_if_it_were_alone(draw):
+    a, b, c = draw(3, 40, 24), draw(3, 40, 24), draw(3, 30, 50)
+    kept = Displaceable(a)
+    for other in (b, c, a):
+        np.testing.assert_array_equal(displaced(kept, Displaceable(other)), _scores(a, other))
+
+
 def test_what_has_no_element_is_left_out(draw):
     mask = draw(3, 64, 64)
     mask[..., 60:] = np.nan
-    assert _largest(displaced(mask, draw(3, 64, 64))) < LIMIT
+    assert _largest(_scores(mask, draw(3, 64, 64))) < LIMIT
     assert aligned([mask, np.full(mask.shape, np.nan)])[0, 1] == 0.0
 
 
@@ -55,7 +66,7 @@ def test_a_copy_and_a_prefix_are_correlated_element_by_element(draw):
 )
 def test_a_displaced_copy_is_found_and_by_how_much(draw, spoil, vector):
     a = draw(4, 48, 48)
-    scores = displaced(spoil(a), a)
+    scores = _scores(spoil(a), a)
     assert np.unravel_index(np.abs(scores).argmax(), scores.shape) == tuple(np.array(vector) % scores.shape)
     assert _largest(scores) > LIMIT
 
@@ -63,7 +74,7 @@ def test_a_displaced_copy_is_found_and_by_how_much(draw, spoil, vector):
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_a_mask_broadcast_along_any_axis_is_correlated_with_itself(draw, axis):
     mask = np.repeat(draw(*(1 if number == axis else size for number, size in enumerate((6, 4, 16, 16)))), 4, axis)
-    scores = displaced(mask, mask)
+    scores = _scores(mask, mask)
     scores.flat[0] = 0.0
     assert _largest(scores) > LIMIT
 
