@@ -159,7 +159,7 @@ def test_a_users_own_implementation_is_judged(run, tmp_path):
     ("arguments", "words"),
     [
         (("--weights", "nowhere"), "nowhere: no such file or folder"),
-        (("--checks", "forward,backward"), "no check is called 'backward'; there are weights, data, initialization"),
+        (("--checks", "forward,backward"), "no check is called 'backward'; there are data, initialization, weights"),
         (("--report", "taken"), "--report taken: exists and is not a report"),
         (("--report", "file/x"), "--report file/x: can't write there"),
         (("--device", "gpu"), "--device gpu: JAX finds no GPU here; use --device cpu"),

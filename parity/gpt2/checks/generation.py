@@ -171,7 +171,7 @@ def _cache_differs(
 def prompts_of(case: Case) -> list[list[int]]:
     """Pieces of the text of different lengths, so that padding is seen; the longest fills the block."""
     block_size = case.weights.config.block_size
-    count = case.at(6, 16, 64)
+    count = case.at(6, 8, 64)
     lengths = np.linspace(1, block_size, count).astype(int)
     starts = np.linspace(0, len(case.tokens) - block_size - 1, count).astype(int)
     return [case.tokens[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)]
