@@ -222,7 +222,9 @@ def parser(command: str) -> Parser:
     made.add_argument(
         "--steps", type=int, help="Length of the loss curve, in steps. Left out: 200; quick 40, full 1000."
     )
-    made.add_argument("--quick", action="store_true", help="One real case of every check: about a minute on two cores.")
+    made.add_argument(
+        "--quick", action="store_true", help="One real case of every check: about 40 seconds on two cores."
+    )
     made.add_argument(
         "--full", action="store_true", help="GPT-2 at 124M parameters and a loss curve of 1,000 steps besides."
     )

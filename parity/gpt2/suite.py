@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from parity.engine import results
 from parity.engine.results import Check, Result, Skipped
 
-# Every check, in the order of the report; each is the module of parity.gpt2.checks that bears its name. Several processes
-# begin at the end: what takes a second or two is first here, so that no process waits long for another's last check.
+# Every check, in the order of the report; each is the module of parity.gpt2.checks that bears its name. Several
+# processes begin at the end: what takes a second or two is first here, so that none waits for another's last.
 CHECKS = (
     "data",
     "initialization",

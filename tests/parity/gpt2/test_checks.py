@@ -18,7 +18,7 @@ from parity.gpt2.checks import variants
 from parity.gpt2.checks.forward import check as forward
 from parity.gpt2.checks.forward import compare
 from parity.gpt2.faults import MODEL, case_of
-from parity.gpt2.suite import CHECKS
+from parity.gpt2.suite import CHECKS, load
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -98,3 +98,11 @@ def test_two_runs_give_the_same_figures():
 
 def test_every_check_has_a_module():
     assert all(callable(importlib.import_module(f"parity.gpt2.checks.{name}").check) for name in CHECKS)
+
+
+def test_the_part_of_a_check_that_was_asked_for_runs_by_itself():
+    case = dataclasses.replace(case_of(), part="decay")
+    names = [result.case for result in load("optimizer")(case, *both(case.weights))]
+    assert names == ["JAX: decay of each of 16 tensors", "PyTorch: decay of each of 16 tensors"]
+    (nothing,) = load("optimizer")(dataclasses.replace(case, part="a part it doesn't have"), *both(case.weights))
+    assert not nothing.passed and nothing.where == "the check compared nothing"

@@ -1,6 +1,8 @@
 """Each mistake of the catalogue is caught, by its check and at its place."""
 
+import collections
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -33,6 +35,18 @@ def test_the_catalogue_has_mistakes_for_every_check():
 
 def test_the_readme_counts_them():
     assert f"plant {len(FAULTS)} mistakes of porting" in (Path(__file__).parents[3] / "README.md").read_text()
+
+
+def test_the_docs_count_them_by_check():
+    text = (Path(__file__).parents[3] / "docs" / "parity.md").read_text(encoding="utf-8")
+    sentence = re.search(r"By check: (.+?)\.\n", text, re.DOTALL)[1]
+    said = {
+        check: int(count)
+        for checks, count in re.findall(r"([a-z_,\s]+)(\d+)", sentence)
+        for check in re.findall(r"[a-z_]+", checks)
+        if check not in ("and", "each")
+    }
+    assert said == collections.Counter(fault.check for fault in FAULTS)
 
 
 @pytest.mark.parametrize("seam", [(math, "sqrt"), (jax.nn, "gelu"), (torch.nn.Linear, "forward")])
