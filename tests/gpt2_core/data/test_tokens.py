@@ -2,6 +2,7 @@ import dataclasses
 import json
 import mmap
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,16 @@ def test_an_index_names_files_of_its_own_folder_only(make_config):
     index = (path / "index.json").read_text()
     (path / "index.json").write_text(index.replace("train-00000.bin", "../train-00000.bin"))
     with pytest.raises(UserError, match=r"names \.\./train-00000\.bin, which isn't a file of this folder"):
+        open_tokens(make_config())
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_index_that_lists_no_shard_of_a_split_is_named_and_not_only_the_text(make_config, split):
+    path = open_tokens(make_config()).path
+    index = json.loads((path / "index.json").read_text())
+    index["shards"][split] = []
+    (path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=re.escape(f"{index['source']} ({path})")):
         open_tokens(make_config())
 
 
