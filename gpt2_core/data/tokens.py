@@ -58,13 +58,9 @@ class TokenFolder:
     train: Split
     val: Split
     source: str
+    """The text, and the folder that its tokens are in; a mixture's parts."""
     digest: str
     """Identifies the tokens themselves: two folders with the same digest train the same."""
-
-    @property
-    def described(self) -> str:
-        """What it was made from, and where it is: its index may say something else than the text does."""
-        return self.source if str(self.path) in self.source else f"{self.source} ({self.path})"
 
 
 def open_tokens(config: TrainConfig) -> TokenFolder:
@@ -89,12 +85,12 @@ def open_tokens(config: TrainConfig) -> TokenFolder:
         folder = dataclasses.replace(folder, val=())
     elif not folder.val:
         raise UserError(
-            f"--data.validation_fraction {data.validation_fraction}: {folder.described} has no validation split; add "
+            f"--data.validation_fraction {data.validation_fraction}: {folder.source} has no validation split; add "
             "--data.validation_fraction 0 to train without one"
         )
     for split in SPLITS:
         for source in getattr(folder, split):
-            _refuse_too_short(source, split, config, folder.described)
+            _refuse_too_short(source, split, config, folder.source)
     return folder
 
 
@@ -141,7 +137,7 @@ def _open(path: Path, config: TrainConfig) -> TokenFolder:
             split: [(str(s["file"]), operator.index(s["tokens"]), s["sha256"]) for s in index["shards"][split]]
             for split in SPLITS
         }
-        tokenizer, source = index["tokenizer"], str(index["source"])
+        tokenizer, source = index["tokenizer"], f"{index['source']} ({path})"
     except (KeyError, TypeError) as error:
         raise UserError(f"{file}: not of a token folder ({error}); delete {path} to have it written again") from error
     if tokenizer != config.data.tokenizer:
@@ -190,7 +186,7 @@ def _mixed(parts: list[tuple[TokenFolder, float]]) -> TokenFolder:
         return tuple(dataclasses.replace(s, weight=weight) for folder, weight in parts for s in getattr(folder, split))
 
     digest = hashlib.sha256(" ".join(f"{folder.digest} {weight}" for folder, weight in parts).encode()).hexdigest()
-    source = " + ".join(f"{weight:g} x {folder.described}" for folder, weight in parts)
+    source = " + ".join(f"{weight:g} x {folder.source}" for folder, weight in parts)
     return TokenFolder(parts[0][0].path, weighed("train"), weighed("val"), source, digest)
 
 

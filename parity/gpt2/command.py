@@ -112,6 +112,7 @@ def _tasks(chosen: list[str], options) -> dict[str, Callable]:
     device = "cuda" if options.device == "gpu" else "cpu"
     if options.against:
         return {options.against: functools.partial(_against, options.against, device)}
+    # Several processes begin at the end: a check takes longer than a planted mistake.
     tasks: dict[str, Callable] = {}
     if options.prove:
         from parity.gpt2.faults import FAULTS
